@@ -1,0 +1,266 @@
+"""The two ONNX graphs of one image shape: forward, and vector-Jacobian product (VJP).
+
+forward   image (1, 3, H, W) float32, RGB in [0, 1]  ->  the ReLU outputs asked for
+vjp       a cotangent for each loss layer, and every ReLU output  ->  gradient (1, 3, H, W) float32
+
+The VJP of a 3x3 convolution with stride 1 and padding 1 is the same convolution with the kernel turned by 180 degrees
+and its channel axes swapped. The VJP of a ReLU is the mask (a > 0), and the ReLU output a itself carries that mask.
+Average pooling spreads a quarter of the cotangent over its four positions; the quarter is folded into the weights of
+the convolution above. Max pooling routes the cotangent to the first of the four that equals the maximum, as torch
+does. Pooling floors: the odd row or column that it drops gets a zero gradient.
+
+The weights are external initializers of one file, the same for every shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from . import vgg
+from .weights import Weights
+
+Precision = Literal["fp32", "fp16"]
+OPSET = 18
+IR_VERSION = 10
+DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16}
+_ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a graph pair depends on besides the weights.
+
+    `blocked` writes masks and odd borders as depthwise convolutions. ONNX Runtime's CPU provider then keeps the whole
+    VJP in its blocked channel layout; a comparison would reorder the cotangent twice at each layer. float32 only.
+    """
+
+    height: int
+    width: int
+    layers: tuple[str, ...]
+    pooling: vgg.Pooling = "avg"
+    precision: Precision = "fp32"
+    blocked: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [layer for layer in self.layers if layer not in vgg.LAYERS]
+        if unknown or not self.layers:
+            raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(vgg.LAYERS)}")
+        if min(self.height, self.width) < vgg.MIN_SIDE:
+            raise ValueError(f"image of {self.width} x {self.height} pixels: both sides have to be at least {vgg.MIN_SIDE}")
+        if self.blocked and self.precision != "fp32":
+            raise ValueError("blocked masks need fp32")
+
+    @property
+    def convs(self) -> tuple[vgg.Conv, ...]:
+        """The convolutions up to the deepest loss layer."""
+        return vgg.cut(self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """(1, C, H, W) of each ReLU output."""
+        return vgg.shapes(self.convs, self.height, self.width)
+
+
+class _Builder:
+    """Collects nodes; every method returns the name of its result."""
+
+    def __init__(self, spec: Spec, weights: Weights) -> None:
+        self.spec = spec
+        self.location = weights_file(spec, weights)
+        self.offsets = offsets(spec)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, value: NDArray[np.generic]) -> str:
+        self.initializers.setdefault(name, onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def scalar(self, name: str, value: float) -> str:
+        return self.constant(name, np.array(value, DTYPES[self.spec.precision]))
+
+    def external(self, name: str, *shape: int) -> str:
+        """An initializer whose bytes stand in the weights file."""
+        tensor = TensorProto(name=name, dims=shape, data_type=_ELEMENTS[self.spec.precision])
+        tensor.data_location = TensorProto.EXTERNAL
+        offset, length = self.offsets[name]
+        for key, value in (("location", self.location), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers[name] = tensor
+        return name
+
+    def model(self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="gatys-engine"
+        )
+
+
+def forward_initializers(spec: Spec, weights: Weights) -> dict[str, NDArray[Any]]:
+    """Kernels and biases of the forward graph; the division by the deviation is folded into conv1_1."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for conv in spec.convs:
+        arrays[f"{conv.name}.weight"] = np.ascontiguousarray(_kernel(conv, weights), DTYPES[spec.precision])
+        bias = weights.parameters[f"{conv.name}.bias"].numpy()
+        arrays[f"{conv.name}.bias"] = np.ascontiguousarray(bias, DTYPES[spec.precision])
+    return arrays
+
+
+def vjp_initializers(spec: Spec, weights: Weights) -> dict[str, NDArray[Any]]:
+    """Turned kernels with swapped channel axes (C_in, C_out, 3, 3); the quarter of an average pooling is folded in."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for conv in spec.convs:
+        turned = _kernel(conv, weights)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+        if conv.after_pool and spec.pooling == "avg":
+            turned = turned / 4
+        arrays[f"{conv.name}.vjp"] = np.ascontiguousarray(turned, DTYPES[spec.precision])
+    return arrays
+
+
+def _kernel(conv: vgg.Conv, weights: Weights) -> NDArray[Any]:
+    kernel = weights.parameters[f"{conv.name}.weight"].numpy()
+    return kernel / np.array(weights.std, np.float32).reshape(1, 3, 1, 1) if conv.in_channels == 3 else kernel
+
+
+def weights_file(spec: Spec, weights: Weights) -> str:
+    """Name of the file with the initializers: one for all shapes of a network."""
+    return f"vgg19-{weights.digest[:8]}-{spec.convs[-1].relu}-{spec.pooling}-{spec.precision}.bin"
+
+
+def offsets(spec: Spec) -> dict[str, tuple[int, int]]:
+    """(offset, length) in bytes of every initializer in the weights file."""
+    size = np.dtype(DTYPES[spec.precision]).itemsize
+    found: dict[str, tuple[int, int]] = {}
+    position = 0
+    for conv in spec.convs:
+        kernel = conv.out_channels * conv.in_channels * 9 * size
+        for part, length in (("weight", kernel), ("bias", conv.out_channels * size), ("vjp", kernel)):
+            found[f"{conv.name}.{part}"] = (position, length)
+            position += -(-length // 4096) * 4096  # page-aligned, so that runtimes can map the file
+    return found
+
+
+def forward(spec: Spec, weights: Weights, outputs: tuple[str, ...] | None = None) -> onnx.ModelProto:
+    """The forward graph; `outputs` are the ReLU outputs to hand over, all of them (which the VJP needs) by default."""
+    build = _Builder(spec, weights)
+    mean = build.constant("mean", np.array(weights.mean, np.float32).reshape(1, 3, 1, 1))
+    x = build.node("Sub", ["image", mean], "centred")
+    if spec.precision != "fp32":
+        x = build.node("Cast", [x], "centred_low", to=_ELEMENTS[spec.precision])
+    for conv in spec.convs:
+        if conv.after_pool:
+            op = "AveragePool" if spec.pooling == "avg" else "MaxPool"
+            x = build.node(op, [x], f"pool{conv.block - 1}", kernel_shape=[2, 2], strides=[2, 2])
+        kernel = build.external(f"{conv.name}.weight", conv.out_channels, conv.in_channels, 3, 3)
+        bias = build.external(f"{conv.name}.bias", conv.out_channels)
+        x = build.node("Conv", [x, kernel, bias], conv.name, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        x = build.node("Relu", [x], conv.relu)
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, spec.height, spec.width))
+    wanted = outputs if outputs is not None else tuple(spec.shapes)
+    infos = [helper.make_tensor_value_info(name, _ELEMENTS[spec.precision], spec.shapes[name]) for name in wanted]
+    return build.model("vgg19_forward", [image], infos)
+
+
+def vjp(spec: Spec, weights: Weights) -> onnx.ModelProto:
+    """The VJP graph: `cotangent.<layer>` for each loss layer and `<relu>` for each ReLU -> `gradient`."""
+    build, shapes = _Builder(spec, weights), spec.shapes
+    element = _ELEMENTS[spec.precision]
+    inputs: list[onnx.ValueInfoProto] = []
+    cotangent = ""
+    for conv in reversed(spec.convs):
+        relu = conv.relu
+        if relu in spec.layers:
+            own = f"cotangent.{relu}"
+            inputs.append(helper.make_tensor_value_info(own, element, shapes[relu]))
+            cotangent = build.node("Add", [cotangent, own], f"sum.{relu}") if cotangent else own
+        inputs.append(helper.make_tensor_value_info(relu, element, shapes[relu]))
+        cotangent = _mask(build, spec, cotangent, relu, conv.out_channels)
+        kernel = build.external(f"{conv.name}.vjp", conv.in_channels, conv.out_channels, 3, 3)
+        out = f"{conv.name}.cotangent"
+        cotangent = build.node("Conv", [cotangent, kernel], out, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        if conv.after_pool:
+            below = vgg.CONVS[vgg.CONVS.index(conv) - 1]
+            unpool = _unpool_average if spec.pooling == "avg" else _unpool_max
+            cotangent = unpool(build, spec, cotangent, below)
+    build.node("Cast", [cotangent], "gradient", to=TensorProto.FLOAT)
+    gradient = helper.make_tensor_value_info("gradient", TensorProto.FLOAT, (1, 3, spec.height, spec.width))
+    return build.model("vgg19_vjp", inputs, [gradient])
+
+
+def _mask(build: _Builder, spec: Spec, cotangent: str, relu: str, channels: int) -> str:
+    """cotangent * (a > 0)."""
+    if spec.blocked:  # min(a * 3e38, 1) is 1 for every normal a > 0 and 0 for a = 0
+        steep = build.constant(f"steep{channels}", np.full((channels, 1, 1, 1), 3e38, np.float32))
+        ramp = build.node("Conv", [relu, steep], f"ramp.{relu}", kernel_shape=[1, 1], group=channels)
+        mask = build.node("Clip", [ramp, build.scalar("zero", 0), build.scalar("one", 1)], f"mask.{relu}")
+        return build.node("Mul", [cotangent, mask], f"masked.{relu}")
+    positive = build.node("Greater", [relu, build.scalar("zero", 0)], f"mask.{relu}")
+    return build.node("Where", [positive, cotangent, build.scalar("zero", 0)], f"masked.{relu}")
+
+
+def _unpool_average(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) -> str:
+    """Nearest upsampling; the factor 1/4 is in the weights."""
+    scales = build.constant("double", np.array([1, 1, 2, 2], np.float32))
+    up = build.node(
+        "Resize",
+        [cotangent, "", scales],
+        f"unpool{below.block}",
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    return _restore_odd(build, spec, up, below)
+
+
+def _unpool_max(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) -> str:
+    """Route each cotangent to the first position of its 2x2 window that holds the maximum (row by row)."""
+    block, channels = below.block, below.out_channels
+    _, _, height, width = spec.shapes[below.relu]
+    features = below.relu
+    if height % 2 or width % 2:
+        ends = build.constant(f"even{block}", np.array([height // 2 * 2, width // 2 * 2], np.int64))
+        starts, axes = build.constant("origin", np.zeros(2, np.int64)), build.constant("axes", np.array([2, 3], np.int64))
+        features = build.node("Slice", [features, starts, ends, axes], f"even_part{block}")
+    corners = build.node("SpaceToDepth", [features], f"corners{block}", blocksize=2)  # (1, 4 C, H/2, W/2), corner-major
+    split = build.constant(f"split{channels}", np.full(4, channels, np.int64))
+    names = [f"corner{block}_{i}" for i in range(4)]
+    build.nodes.append(helper.make_node("Split", [corners, split], names, name=f"split{block}", axis=1))
+    top = build.node("Max", names, f"top{block}")
+    zero = build.scalar("zero", 0)
+    routed: list[str] = []
+    taken = ""
+    for i, corner in enumerate(names):
+        here = build.node("Equal", [corner, top], f"equal{block}_{i}")
+        if taken:
+            free = build.node("Not", [taken], f"free{block}_{i}")
+            first = build.node("And", [here, free], f"first{block}_{i}")
+            taken = build.node("Or", [taken, here], f"taken{block}_{i}")
+        else:
+            first = taken = here
+        routed.append(build.node("Where", [first, cotangent, zero], f"routed{block}_{i}"))
+    joined = build.node("Concat", routed, f"joined{block}", axis=1)
+    up = build.node("DepthToSpace", [joined], f"unpool{block}", blocksize=2, mode="DCR")
+    return _restore_odd(build, spec, up, below)
+
+
+def _restore_odd(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) -> str:
+    """Append the zero row or column that an odd side lost in pooling."""
+    _, channels, height, width = spec.shapes[below.relu]
+    odd = (height % 2, width % 2)
+    if not any(odd):
+        return cotangent
+    name = f"padded{below.block}"
+    if spec.blocked:
+        ones = build.constant(f"ones{channels}", np.ones((channels, 1, 1, 1), np.float32))
+        return build.node("Conv", [cotangent, ones], name, kernel_shape=[1, 1], pads=[0, 0, *odd], group=channels)
+    pads = build.constant(f"pads{below.block}", np.array([0, 0, 0, 0, 0, 0, *odd], np.int64))
+    return build.node("Pad", [cotangent, pads], name)

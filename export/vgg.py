@@ -1,0 +1,125 @@
+"""VGG-19 (Simonyan, Zisserman 2014, configuration E): its convolutions, and the torch module that is the oracle.
+
+The table below is torchvision's `cfgs["E"]` without the classifier; a test holds the two together. Layers carry
+the names of the field: `relu4_1` is the first ReLU of the fourth block. Pooling stands between blocks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Pooling = Literal["avg", "max"]
+BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # (channels, convolutions) of each block
+MIN_SIDE = 32  # pixels; keeps at least 2 x 2 positions in the fifth block
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 3x3 convolution of stride 1 and zero padding 1, with the ReLU behind it."""
+
+    block: int
+    index: int
+    in_channels: int
+    out_channels: int
+
+    @property
+    def name(self) -> str:
+        """The convolution's name, `conv4_1`."""
+        return f"conv{self.block}_{self.index}"
+
+    @property
+    def relu(self) -> str:
+        """The name of the ReLU output, `relu4_1`."""
+        return f"relu{self.block}_{self.index}"
+
+    @property
+    def after_pool(self) -> bool:
+        """Whether a pooling stands before this convolution."""
+        return self.index == 1 and self.block > 1
+
+
+def _convolutions() -> Iterable[Conv]:
+    channels = 3
+    for block, (width, count) in enumerate(BLOCKS, 1):
+        for index in range(1, count + 1):
+            yield Conv(block, index, channels, width)
+            channels = width
+
+
+CONVS = tuple(_convolutions())
+LAYERS = tuple(conv.relu for conv in CONVS)
+
+
+def cut(layers: Iterable[str]) -> tuple[Conv, ...]:
+    """The convolutions up to the deepest of `layers`: all that a loss at these layers needs."""
+    deepest = max(LAYERS.index(layer) for layer in layers)
+    return CONVS[: deepest + 1]
+
+
+def shapes(convs: Iterable[Conv], height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
+    """The (1, C, H, W) of each ReLU output for an image of `height` x `width`; pooling floors odd sides."""
+    return {
+        conv.relu: (1, conv.out_channels, height >> (conv.block - 1), width >> (conv.block - 1)) for conv in convs
+    }
+
+
+def flops(convs: Iterable[Conv], height: int, width: int) -> int:
+    """Floating-point operations of one forward pass and one VJP, a multiply-add counted as two."""
+    return sum(
+        2 * 2 * 9 * conv.in_channels * conv.out_channels * (height >> (conv.block - 1)) * (width >> (conv.block - 1))
+        for conv in convs
+    )
+
+
+def module(
+    parameters: Mapping[str, Tensor], mean: Tensor, std: Tensor, layers: Iterable[str], pooling: Pooling
+) -> nn.Module:
+    """torchvision's VGG-19 with these parameters, cut at the deepest layer: image (1, 3, H, W) -> {layer: features}.
+
+    The image is RGB in [0, 1]; `mean` and `std` (3,) normalise it. The module takes the dtype of its parameters, so
+    float64 parameters make a float64 oracle. `parameters` hold `conv1_1.weight`, `conv1_1.bias` and so on.
+    """
+    import torch
+    from torch import nn
+    from torchvision.models.vgg import cfgs, make_layers
+
+    wanted = tuple(layers)
+    convs = cut(wanted)
+
+    class VGG19(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", mean.reshape(1, 3, 1, 1))
+            self.register_buffer("std", std.reshape(1, 3, 1, 1))
+            stages: list[nn.Module] = []
+            relus = 0
+            for stage in make_layers(cfgs["E"], batch_norm=False):
+                if isinstance(stage, nn.MaxPool2d) and pooling == "avg":
+                    stage = nn.AvgPool2d(2)  # the paper's choice (section 2)
+                stages.append(stage)
+                relus += isinstance(stage, nn.ReLU)
+                if relus == len(convs):
+                    break
+            self.features = nn.Sequential(*stages)
+            own = [stage for stage in stages if isinstance(stage, nn.Conv2d)]
+            for conv, stage in zip(convs, own, strict=True):
+                stage.weight = nn.Parameter(parameters[f"{conv.name}.weight"], requires_grad=False)
+                stage.bias = nn.Parameter(parameters[f"{conv.name}.bias"], requires_grad=False)
+
+        def forward(self, image: Tensor) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            x = (image - self.mean) / self.std
+            names = iter(LAYERS)
+            for stage in self.features:
+                x = stage(x)
+                if isinstance(stage, nn.ReLU):
+                    found[next(names)] = x
+            return {layer: found[layer] for layer in wanted}
+
+    with torch.no_grad():
+        return VGG19()
