@@ -1,0 +1,39 @@
+"""Neural style transfer by optimisation (Gatys, Ecker, Bethge 2015), as an engine to embed.
+
+from engine import Config, Stylizer
+
+stylizer = Stylizer()
+stylizer("content.jpg", "style.jpg", Config(size=512)).image.save("out.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .config import Config
+
+if TYPE_CHECKING:
+    from .export.ort import BackendError as BackendError
+    from .stylizer import Result as Result
+    from .stylizer import Score as Score
+    from .stylizer import Step as Step
+    from .stylizer import Stylizer as Stylizer
+
+__all__ = ["BackendError", "Config", "Result", "Score", "Step", "Stylizer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the rest when it is first asked for: torch takes seconds, and `--help` does not need it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gatys-engine")
+    if name == "BackendError":
+        from .export.ort import BackendError
+
+        return BackendError
+    if name in __all__:
+        from . import stylizer
+
+        return getattr(stylizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ A file gets its final name only after both graphs have passed the check.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -76,7 +75,7 @@ def export(spec: graph.Spec, weights: Weights, folder: Path) -> list[tuple[str, 
         size = (Path(staging) / location).stat().st_size
         rows.append((location, "", "", "", _megabytes(size), ""))
         for path in Path(staging).iterdir():
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
     return rows
 
 

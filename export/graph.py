@@ -15,7 +15,7 @@ The weights are external initializers of one file, the same for every shape.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +25,6 @@ from onnx import TensorProto, helper
 from . import vgg
 from .weights import Weights
 
-Precision = Literal["fp32", "fp16"]
 OPSET = 18
 IR_VERSION = 10
 DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16}
@@ -43,8 +42,8 @@ class Spec:
     height: int
     width: int
     layers: tuple[str, ...]
-    pooling: vgg.Pooling = "avg"
-    precision: Precision = "fp32"
+    pooling: str = "avg"
+    precision: str = "fp32"
     blocked: bool = False
 
     def __post_init__(self) -> None:
@@ -52,7 +51,11 @@ class Spec:
         if unknown or not self.layers:
             raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(vgg.LAYERS)}")
         if min(self.height, self.width) < vgg.MIN_SIDE:
-            raise ValueError(f"image of {self.width} x {self.height} pixels: both sides have to be at least {vgg.MIN_SIDE}")
+            raise ValueError(
+                f"image of {self.width} x {self.height} pixels: both sides have to be at least {vgg.MIN_SIDE}"
+            )
+        if self.pooling not in vgg.POOLINGS or self.precision not in DTYPES:
+            raise ValueError(f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, fp32 or fp16")
         if self.blocked and self.precision != "fp32":
             raise ValueError("blocked masks need fp32")
 
@@ -77,7 +80,7 @@ class _Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
-    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
@@ -98,7 +101,9 @@ class _Builder:
         self.initializers[name] = tensor
         return name
 
-    def model(self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    def model(
+        self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="gatys-engine"
@@ -228,7 +233,10 @@ def _unpool_max(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) ->
     features = below.relu
     if height % 2 or width % 2:
         ends = build.constant(f"even{block}", np.array([height // 2 * 2, width // 2 * 2], np.int64))
-        starts, axes = build.constant("origin", np.zeros(2, np.int64)), build.constant("axes", np.array([2, 3], np.int64))
+        starts, axes = (
+            build.constant("origin", np.zeros(2, np.int64)),
+            build.constant("axes", np.array([2, 3], np.int64)),
+        )
         features = build.node("Slice", [features, starts, ends, axes], f"even_part{block}")
     corners = build.node("SpaceToDepth", [features], f"corners{block}", blocksize=2)  # (1, 4 C, H/2, W/2), corner-major
     split = build.constant(f"split{channels}", np.full(4, channels, np.int64))

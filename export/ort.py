@@ -1,4 +1,7 @@
-"""Finds ONNX Runtime. Two wheels, `onnxruntime` and `onnxruntime-gpu`, install the same folder: at most one may be there."""
+"""Finds ONNX Runtime.
+
+Two wheels, `onnxruntime` and `onnxruntime-gpu`, install the same folder: only one of them may be there.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def check(spec: graph.Spec, weights: Weights) -> Errors:
     result = run(graph.vjp(spec, weights), graph.vjp_initializers(spec, weights), {**outputs, **feeds})
     truth = linear_piece_vjp(spec, weights, outputs, cotangents)
     errors = Errors(forward, _error(result["gradient"] / scale, truth.numpy()))
-    for name, error, limit in zip(("forward", "VJP"), (errors.forward, errors.vjp), TOLERANCE[spec.precision], strict=True):
+    for name, error, limit in zip(
+        ("forward", "VJP"), (errors.forward, errors.vjp), TOLERANCE[spec.precision], strict=True
+    ):
         if not error <= limit:  # NaN fails too
             raise ArithmeticError(f"the {name} graph of {spec} is off by {error:.1e} (at most {limit:.0e})")
     return errors

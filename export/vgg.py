@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Pooling = Literal["avg", "max"]
+POOLINGS = ("avg", "max")
 BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # (channels, convolutions) of each block
 MIN_SIDE = 32  # pixels; keeps at least 2 x 2 positions in the fifth block
 
@@ -63,9 +63,7 @@ def cut(layers: Iterable[str]) -> tuple[Conv, ...]:
 
 def shapes(convs: Iterable[Conv], height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
     """The (1, C, H, W) of each ReLU output for an image of `height` x `width`; pooling floors odd sides."""
-    return {
-        conv.relu: (1, conv.out_channels, height >> (conv.block - 1), width >> (conv.block - 1)) for conv in convs
-    }
+    return {conv.relu: (1, conv.out_channels, height >> (conv.block - 1), width >> (conv.block - 1)) for conv in convs}
 
 
 def flops(convs: Iterable[Conv], height: int, width: int) -> int:
@@ -77,7 +75,7 @@ def flops(convs: Iterable[Conv], height: int, width: int) -> int:
 
 
 def module(
-    parameters: Mapping[str, Tensor], mean: Tensor, std: Tensor, layers: Iterable[str], pooling: Pooling
+    parameters: Mapping[str, Tensor], mean: Tensor, std: Tensor, layers: Iterable[str], pooling: str
 ) -> nn.Module:
     """torchvision's VGG-19 with these parameters, cut at the deepest layer: image (1, 3, H, W) -> {layer: features}.
 
@@ -113,7 +111,7 @@ def module(
 
         def forward(self, image: Tensor) -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
-            x = (image - self.mean) / self.std
+            x = (image - self.get_buffer("mean")) / self.get_buffer("std")
             names = iter(LAYERS)
             for stage in self.features:
                 x = stage(x)

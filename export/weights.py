@@ -14,9 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -57,10 +55,10 @@ class Weights:
         state = hashlib.sha256(repr((self.mean, self.std)).encode())
         for key, value in self.parameters.items():
             state.update(key.encode())
-            state.update(memoryview(value.numpy()).cast("B"))
+            state.update(value.numpy().tobytes())
         return state.hexdigest()
 
-    def module(self, layers: tuple[str, ...], pooling: vgg.Pooling, dtype: torch.dtype = torch.float32) -> Any:
+    def module(self, layers: tuple[str, ...], pooling: str, dtype: torch.dtype = torch.float32) -> Any:
         """The torch module with these weights in `dtype`; see `vgg.module`."""
         parameters = {key: value.to(dtype) for key, value in self.parameters.items()}
         mean, std = torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
@@ -131,13 +129,16 @@ def embedded(convs: tuple[vgg.Conv, ...]) -> dict[str, Tensor]:
 
 def _from_file(path: Path, convs: tuple[vgg.Conv, ...], name: str) -> Weights:
     """Read a state dict in either naming, check it, and bring it to RGB in [0, 1]."""
-    with _open_state(path) as state:
+    with _StateFile(path) as state:
         caffe = "conv1_1.weight" in state
         if not caffe and "features.0.weight" not in state:
             raise ValueError(f"{path}: holds neither features.0.weight (torchvision) nor conv1_1.weight (caffe)")
         parameters: dict[str, Tensor] = {}
         for conv, key in zip(convs, _torchvision_names(), strict=False):
-            for part, shape in (("weight", (conv.out_channels, conv.in_channels, 3, 3)), ("bias", (conv.out_channels,))):
+            for part, shape in (
+                ("weight", (conv.out_channels, conv.in_channels, 3, 3)),
+                ("bias", (conv.out_channels,)),
+            ):
                 stored = f"{conv.name if caffe else key}.{part}"
                 if stored not in state:
                     raise ValueError(f"{path}: {stored} is missing")
@@ -154,7 +155,7 @@ def _from_file(path: Path, convs: tuple[vgg.Conv, ...], name: str) -> Weights:
     return Weights(name, parameters, IMAGENET_MEAN, IMAGENET_STD)
 
 
-class _open_state:
+class _StateFile:
     """A state dict, loaded without running code from the file; safetensors tensors are read one by one."""
 
     def __init__(self, path: Path) -> None:
@@ -162,7 +163,7 @@ class _open_state:
         self._file: Any = None
         self._tensors: Mapping[str, Tensor] = {}
 
-    def __enter__(self) -> _open_state:
+    def __enter__(self) -> _StateFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"weights file {self.path} does not exist")
         try:
@@ -235,12 +236,12 @@ def _fetch_imagenet(target: Path) -> None:
             downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
             checkpoint = Path(source.fetch("vgg19.pth", downloader=downloader))
             try:
-                with _open_state(checkpoint) as state:
+                with _StateFile(checkpoint) as state:
                     names = [f"{key}.{part}" for key in _torchvision_names() for part in ("weight", "bias")]
                     kept = {name: state[name].contiguous() for name in names}
                 partial = target.with_suffix(".partial")
                 save_file(kept, partial, metadata={"source": url, "source_sha256": IMAGENET_SHA256})
-                os.replace(partial, target)
+                partial.replace(target)
             finally:
                 checkpoint.unlink(missing_ok=True)
     except PermissionError as error:

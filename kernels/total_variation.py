@@ -1,6 +1,6 @@
 """Total variation of the pixels and its gradient: mean squared difference of neighbours, across and down.
 
-    L = mean (x[.., j+1] - x[.., j])^2 + mean (x[i+1, ..] - x[i, ..])^2
+L = mean (x[.., j+1] - x[.., j])^2 + mean (x[i+1, ..] - x[i, ..])^2
 """
 
 from __future__ import annotations

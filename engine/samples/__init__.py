@@ -1,0 +1,1 @@
+"""The sample pair of `--demo`; see LICENSES.md."""

@@ -1,0 +1,123 @@
+"""The options of one stylisation. Standard library only, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
+MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
+COARSEST = 128  # pixels; about the long side of the first scale
+_MAX_SIZE = 16384
+
+
+def choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, else raise ValueError with the nearest one."""
+    allowed = list(choices)
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError."""
+
+    size: int = _option(512, "long side of the result in pixels")
+    iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
+    scales: int | str = _option(
+        "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
+    )
+    content_weight: float = _option(1.0, "weight of the content loss")
+    style_weight: float = _option(100.0, "weight of the style loss")
+    tv_weight: float = _option(0.0, "weight of the total variation loss")
+    content_layers: tuple[str, ...] = _option(("relu4_2",), "layers of the content loss")
+    style_layers: tuple[str, ...] = _option(
+        ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "layers of the style loss"
+    )
+    pooling: str = _option("avg", "pooling of the network: avg or max")
+    init: str = _option("content", "start from content, noise or a picture (PATH)")
+    optimizer: str = _option("lbfgs", "lbfgs or adam")
+    seed: int = _option(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        _whole("size", self.size, MIN_SIDE, _MAX_SIZE)
+        _whole("seed", self.seed, 0, 2**63 - 1)
+        for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
+            _whole("iterations", count, 1, 10**6)
+        if self.iterations == ():
+            raise ValueError("iterations: give at least one number")
+        if self.scales != "auto":
+            if isinstance(self.scales, str):
+                raise ValueError(f"scales {self.scales!r}: give auto or a number")
+            _whole("scales", self.scales, 1, 32)
+        for name in ("content_weight", "style_weight", "tv_weight"):
+            weight = getattr(self, name)
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise TypeError(f"{name} has to be a number, not {weight!r}")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} {weight}: give a finite number that is not negative")
+        for name in ("content_layers", "style_layers"):
+            layers = getattr(self, name)
+            if isinstance(layers, str) or not isinstance(layers, tuple | list):
+                raise TypeError(f"{name} has to be a tuple of layers, not {layers!r}")
+            if not layers:
+                raise ValueError(f"{name}: give at least one layer")
+            for layer in layers:
+                choice(f"{name}: layer", layer, LAYERS)
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name}: {', '.join(layers)} names a layer twice")
+            object.__setattr__(self, name, tuple(layers))
+        choice("pooling", self.pooling, ("avg", "max"))
+        choice("optimizer", self.optimizer, ("lbfgs", "adam"))
+        object.__setattr__(self, "init", str(self.init))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All loss layers, from the shallowest to the deepest."""
+        return tuple(layer for layer in LAYERS if layer in self.content_layers or layer in self.style_layers)
+
+    def schedule(self, aspect: float) -> list[tuple[int, int]]:
+        """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
+
+        Coarse iterations are cheap and settle the large strokes: each scale gets sqrt(2) times the iterations of the
+        next finer one. Scales whose short side would fall under MIN_SIDE are left out.
+        """
+        auto = 1 + max(0, round(2 * math.log2(self.size / COARSEST)))
+        count = auto if self.scales == "auto" else int(self.scales)
+        sides = [round(self.size / math.sqrt(2) ** i) for i in reversed(range(count))]
+        sides = [side for side in sides if round(side / aspect) >= MIN_SIDE]
+        if not sides:
+            raise ValueError(
+                f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "
+                f"at size {self.size}: choose a larger size or crop it"
+            )
+        if isinstance(self.iterations, tuple):
+            if len(self.iterations) == 1:
+                return [(side, self.iterations[0]) for side in sides]
+            if len(self.iterations) != len(sides):
+                raise ValueError(f"iterations names {len(self.iterations)} scales, there are {len(sides)}: {sides}")
+            return list(zip(sides, self.iterations, strict=True))
+        last = len(sides) - 1
+        return [(side, round(self.iterations * math.sqrt(2) ** (last - i))) for i, side in enumerate(sides)]
+
+
+def options() -> Iterable[Field[Any]]:
+    """The fields of `Config`, for building a command line."""
+    return fields(Config)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} has to be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value}: give a number from {low} to {high}")

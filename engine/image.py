@@ -1,0 +1,249 @@
+"""Pictures in and out: path, bytes, PIL image or array -> float32 (1, 3, H, W), sRGB in [0, 1], and back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import tempfile
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Source = Any  # Picture, path, `-`, bytes, PIL image, or array (H, W, 3), uint8 or float in [0, 1]
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+_OPAQUE = ("JPEG", "BMP")  # formats without an alpha channel
+_warnings_lock = threading.Lock()  # catch_warnings swaps process-wide state
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An sRGB picture: `rgb` is float32 (H, W, 3) in [0, 1], `alpha` float32 (H, W) in [0, 1] or None."""
+
+    rgb: NDArray[np.float32]
+    alpha: NDArray[np.float32] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.rgb.shape[1], self.rgb.shape[0]
+
+    @property
+    def aspect(self) -> float:
+        """Long side divided by short side."""
+        return max(self.size) / min(self.size)
+
+    def fit(self, long_side: int) -> tuple[int, int]:
+        """(width, height) with this aspect and that long side."""
+        width, height = self.size
+        scale = long_side / max(width, height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def load(source: Source) -> Picture:
+    """Read a picture: oriented by its EXIF tag, brought to sRGB by its ICC profile, alpha set apart.
+
+    Raises ValueError if it is not a picture, is damaged or is larger than Pillow's limit against decompression bombs,
+    OSError if it cannot be read, TypeError for another kind of source.
+    """
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, stream = "picture", io.BytesIO(bytes(source))
+    elif isinstance(source, str) and source == "-":
+        name, stream = "standard input", io.BytesIO(sys.stdin.buffer.read())
+    elif isinstance(source, str | os.PathLike):
+        name = str(source)
+        stream = io.BytesIO(Path(source).read_bytes())
+    else:
+        raise TypeError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
+    if not stream.getbuffer().nbytes:
+        raise ValueError(f"{name} is empty")
+    try:
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(stream)
+            opened.load()
+        return _from_pil(opened)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a picture that Pillow can read") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        raise ValueError(f"{name} is damaged ({error})") from error
+
+
+def _from_array(array: NDArray[Any]) -> Picture:
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ValueError(f"an array has to be (H, W, 3), not {array.shape}")
+    if array.dtype == np.uint8:
+        return Picture(array.astype(np.float32) / np.float32(255))
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"an array has to be uint8 or float, not {array.dtype}")
+    rgb = array.astype(np.float32)
+    if not (np.isfinite(rgb).all() and rgb.min() >= 0 and rgb.max() <= 1):
+        raise ValueError("a float array has to lie in [0, 1]")
+    return Picture(rgb)
+
+
+def _from_pil(image: Image.Image) -> Picture:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _from_deep_grey(image)
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode in ("L", "LA", "La") else "RGBA")
+        alpha = _unit(image.getchannel("A"))
+        image = image.convert(image.mode.removesuffix("A"))
+    if image.mode not in ("RGB", "CMYK", "L", "LAB", "YCbCr"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    rgb = _to_srgb(image)
+    return Picture(_unit(rgb), alpha)
+
+
+def _unit(image: Image.Image) -> NDArray[np.float32]:
+    return np.asarray(image, np.float32) / np.float32(255)
+
+
+def _from_deep_grey(image: Image.Image) -> Picture:
+    """Grey with more than 8 bits: 16-bit integers, or floats in [0, 1]."""
+    grey = np.asarray(image, np.float32)
+    if image.mode != "F":
+        grey = grey / np.float32(65535)
+    if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
+        raise ValueError(f"grey values of mode {image.mode} outside its range")
+    return Picture(np.repeat(grey[..., None], 3, axis=2))
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
+            if converted is not None:
+                return converted
+        except ImageCms.PyCMSError as error:
+            log.warning("ICC profile left out of account: %s", error)
+    return image.convert("RGB")
+
+
+def resize(picture: Picture, size: tuple[int, int]) -> Picture:
+    """The picture at (width, height), by Lanczos in float; the same object if it has that size already."""
+    if picture.size == size:
+        return picture
+    channels = [_resize_plane(picture.rgb[..., c], size) for c in range(3)]
+    alpha = None if picture.alpha is None else _resize_plane(picture.alpha, size)
+    return Picture(np.stack(channels, axis=2), alpha)
+
+
+def _resize_plane(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    resized = Image.fromarray(np.ascontiguousarray(plane)).resize(size, Image.Resampling.LANCZOS)
+    return np.clip(np.asarray(resized, np.float32), 0, 1)
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """Pixels (1, 3, H, W), float32 in [0, 1], on the CPU."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1))[None])
+
+
+def to_pil(pixels: Tensor, alpha: NDArray[np.float32] | None = None) -> Image.Image:
+    """A PIL image, RGB or RGBA, of pixels (1, 3, H, W); values outside [0, 1] are clamped."""
+    array = pixels[0].detach().clamp(0, 1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+    image = Image.fromarray(np.ascontiguousarray(array))
+    if alpha is not None:
+        image.putalpha(Image.fromarray(np.round(alpha * 255).astype(np.uint8)))
+    return image
+
+
+def output_format(path: str) -> str:
+    """Pillow's format for the suffix of `path`, PNG for the pipe `-`. Raises ValueError for an unknown suffix."""
+    if path == "-":
+        return "PNG"
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"{path}: unknown picture format {suffix!r}; choose from {', '.join(FORMATS)}")
+    return FORMATS[suffix]
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """Raise ValueError or OSError now if `save` could not write the picture `path` later; leaves nothing behind."""
+    output_format(path)
+    if path != "-":
+        check_writable(path)
+        if Path(path).exists() and not overwrite:
+            raise ValueError(f"{path} exists already; pass --overwrite to replace it")
+
+
+def check_writable(path: str) -> None:
+    """Raise ValueError or OSError if no file can be written at `path`; leaves nothing behind."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{path} is a folder")
+    if not target.parent.is_dir():
+        raise ValueError(f"{path}: {target.parent} is not a folder")
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".stylize-"):
+        pass
+
+
+def save(image: Image.Image, path: str) -> None:
+    """Write the picture under a temporary name and rename it; `-` is standard output (PNG).
+
+    JPEG is written at quality 95 without chroma subsampling; where a format has no alpha, it is left out.
+    """
+    kind = output_format(path)
+    if kind in _OPAQUE and image.mode == "RGBA":
+        log.warning("%s holds no transparency: alpha left out", kind)
+        image = image.convert("RGB")
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    if path == "-":
+        stream = io.BytesIO()
+        image.save(stream, kind, **options)
+        sys.stdout.buffer.write(stream.getvalue())
+        sys.stdout.buffer.flush()
+        return
+    with atomic(Path(path)) as temporary:
+        image.save(temporary, kind, **options)
+
+
+@contextlib.contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; rename it on success, remove it otherwise."""
+    temporary = target.with_name(f".stylize-{uuid.uuid4().hex}{target.suffix}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

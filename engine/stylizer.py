@@ -1,0 +1,277 @@
+"""`Stylizer`: loads a network once, then stylises any number of pictures, coarse to fine."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from . import image as images
+from . import kernels, provider
+from .autograd import loss as bridge
+from .config import MIN_SIDE, Config
+from .export import graph, vgg
+from .export.weights import Weights
+from .export.weights import load as load_weights
+from .features import Features, extract
+from .losses import Objective
+from .optimize import State, minimise
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_T = TypeVar("_T")
+_NETWORKS = 8  # graph pairs kept open: the scales of one run
+_STYLES = 64  # style targets kept, 2.4 MB each with the default layers
+
+
+@dataclass(frozen=True)
+class Step:
+    """State of a run after one iteration.
+
+    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one; `loss` is
+    that of this iteration; `image` converts the best picture of this scale when it is asked for.
+    """
+
+    scale: int
+    iteration: int
+    total: int
+    loss: float
+    _pixels: Tensor = field(repr=False)
+    _alpha: NDArray[np.float32] | None = field(repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
+        alpha = self._alpha
+        if alpha is not None:
+            height, width = self._pixels.shape[2:]
+            rgb = np.zeros((*alpha.shape, 3), np.float32)
+            alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
+        return images.to_pil(self._pixels, alpha)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: the picture, the last step, and (scale, loss, seconds since the start) of each iteration."""
+
+    image: Image.Image
+    last: Step
+    trace: tuple[tuple[int, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses of a picture and the gradient of the total.
+
+    `loss` is the weighted total; `content_loss`, `style_loss` (by layer) and `tv_loss` are unweighted; `gradient` is
+    float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
+    """
+
+    loss: float
+    content_loss: float
+    style_loss: dict[str, float]
+    tv_loss: float
+    gradient: NDArray[np.float32]
+
+
+class Stylizer:
+    """Stylises pictures on one device with one set of weights; safe to call from several threads.
+
+    `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, cuda or
+    tensorrt; `precision`: auto, fp32 or fp16; `threads`: of ONNX Runtime on the CPU, torch's own number by default.
+
+    Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
+    the device cannot run here.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self.device, self.precision = provider.resolve(device, precision)
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads {threads}: give a number from 1")
+        self._threads = threads or torch.get_num_threads()
+        self._source = weights
+        self._lock = threading.Lock()
+        self._weights: tuple[int, Weights] | None = None
+        self._networks: OrderedDict[Hashable, Features] = OrderedDict()
+        self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
+        self._load(Config().layers)
+
+    @property
+    def weights_name(self) -> str:
+        """`embedded`, `imagenet` or the name of the weights file."""
+        return self._load(Config().layers).name
+
+    def __call__(self, content: Any, style: Any, config: Config | None = None) -> Result:
+        """Stylise `content` (path, bytes, PIL image or array) with `style`, one such or a list of them.
+
+        Several styles share equally: their Gram matrices are averaged. The result has the content's aspect and
+        `config.size` as its long side.
+
+        Raises ValueError, TypeError or OSError for pictures and options that cannot be used, FloatingPointError if the
+        run meets a NaN or an infinity (`steps` then still has the last good picture).
+        """
+        start = time.perf_counter()
+        trace = []
+        for step in self.steps(content, style, config):
+            trace.append((step.scale, step.loss, time.perf_counter() - start))
+        return Result(step.image, step, tuple(trace))
+
+    def steps(self, content: Any, style: Any, config: Config | None = None) -> Iterator[Step]:
+        """The same run as an iterator over its iterations: leave it, and it stops.
+
+        Pictures and options are checked now, the work is done as the iterator advances.
+        """
+        config = config or Config()
+        picture = images.load(content)
+        styles = _load_styles(style)
+        schedule = config.schedule(picture.aspect)
+        start = images.load(config.init) if config.init not in ("content", "noise") else None
+        return self._run(picture, styles, start, schedule, config)
+
+    def evaluate(self, image: Any, content: Any, style: Any, config: Config | None = None) -> Score:
+        """Losses and pixel gradient of `image` at its own size, without optimising it.
+
+        The content is resized to the image, the styles so that their long side equals the image's.
+        """
+        config = config or Config()
+        picture = images.load(image)
+        size = picture.size
+        network = self._network(size, config)
+        objective = self._objective(network, images.resize(images.load(content), size), _load_styles(style), config)
+        terms, gradient = objective.evaluate(images.to_tensor(picture).to(network.image.device))
+        assert gradient is not None
+        return Score(
+            float(terms.total),
+            float(terms.content),
+            {layer: float(value) for layer, value in terms.style.items()},
+            float(terms.tv),
+            gradient[0].permute(1, 2, 0).cpu().numpy(),
+        )
+
+    def _run(
+        self,
+        content: images.Picture,
+        styles: list[images.Picture],
+        start: images.Picture | None,
+        schedule: list[tuple[int, int]],
+        config: Config,
+    ) -> Iterator[Step]:
+        total = sum(iterations for _, iterations in schedule)
+        iteration = 0
+        state = State()
+        pixels: Tensor | None = None
+        for scale, iterations in schedule:
+            size = content.fit(scale)
+            network = self._network(size, config)
+            scaled = images.resize(content, size)
+            objective = self._objective(network, scaled, styles, config)
+            if pixels is None:
+                pixels = _first_pixels(scaled, start, config)
+            else:
+                pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
+            pixels = pixels.to(network.image.device)
+            loss = partial(bridge, objective=objective)
+            for iterate in minimise(loss, pixels, config.optimizer, iterations, state):
+                iteration += 1
+                pixels = iterate.best
+                yield Step(scale, iteration, total, iterate.loss, pixels, content.alpha)
+
+    def _objective(
+        self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config
+    ) -> Objective:
+        """The objective at the size of `network`, whose content picture has that size already."""
+        with network.lock:
+            network.image.copy_(images.to_tensor(content))
+            network.forward()
+            targets = {layer: network.features[layer].clone() for layer in config.content_layers}
+        long_side = max(network.spec.height, network.spec.width)
+        grams = [self._style_grams(style, long_side, config) for style in styles]
+        mean = {layer: torch.stack([each[layer] for each in grams]).mean(0) for layer in config.style_layers}
+        return Objective(network, targets, mean, config)
+
+    def _style_grams(self, style: images.Picture, long_side: int, config: Config) -> dict[str, Tensor]:
+        """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it."""
+        size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
+        digest = hashlib.sha256(style.rgb.tobytes()).digest()
+        key = (digest, style.size, size, config.style_layers, config.pooling)
+
+        def make() -> dict[str, Tensor]:
+            spec = graph.Spec(size[1], size[0], config.style_layers, config.pooling, self.precision, self._blocked)
+            pixels = images.to_tensor(images.resize(style, size))
+            found = extract(pixels, spec, self._load(config.layers), self.device, self._threads)
+            grams = {}
+            for layer, features in found.items():
+                flat = features.flatten(2)[0]
+                grams[layer] = kernels.gram(flat, torch.empty(len(flat), len(flat), device=flat.device))
+            return grams
+
+        return self._cached(self._grams, key, _STYLES, make)
+
+    def _network(self, size: tuple[int, int], config: Config) -> Features:
+        width, height = size
+        spec = graph.Spec(height, width, config.layers, config.pooling, self.precision, self._blocked)
+        return self._cached(
+            self._networks,
+            spec,
+            _NETWORKS,
+            lambda: Features(spec, self._load(config.layers), self.device, self._threads),
+        )
+
+    @property
+    def _blocked(self) -> bool:
+        return self.device == "cpu" and self.precision == "fp32"
+
+    def _load(self, layers: Sequence[str]) -> Weights:
+        """The weights down to the deepest of `layers`, loaded again only when a deeper one is asked for."""
+        depth = len(vgg.cut(layers))
+        if self._weights is None or self._weights[0] < depth:
+            self._weights = depth, load_weights(self._source, tuple(layers))
+        return self._weights[1]
+
+    def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
+        """The entry of a least-recently-used cache; one thread at a time makes a new one."""
+        with self._lock:
+            if key not in cache:
+                cache[key] = make()
+            cache.move_to_end(key)
+            while len(cache) > limit:
+                cache.popitem(last=False)
+            return cache[key]
+
+
+def _load_styles(style: Any) -> list[images.Picture]:
+    sources = list(style) if isinstance(style, list | tuple) else [style]
+    if not sources:
+        raise ValueError("give at least one style")
+    return [images.load(source) for source in sources]
+
+
+def _first_pixels(content: images.Picture, start: images.Picture | None, config: Config) -> Tensor:
+    """The pixels (1, 3, H, W) that the first scale starts from."""
+    if start is not None:
+        return images.to_tensor(images.resize(start, content.size))
+    if config.init == "content":
+        return images.to_tensor(content)
+    generator = torch.Generator().manual_seed(config.seed)
+    width, height = content.size
+    return torch.rand(1, 3, height, width, generator=generator)
