@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import random_state
+
+from engine import Config, Stylizer
+
+TINY = Config(size=48, iterations=3, scales=1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep every test off the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache", numbered=True)
+    monkeypatch.setenv("STYLIZE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict]]:
+    """Random networks: {naming: (file, state dict)}."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+    torchvision, caffe = random_state(1), random_state(2, caffe=True)
+    save_file(torchvision, folder / "torchvision.safetensors")
+    torch.save(caffe, folder / "caffe.pth")
+    return {
+        "torchvision": (folder / "torchvision.safetensors", torchvision),
+        "caffe": (folder / "caffe.pth", caffe),
+    }
+
+
+@pytest.fixture(scope="session")
+def stylizer() -> Stylizer:
+    return Stylizer(weights="embedded", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> dict[str, np.ndarray]:
+    """A content and a style picture, uint8 (H, W, 3)."""
+    y, x = np.mgrid[0:40, 0:56]
+    content = np.stack([x * 4, y * 6, 255 * ((x // 8 + y // 8) % 2)], axis=2).astype(np.uint8)
+    style = np.random.default_rng(0).integers(0, 256, (44, 36, 3), dtype=np.uint8)
+    return {"content": content, "style": style}

@@ -1,0 +1,58 @@
+import onnx
+import pytest
+
+from engine.export import __main__ as command
+from engine.export import graph, validate, weights
+
+
+def test_writes_validated_files_and_prints_a_table(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path / "new"), "--height", "40", "--width", "37", "--layers", "relu1_1,relu2_1"]
+    assert command.main([*arguments, "--weights", "embedded"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert [word for word in ("file", "inputs", "outputs", "opset", "size", "max error") if word in head]
+    files = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert [row.split()[0] for row in sorted(rows)] == files
+    for kind in ("forward", "vjp"):
+        path = tmp_path / "new" / f"{kind}-relu2_1-avg-fp32-40x37.onnx"
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def test_written_files_compute_the_same_as_the_engine(tmp_path):
+    import numpy as np
+
+    from engine.export.ort import onnxruntime
+
+    spec = graph.Spec(33, 40, ("relu2_1",))
+    net = weights.load("embedded", spec.layers)
+    command.export(spec, net, tmp_path)
+    session = onnxruntime().InferenceSession(tmp_path / "forward-relu2_1-avg-fp32-33x40.onnx")
+    image = np.random.default_rng(0).random((1, 3, 33, 40), np.float32)
+    names = [output.name for output in session.get_outputs()]
+    from_file = dict(zip(names, session.run(None, {"image": image}), strict=True))
+    in_memory = validate.run(graph.forward(spec, net), graph.forward_initializers(spec, net), {"image": image})
+    for name, value in from_file.items():
+        np.testing.assert_array_equal(value, in_memory[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layers", "relu9_1"], "choose from"),
+        (["--height", "8"], "at least 32"),
+        (["--weights", "missing.pth"], "does not exist"),
+        (["--weights", "imagnet"], "choose auto"),
+    ],
+)
+def test_mistakes_exit_2_with_one_line(tmp_path, capsys, arguments, words):
+    assert command.main(["--out", str(tmp_path), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_graph_that_is_off_is_not_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validate, "TOLERANCE", {"fp32": (1e-5, 1e-12)})
+    arguments = ["--out", str(tmp_path), "--height", "32", "--width", "32", "--layers", "relu1_1"]
+    assert command.main([*arguments, "--weights", "embedded"]) == 1
+    assert "is off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

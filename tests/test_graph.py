@@ -1,0 +1,141 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.export import graph, validate, vgg, weights
+
+STYLE_AND_CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
+
+
+@pytest.fixture(scope="module")
+def net():
+    return weights.load("embedded", ("relu5_1",))
+
+
+def run_pair(spec, net, image, cotangents):
+    """Features and pixel gradient of the two graphs."""
+    forward = graph.forward(spec, net)
+    features = validate.run(forward, graph.forward_initializers(spec, net), {"image": image})
+    feeds = {**features, **{f"cotangent.{layer}": value for layer, value in cotangents.items()}}
+    return features, validate.run(graph.vjp(spec, net), graph.vjp_initializers(spec, net), feeds)["gradient"]
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize(("precision", "blocked"), [("fp32", True), ("fp32", False), ("fp16", False)])
+def test_pair_agrees_with_float64(net, pooling, precision, blocked):
+    spec = graph.Spec(61, 47, STYLE_AND_CONTENT, pooling, precision, blocked)
+    errors = validate.check(spec, net)
+    assert errors.forward < (1e-5 if precision == "fp32" else 5e-3)
+    assert errors.vjp < (2e-6 if precision == "fp32" else 2e-3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    height=st.integers(32, 70),
+    width=st.integers(32, 70),
+    layers=st.sets(st.sampled_from(vgg.LAYERS[:13]), min_size=1, max_size=4),
+    pooling=st.sampled_from(["avg", "max"]),
+    blocked=st.booleans(),
+)
+def test_any_size_and_any_layers(net, height, width, layers, pooling, blocked):
+    ordered = tuple(layer for layer in vgg.LAYERS if layer in layers)
+    assert validate.check(graph.Spec(height, width, ordered, pooling, "fp32", blocked), net).vjp < 1e-5
+
+
+def test_vjp_is_autograd_end_to_end(net):
+    """Average pooling in fp32: no linear piece to choose but the masks, and those agree away from zero."""
+    spec = graph.Spec(64, 50, ("relu3_1",), "avg")
+    image = torch.rand(1, 3, 64, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    oracle = net.module(spec.layers, "avg", torch.float64)
+    x = image.clone().requires_grad_()
+    out = oracle(x)["relu3_1"]
+    cotangent = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    (expected,) = torch.autograd.grad(out, x, cotangent)
+    _, gradient = run_pair(spec, net, image.float().numpy(), {"relu3_1": cotangent.float().numpy()})
+    assert np.linalg.norm(gradient - expected.numpy()) < 1e-4 * np.linalg.norm(expected.numpy())
+
+
+def test_vjp_is_linear_in_the_cotangent(net):
+    spec = graph.Spec(40, 33, ("relu2_1",), "max")
+    image = np.random.default_rng(0).random((1, 3, 40, 33), np.float32)
+    cotangent = np.random.default_rng(1).standard_normal(spec.shapes["relu2_1"]).astype(np.float32)
+    _, once = run_pair(spec, net, image, {"relu2_1": cotangent})
+    _, twice = run_pair(spec, net, image, {"relu2_1": 2 * cotangent})
+    np.testing.assert_array_equal(twice, 2 * once)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_ties_of_a_flat_picture_are_routed_once(net, pooling):
+    """On a flat picture all four positions of a window are equal; torch sends the gradient to the first only."""
+    spec = graph.Spec(36, 36, ("relu2_1",), pooling)
+    image = np.full((1, 3, 36, 36), 0.7, np.float32)
+    cotangent = np.ones(spec.shapes["relu2_1"], np.float32)
+    _, gradient = run_pair(spec, net, image, {"relu2_1": cotangent})
+    x = torch.from_numpy(image).requires_grad_()
+    (expected,) = torch.autograd.grad(net.module(spec.layers, pooling)(x)["relu2_1"].sum(), x)
+    assert np.linalg.norm(gradient - expected.numpy()) < 1e-4 * np.linalg.norm(expected.numpy())
+
+
+def test_odd_row_cut_by_pooling_gets_no_gradient(net):
+    """The receptive field of relu2_1 ends before the last column of an odd picture, two 3x3 steps away."""
+    spec = graph.Spec(34, 37, ("relu2_1",), "avg")
+    image = np.random.default_rng(0).random((1, 3, 34, 37), np.float32)
+    cotangent = np.zeros(spec.shapes["relu2_1"], np.float32)
+    cotangent[..., -3] = 1  # reaches pooled columns 14-16, hence columns 26-35 of the picture
+    _, gradient = run_pair(spec, net, image, {"relu2_1": cotangent})
+    assert np.abs(gradient[..., 26:36]).max() > 0
+    assert not gradient[..., 36].any()
+    assert not gradient[..., :26].any()
+
+
+def test_weights_file_is_shared_by_all_shapes(net):
+    small, large = (graph.Spec(side, side, ("relu3_1",)) for side in (32, 96))
+    places = []
+    for spec in (small, large):
+        for model in (graph.forward(spec, net), graph.vjp(spec, net)):
+            external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+            places.append({t.name: {e.key: e.value for e in t.external_data} for t in external})
+            assert len(model.SerializeToString()) < 30_000  # no weights inside
+    assert places[0] == places[2]
+    assert places[1] == places[3]
+
+
+def test_initializers_do_not_overlap(net):
+    spec = graph.Spec(32, 32, ("relu5_1",))
+    arrays = {**graph.forward_initializers(spec, net), **graph.vjp_initializers(spec, net)}
+    end = 0
+    for name, (offset, length) in graph.offsets(spec).items():
+        assert offset >= end
+        assert length == arrays[name].nbytes
+        end = offset + length
+    assert set(arrays) == set(graph.offsets(spec))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((31, 64, ("relu1_1",)), "at least 32"),
+        ((64, 64, ("relu6_1",)), "choose from"),
+        ((64, 64, ()), "choose from"),
+        ((64, 64, ("relu1_1",), "median"), "avg or max"),
+        ((64, 64, ("relu1_1",), "avg", "fp8"), "fp32 or fp16"),
+        ((64, 64, ("relu1_1",), "avg", "fp16", True), "blocked"),
+    ],
+)
+def test_spec_refuses(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        graph.Spec(*arguments)
+
+
+def test_validation_catches_a_wrong_graph(net, monkeypatch):
+    right = graph.vjp_initializers
+
+    def not_turned(spec, net):
+        return {key: value[:, :, ::-1, ::-1].copy() for key, value in right(spec, net).items()}
+
+    monkeypatch.setattr(graph, "vjp_initializers", not_turned)
+    with pytest.raises(ArithmeticError, match="VJP"):
+        validate.check(graph.Spec(40, 40, ("relu2_1",)), net)
