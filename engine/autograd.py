@@ -18,17 +18,17 @@ from .losses import Objective
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pixels: Tensor, objective: Objective) -> Tensor:
-        terms, gradient = objective.evaluate(pixels, with_gradient=ctx.needs_input_grad[0])
+    def forward(ctx: Any, pixels: Tensor, objective: Objective, with_gradient: bool) -> Tensor:
+        terms, gradient = objective.evaluate(pixels, with_gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return terms.total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return cotangent * gradient, None
+        return cotangent * gradient, None, None
 
 
 def loss(pixels: Tensor, objective: Objective) -> Tensor:
@@ -42,5 +42,6 @@ def loss(pixels: Tensor, objective: Objective) -> Tensor:
             f"pixels {tuple(pixels.shape)} {pixels.dtype} on {pixels.device}: "
             f"the objective takes {tuple(wanted.shape)} {wanted.dtype} on {wanted.device}"
         )
-    result: Tensor = _Loss.apply(pixels, objective)
+    with_gradient = torch.is_grad_enabled() and pixels.requires_grad
+    result: Tensor = _Loss.apply(pixels, objective, with_gradient)
     return result

@@ -153,7 +153,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             converted = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
             if converted is not None:
                 return converted
-        except ImageCms.PyCMSError as error:
+        except (ImageCms.PyCMSError, OSError) as error:
             log.warning("ICC profile left out of account: %s", error)
     return image.convert("RGB")
 

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 HISTORY = 20  # pairs of the L-BFGS history: 0.5 kB a pixel, where torch's default of 100 would take 2.4 kB
 FIRST_STEP = 0.01  # root mean square of the first L-BFGS step, in pixel values
-DIVERGED = 2.0  # a loss this many times the best one sends L-BFGS back to the best image
-ADAM = {"lr": 0.03, "betas": (0.9, 0.99)}
+DIVERGED = 2.0  # a loss this many times the best one makes L-BFGS take its step back
+HALVINGS = 4  # of one step, before L-BFGS starts afresh
+ADAM_RATE, ADAM_BETAS = 0.03, (0.9, 0.99)
 
 
 @dataclass
@@ -38,7 +39,7 @@ def minimise(
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
     `loss` maps pixels (1, 3, H, W) to a 0-dim tensor with a gradient. `lbfgs` takes full quasi-Newton steps without a
-    line search (one evaluation a step) and restarts from the best image when a step has diverged; `adam` keeps the
+    line search (one evaluation a step) and takes a step back, half by half, when it has diverged; `adam` keeps the
     pixels in [0, 1]. Raises FloatingPointError when loss or gradient is not finite; what was yielded before stays good.
     """
     image = start.detach().clone().requires_grad_()
@@ -58,9 +59,7 @@ def minimise(
         if current < lowest:
             best, lowest = image.detach().clone(), current
         if current > DIVERGED * lowest:
-            with torch.no_grad():
-                image.copy_(best)
-            runner.restart()
+            runner.retreat(best)
         else:
             runner.step(current)
         yield Iterate(current, best)
@@ -72,27 +71,42 @@ class _Lbfgs:
 
     def __init__(self, image: Tensor) -> None:
         self._image = image
-        self.restart()
+        self._first_step = FIRST_STEP
+        self._forget()
 
-    def restart(self) -> None:
-        """Forget the history."""
+    def _forget(self) -> None:
         self._torch = torch.optim.LBFGS(
             [self._image], max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
         )
-        self._first = True
+        self._fresh = True
+        self._halvings = 0
 
     def step(self, value: float) -> None:
         """Move the image by one quasi-Newton step for the gradient in `image.grad`."""
         assert self._image.grad is not None
         rate = 1.0
-        if self._first:
+        if self._fresh:
             # torch would step by min(1, 1 / |g|_1) * lr * g, which is lost in fp32 rounding for a loss of order one.
             gradient = self._image.grad
             size = float(gradient.square().mean().sqrt())
-            rate = FIRST_STEP / size / min(1.0, 1.0 / float(gradient.abs().sum())) if size > 0 else 1.0
+            rate = self._first_step / size / min(1.0, 1.0 / float(gradient.abs().sum())) if size > 0 else 1.0
         self._torch.param_groups[0]["lr"] = rate
         self._torch.step(lambda: value)  # the gradient is in place already
-        self._first = False
+        self._fresh = False
+        self._halvings = 0
+
+    def retreat(self, best: Tensor) -> None:
+        """Take back half of the last step; after several halves, forget the history and start from `best`."""
+        with torch.no_grad():
+            if self._halvings < HALVINGS:
+                state = self._torch.state[self._image]
+                state["t"] /= 2  # the pair (s, y) of the next step has to know the step that was really made
+                self._image.sub_(state["d"].view_as(self._image), alpha=state["t"])
+                self._halvings += 1
+                return
+            self._image.copy_(best)
+        self._first_step /= 4
+        self._forget()
 
     def save(self, state: State) -> None:
         """Nothing is carried on: the history belongs to the resolution it was made at."""
@@ -103,8 +117,7 @@ class _Adam:
 
     def __init__(self, image: Tensor, state: State) -> None:
         self._image = image
-        self._carried = state.moments
-        self.restart()
+        self._torch = torch.optim.Adam([image], lr=ADAM_RATE, betas=ADAM_BETAS)
         if state.moments:
             size = image.shape[2:]
             moments: dict[str, Any] = {"step": state.moments["step"]}
@@ -112,15 +125,15 @@ class _Adam:
                 moments[name] = functional.interpolate(state.moments[name], size=size, mode="bilinear")
             self._torch.state[image] = moments
 
-    def restart(self) -> None:
-        """Forget the moments."""
-        self._torch = torch.optim.Adam([self._image], lr=ADAM["lr"], betas=ADAM["betas"])  # type: ignore[arg-type]
-
     def step(self, value: float) -> None:
         """Move the image by one step for the gradient in `image.grad`, then clamp it."""
         self._torch.step()
         with torch.no_grad():
             self._image.clamp_(0, 1)
+
+    def retreat(self, best: Tensor) -> None:
+        """Step on: Adam's steps are bounded, and it comes back by itself."""
+        self.step(0.0)
 
     def save(self, state: State) -> None:
         """Hand the moments to the next scale."""

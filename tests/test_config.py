@@ -1,0 +1,71 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import Config
+
+
+def test_defaults_are_the_papers_layers():
+    config = Config()
+    assert config.style_layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    assert config.layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"size": 31}, ValueError, "from 32"),
+        ({"size": 2.5}, TypeError, "whole number"),
+        ({"size": True}, TypeError, "whole number"),
+        ({"iterations": 0}, ValueError, "from 1"),
+        ({"iterations": ()}, ValueError, "at least one"),
+        ({"iterations": (3, -1)}, ValueError, "from 1"),
+        ({"scales": "many"}, ValueError, "auto or a number"),
+        ({"scales": 0}, ValueError, "from 1"),
+        ({"style_weight": -1}, ValueError, "not negative"),
+        ({"content_weight": math.nan}, ValueError, "finite"),
+        ({"tv_weight": "1"}, TypeError, "number"),
+        ({"style_layers": ("relu4_5",)}, ValueError, "did you mean relu4_"),
+        ({"style_layers": "relu1_1"}, TypeError, "tuple of layers"),
+        ({"content_layers": ()}, ValueError, "at least one layer"),
+        ({"content_layers": ("relu1_1", "relu1_1")}, ValueError, "twice"),
+        ({"pooling": "maxx"}, ValueError, "did you mean max"),
+        ({"optimizer": "lbgfs"}, ValueError, "did you mean lbfgs"),
+        ({"seed": -1}, ValueError, "from 0"),
+    ],
+)
+def test_mistakes_are_named(options, error, words):
+    with pytest.raises(error, match=words):
+        Config(**options)
+
+
+def test_schedule_grows_by_sqrt_2_and_works_most_at_the_small_scales():
+    schedule = Config(size=512, iterations=100).schedule(1.5)
+    assert [side for side, _ in schedule] == [128, 181, 256, 362, 512]
+    assert [count for _, count in schedule] == [400, 283, 200, 141, 100]
+
+
+def test_schedule_takes_numbers_for_each_scale():
+    assert Config(size=256, iterations=(5, 4, 3)).schedule(1) == [(128, 5), (181, 4), (256, 3)]
+    assert Config(size=256, scales=1, iterations=7).schedule(1) == [(256, 7)]
+    assert Config(size=200, scales=2, iterations=(7,)).schedule(1) == [(141, 7), (200, 7)]
+    with pytest.raises(ValueError, match="names 2 scales, there are 3"):
+        Config(size=256, iterations=(5, 4)).schedule(1)
+
+
+@given(size=st.integers(32, 4096), aspect=st.floats(1, 40))
+def test_every_scale_is_large_enough(size, aspect):
+    config = Config(size=size)
+    try:
+        schedule = config.schedule(aspect)
+    except ValueError as error:
+        assert round(size / aspect) < 32
+        assert "choose a larger size" in str(error)
+        return
+    sides = [side for side, _ in schedule]
+    assert sides[-1] == size
+    assert sides == sorted(sides)
+    assert all(round(side / aspect) >= 32 for side in sides)
+    assert all(count >= 1 for _, count in schedule)

@@ -1,0 +1,261 @@
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from engine import image
+
+
+def png(array, **options):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def colour(height=6, width=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_path_bytes_pil_and_array_are_the_same_picture(tmp_path):
+    array = colour()
+    path = tmp_path / "a.png"
+    path.write_bytes(png(array))
+    sources = [path, str(path), png(array), Image.fromarray(array), array, array.astype(np.float64) / 255]
+    for source in sources:
+        np.testing.assert_allclose(image.load(source).rgb, array / 255, atol=1e-7)
+        assert image.load(source).rgb.dtype == np.float32
+        assert image.load(source).alpha is None
+
+
+def test_exif_orientation_is_applied():
+    array = colour(4, 9)
+    picture = Image.fromarray(array)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", exif=exif)
+    np.testing.assert_allclose(image.load(stream.getvalue()).rgb, np.rot90(array, -1) / 255, atol=1e-7)
+
+
+def test_grey_bilevel_palette_and_cmyk():
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    loaded = image.load(Image.fromarray(grey)).rgb
+    np.testing.assert_allclose(loaded, np.repeat(grey[..., None], 3, 2) / 255, atol=1e-7)
+    assert set(np.unique(image.load(Image.fromarray(grey).convert("1")).rgb)) <= {0, 1}
+    flat = np.full((5, 5, 3), (200, 30, 90), np.uint8)
+    for mode in ("P", "CMYK", "YCbCr", "LAB"):
+        converted = Image.fromarray(flat)
+        converted = converted.quantize(4) if mode == "P" else converted
+        converted = converted.convert(mode) if mode in ("CMYK", "YCbCr") else converted
+        np.testing.assert_allclose(image.load(converted).rgb, flat / 255, atol=0.02)
+
+
+def test_sixteen_bit_grey_keeps_its_depth():
+    deep = np.array([[0, 1000], [30000, 65535]], np.uint16)
+    np.testing.assert_allclose(image.load(png(deep)).rgb[..., 0], deep / 65535, atol=1e-6)
+    floats = np.array([[0, 0.25], [0.5, 1]], np.float32)
+    np.testing.assert_allclose(image.load(Image.fromarray(floats)).rgb[..., 2], floats)
+    with pytest.raises(ValueError, match="outside"):
+        image.load(Image.fromarray(floats * 3))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_is_set_apart(mode):
+    array = np.dstack([colour(), np.arange(48, dtype=np.uint8).reshape(6, 8) * 5])
+    source = Image.fromarray(array)
+    if mode == "P":
+        source = Image.fromarray(colour()).quantize(8)
+        source.info["transparency"] = 0
+        alpha = np.where(np.asarray(source) == 0, 0, 1)
+    else:
+        source = source.convert(mode)
+        alpha = array[..., 3] / 255
+    loaded = image.load(source)
+    assert loaded.rgb.shape == (6, 8, 3)
+    np.testing.assert_allclose(loaded.alpha, alpha, atol=1e-6)
+
+
+def test_icc_profile_is_brought_to_srgb(caplog):
+    """A profile with sRGB's colours but gamma 1.0 instead of 2.4: its middle grey is a light grey in sRGB."""
+    array = np.full((3, 3, 3), 128, np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_allclose(image.load(png(array, icc_profile=srgb)).rgb, array / 255, atol=0.005)
+    gamma = struct.pack(">i", round(2.4 * 65536))
+    assert gamma in srgb
+    steep = srgb.replace(gamma, struct.pack(">i", 65536))
+    assert image.load(png(array, icc_profile=steep)).rgb.mean() > 0.6
+    assert not caplog.text
+    np.testing.assert_allclose(image.load(png(array, icc_profile=b"broken")).rgb, array / 255, atol=1e-6)
+    assert "ICC profile" in caplog.text
+
+
+def bomb():
+    """A PNG of 50000 x 50000 pixels in a few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 50000, 50000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"not a picture at all", "not a picture"),
+        (png(colour(64, 64))[:200], "damaged|not a picture"),
+        (bomb(), "more than"),
+    ],
+)
+def test_bad_files(tmp_path, content, words):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    for source in (path, content):
+        with pytest.raises(ValueError, match=words):
+            image.load(source)
+
+
+def test_a_moderate_bomb_is_refused_as_well(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow itself only warns up to twice this
+    with pytest.raises(ValueError, match="more than 40 pixels"):
+        image.load(png(colour(6, 8)))
+
+
+def test_missing_files_and_other_types(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        image.load(tmp_path / "missing.png")
+    with pytest.raises(TypeError, match="not int"):
+        image.load(7)
+    with pytest.raises(ValueError, match=r"\(H, W, 3\)"):
+        image.load(np.zeros((4, 4)))
+    with pytest.raises(TypeError, match="uint8 or float"):
+        image.load(np.zeros((4, 4, 3), np.int32))
+    for bad in (1.5, np.nan):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            image.load(np.full((4, 4, 3), bad))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_pictures_never_crash(data):
+    """Whatever is done to a valid file, it loads or raises ValueError."""
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"]))
+    stream = io.BytesIO()
+    Image.fromarray(colour(16, 16)).save(stream, kind)
+    content = bytearray(stream.getvalue())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    try:
+        picture = image.load(bytes(content))
+    except ValueError:
+        return
+    assert np.isfinite(picture.rgb).all()
+
+
+def test_fit_keeps_the_aspect():
+    picture = image.Picture(np.zeros((300, 451, 3), np.float32))
+    assert picture.fit(512) == (512, 341)
+    assert image.Picture(np.zeros((451, 300, 3), np.float32)).fit(512) == (341, 512)
+
+
+def test_resize_leaves_alone_what_fits_and_stays_in_range():
+    picture = image.Picture(colour(20, 30).astype(np.float32) / 255, np.ones((20, 30), np.float32))
+    assert image.resize(picture, (30, 20)) is picture
+    larger = image.resize(picture, (47, 31))
+    assert larger.rgb.shape == (31, 47, 3)
+    assert larger.alpha.shape == (31, 47)
+    assert larger.rgb.min() >= 0
+    assert larger.rgb.max() <= 1
+    flat = image.Picture(np.full((20, 30, 3), 0.3, np.float32))
+    np.testing.assert_allclose(image.resize(flat, (13, 9)).rgb, 0.3, atol=1e-6)
+
+
+def test_tensor_and_back():
+    array = colour()
+    pixels = image.to_tensor(image.load(array))
+    assert pixels.shape == (1, 3, 6, 8)
+    np.testing.assert_array_equal(np.asarray(image.to_pil(pixels)), array)
+    outside = torch.tensor([-0.5, 0.5, 1.7]).reshape(1, 3, 1, 1)
+    np.testing.assert_array_equal(np.asarray(image.to_pil(outside)), [[[0, 128, 255]]])
+    alpha = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    back = np.asarray(image.to_pil(pixels, alpha))
+    np.testing.assert_allclose(back[..., 3] / 255, alpha, atol=0.5 / 255)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"])
+def test_save_by_suffix(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    smooth = np.tile(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None], (32, 1, 3))
+    image.save(Image.fromarray(smooth), str(path))
+    np.testing.assert_allclose(np.asarray(Image.open(path).convert("RGB")).astype(int), smooth, atol=6)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_jpeg_is_95_without_chroma_subsampling(tmp_path):
+    from PIL import JpegImagePlugin
+
+    image.save(Image.fromarray(colour(32, 32)), str(tmp_path / "out.jpg"))
+    with Image.open(tmp_path / "out.jpg") as written:
+        assert JpegImagePlugin.get_sampling(written) == 0  # 4:4:4
+        reference = io.BytesIO()
+        Image.fromarray(colour(32, 32)).save(reference, "JPEG", quality=95)
+        with Image.open(reference) as expected:
+            assert written.quantization == expected.quantization
+
+
+def test_alpha_survives_png_and_is_left_out_of_jpeg(tmp_path, caplog):
+    rgba = Image.fromarray(np.dstack([colour(), np.full((6, 8), 77, np.uint8)]))
+    image.save(rgba, str(tmp_path / "a.png"))
+    with Image.open(tmp_path / "a.png") as written:
+        assert written.getchannel("A").getextrema() == (77, 77)
+    image.save(rgba, str(tmp_path / "a.jpg"))
+    with Image.open(tmp_path / "a.jpg") as written:
+        assert written.mode == "RGB"
+    assert "alpha left out" in caplog.text
+
+
+def test_output_is_checked_before_the_work(tmp_path):
+    good = tmp_path / "out.png"
+    image.check_output(str(good), overwrite=False)
+    image.check_output("-", overwrite=False)
+    assert not list(tmp_path.iterdir())
+    good.touch()
+    with pytest.raises(ValueError, match="--overwrite"):
+        image.check_output(str(good), overwrite=False)
+    image.check_output(str(good), overwrite=True)
+    with pytest.raises(ValueError, match=r"unknown picture format '.xyz'"):
+        image.check_output(str(tmp_path / "out.xyz"), overwrite=False)
+    with pytest.raises(ValueError, match="not a folder"):
+        image.check_output(str(tmp_path / "missing" / "out.png"), overwrite=False)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        image.check_output(str(tmp_path / "folder.png"), overwrite=True)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "out.png"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), image.atomic(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        image.save(Image.fromarray(colour()), str(tmp_path / "out.png"))
+    finally:
+        os.umask(before)
+    assert Path(tmp_path / "out.png").stat().st_mode & 0o777 == 0o640

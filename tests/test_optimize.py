@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+
+from engine.optimize import ADAM_BETAS, ADAM_RATE, State, minimise
+
+
+def quadratic(seed=0):
+    """A convex quadratic over (1, 3, 5, 5) with its minimum at a point in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(75, 75, generator=generator)
+    matrix = root @ root.T / 75 + 0.1 * torch.eye(75)
+    minimum = torch.rand(1, 3, 5, 5, generator=generator)
+
+    def loss(x):
+        d = (x - minimum).flatten()
+        return d @ matrix @ d
+
+    return loss, minimum
+
+
+@pytest.mark.parametrize(("optimizer", "iterations"), [("lbfgs", 60), ("adam", 600)])
+def test_finds_the_minimum(optimizer, iterations):
+    loss, minimum = quadratic()
+    start = torch.full((1, 3, 5, 5), 0.5)
+    steps = list(minimise(loss, start, optimizer, iterations, State()))
+    assert len(steps) == iterations
+    assert (steps[-1].best - minimum).abs().max() < 1e-2
+    assert torch.equal(start, torch.full((1, 3, 5, 5), 0.5))  # the caller's tensor is left alone
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_lbfgs_does_not_depend_on_the_scale_of_the_loss(scale):
+    loss, minimum = quadratic()
+    steps = list(minimise(lambda x: scale * loss(x), torch.full((1, 3, 5, 5), 0.5), "lbfgs", 60, State()))
+    assert (steps[-1].best - minimum).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_one_iteration_is_one_evaluation(optimizer):
+    loss, _ = quadratic()
+    calls = []
+    steps = minimise(lambda x: (calls.append(1), loss(x))[1], torch.zeros(1, 3, 5, 5), optimizer, 7, State())
+    for count, _ in enumerate(steps, 1):
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_best_is_the_image_of_the_lowest_loss(optimizer):
+    loss, _ = quadratic()
+    lowest = math.inf
+    for step in minimise(loss, torch.zeros(1, 3, 5, 5), optimizer, 30, State()):
+        lowest = min(lowest, step.loss)
+        assert float(loss(step.best)) == pytest.approx(lowest, rel=1e-5)
+
+
+def test_lbfgs_recovers_from_steps_that_diverge():
+    """Rosenbrock's curved valley: full quasi-Newton steps leave it again and again."""
+
+    def loss(x):
+        a, b = x[..., 0], x[..., 1]
+        return (100 * (b - a**2) ** 2 + (1 - a) ** 2).sum()
+
+    start = torch.tensor([-1.2, 1.0]).repeat(1, 3, 4, 1)
+    steps = list(minimise(loss, start, "lbfgs", 150, State()))
+    assert max(step.loss for step in steps) > 4 * steps[0].loss  # it did overshoot
+    assert (steps[-1].best - 1).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_stops_with_the_last_image_kept(optimizer, value):
+    loss, _ = quadratic()
+    calls = []
+
+    def breaks(x):
+        calls.append(1)
+        return loss(x) if len(calls) < 5 else loss(x) * value
+
+    seen = []
+    with pytest.raises(FloatingPointError, match="not finite at iteration 5"):
+        for step in minimise(breaks, torch.zeros(1, 3, 5, 5), optimizer, 30, State()):
+            seen.append(step)
+    assert len(seen) == 4
+    assert torch.isfinite(seen[-1].best).all()
+
+
+def test_adam_keeps_pixels_in_range():
+    steps = minimise(lambda x: ((x - 3) ** 2).sum(), torch.full((1, 3, 2, 2), 0.9), "adam", 50, State())
+    for step in steps:
+        assert step.best.min() >= 0
+        assert step.best.max() <= 1
+
+
+def test_adam_carries_its_moments_to_the_next_scale():
+    state = State()
+    small = list(minimise(lambda x: ((x - 0.9) ** 2).mean(), torch.full((1, 3, 4, 4), 0.5), "adam", 5, state))[-1].best
+    assert float(state.moments["step"]) == 5
+    list(minimise(lambda x: ((x - 0.9) ** 2).mean(), small.repeat(1, 1, 2, 2), "adam", 5, state))
+    assert float(state.moments["step"]) == 10
+    assert state.moments["exp_avg"].shape == (1, 3, 8, 8)
+
+
+def test_adam_is_torchs():
+    loss, _ = quadratic()
+    image = torch.full((1, 3, 5, 5), 0.5).requires_grad_()
+    reference = torch.optim.Adam([image], lr=ADAM_RATE, betas=ADAM_BETAS)
+    losses = []
+    for _ in range(10):
+        reference.zero_grad()
+        value = loss(image)
+        value.backward()
+        losses.append(float(value.detach()))
+        reference.step()
+        image.data.clamp_(0, 1)
+    ours = [step.loss for step in minimise(loss, torch.full((1, 3, 5, 5), 0.5), "adam", 10, State())]
+    assert ours == losses
+
+
+def test_a_start_at_the_minimum_stays_there():
+    steps = list(minimise(lambda x: (x**2).sum(), torch.zeros(1, 3, 3, 3), "lbfgs", 5, State()))
+    assert [step.loss for step in steps] == [0] * 5

@@ -1,0 +1,112 @@
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import pytest
+
+from engine import BackendError, Stylizer, provider
+from engine.export import ort
+
+
+def wheels(monkeypatch, *installed):
+    monkeypatch.setattr(ort, "_installed", lambda wheel: wheel in installed)
+
+
+def test_a_missing_runtime_names_the_install_line(monkeypatch):
+    wheels(monkeypatch)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"not installed: pip install 'gatys-engine\[cpu\]'"):
+        ort.onnxruntime()
+    with pytest.raises(BackendError, match=r"gatys-engine\[gpu\]"):
+        ort.onnxruntime("gpu")
+
+
+def test_doubled_wheels_are_told_apart(monkeypatch):
+    wheels(monkeypatch, "onnxruntime", "onnxruntime-gpu")
+    with pytest.raises(BackendError, match="both installed.*pip uninstall -y onnxruntime onnxruntime-gpu && pip"):
+        Stylizer(device="cpu")
+
+
+def test_a_broken_wheel_is_told_apart(monkeypatch):
+    wheels(monkeypatch, "onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="does not load"):
+        ort.onnxruntime()
+
+
+def test_the_wheels_of_this_machine():
+    names = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    for wheel in ("onnxruntime", "onnxruntime-gpu"):
+        assert ort._installed(wheel) == (wheel in names)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_gpu_that_is_not_there(device, monkeypatch):
+    with pytest.raises(BackendError, match=rf"device {device}: .*pip install 'gatys-engine\["):
+        Stylizer(device=device)
+    runtime = ort.onnxruntime()
+    everything = list(provider.PROVIDERS.values())
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: everything)
+    if not _has_driver():
+        with pytest.raises(BackendError, match=r"libcuda\.so\.1"):
+            Stylizer(device=device)
+
+
+def _has_driver():
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_command_fails_fast_with_the_install_line(device, tmp_path):
+    command = [sys.executable, "-m", "engine.stylize", "--demo", "--device", device, "-o", str(tmp_path / "out.png")]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'gatys-engine[" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert time.perf_counter() - start < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_the_cpu_here_and_says_so(caplog):
+    with caplog.at_level("INFO", logger="engine"):
+        device, precision = provider.resolve("auto", "auto")
+    if device == "cpu":
+        assert "device: cpu" in caplog.text
+        assert precision == "fp32"
+
+
+def test_auto_takes_the_gpu_where_it_works(monkeypatch):
+    monkeypatch.setattr(provider, "check", lambda device: None)
+    assert provider.resolve("auto", "auto")[0] == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("gpu", "auto"), "choose from auto, cpu"), (("cudaa", "auto"), "did you mean cuda"), (("cpu", "fp61"), "fp16")],
+)
+def test_unknown_names(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        provider.resolve(*arguments)
+
+
+def test_bf16_is_refused_rather_than_replaced():
+    with pytest.raises(BackendError, match="bf16"):
+        provider.resolve("cpu", "bf16")
+
+
+def test_a_session_on_another_provider_is_refused():
+    class Session:
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    provider.verify(Session(), "cpu")
+    with pytest.raises(BackendError, match="CUDAExecutionProvider did not start, CPUExecutionProvider did"):
+        provider.verify(Session(), "cuda")

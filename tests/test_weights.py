@@ -1,0 +1,273 @@
+import hashlib
+import http.server
+import multiprocessing
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from oracle import random_state
+from safetensors.torch import save_file
+
+from engine.export import vgg, weights
+
+
+def test_embedded_is_the_same_every_time():
+    first, second = (weights.load("embedded", ("relu2_2",)) for _ in range(2))
+    assert first.digest == second.digest
+    assert set(first.parameters) == {f"{conv.name}.{part}" for conv in vgg.CONVS[:4] for part in ("weight", "bias")}
+
+
+def test_embedded_keeps_activations_of_order_one():
+    from engine.export.validate import picture
+
+    net = weights.load("embedded", ("relu5_1",))
+    layers = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    with torch.no_grad():
+        features = net.module(layers, "avg")(picture(128, 128, seed=5).float())
+    for layer, value in features.items():
+        assert 0.05 < float(value.square().mean().sqrt()) < 20, layer
+
+
+def test_a_shallow_cut_is_the_head_of_a_deep_one():
+    shallow, deep = weights.load("embedded", ("relu1_2",)), weights.load("embedded", ("relu4_1",))
+    for key, value in shallow.parameters.items():
+        assert torch.equal(value, deep.parameters[key])
+
+
+@pytest.mark.parametrize("naming", ["torchvision", "caffe"])
+def test_files_in_both_namings(states, naming):
+    path, state = states[naming]
+    net = weights.load(path, ("relu5_4",))
+    first = next(iter(state.values()))
+    expected = first if naming == "torchvision" else first.flip(1)  # BGR -> RGB
+    assert torch.equal(net.parameters["conv1_1.weight"], expected)
+    assert net.std == (weights.IMAGENET_STD if naming == "torchvision" else weights.CAFFE_STD)
+    assert len(net.parameters) == 32
+
+
+def test_auto_prefers_imagenet_in_the_cache(_own_cache, caplog):
+    with caplog.at_level("INFO"):
+        assert weights.load("auto", ("relu1_1",)).name == "embedded"
+    assert "--weights imagenet" in caplog.text
+    save_file(random_state(), _own_cache / f"vgg19-imagenet-{weights.IMAGENET_SHA256[:16]}.safetensors")
+    assert weights.load("auto", ("relu1_1",)).name == "imagenet"
+
+
+def broken(tmp_path, kind):
+    path = tmp_path / "bad.safetensors"
+    state = random_state()
+    if kind == "not a file of this kind":
+        path.write_bytes(b"nothing of the sort" * 10)
+    elif kind == "other names":
+        save_file({"layer": torch.zeros(3)}, path)
+    elif kind == "missing layer":
+        del state["features.28.bias"]
+        save_file(state, path)
+    elif kind == "wrong shape":
+        state["features.0.weight"] = torch.zeros(64, 1, 3, 3)
+        save_file(state, path)
+    elif kind == "NaN":
+        state["features.5.bias"][7] = torch.nan
+        save_file(state, path)
+    elif kind == "pickle that runs code":
+        path = tmp_path / "bad.pth"
+        torch.save({"features.0.weight": os.system}, path)
+    elif kind == "no dictionary":
+        path = tmp_path / "bad.pth"
+        torch.save([1, 2], path)
+    elif kind == "no tensor":
+        path = tmp_path / "bad.pth"
+        torch.save({"features.0.weight": 3}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("not a file of this kind", "not a state dict"),
+        ("other names", "neither"),
+        ("missing layer", "features.28.bias is missing"),
+        ("wrong shape", r"needs \(64, 3, 3, 3\)"),
+        ("NaN", "NaN or infinity"),
+        ("pickle that runs code", "safely"),
+        ("no dictionary", "not a state dict"),
+        ("no tensor", "not a tensor"),
+    ],
+)
+def test_bad_files_are_told_apart(tmp_path, kind, words):
+    with pytest.raises(ValueError, match=words):
+        weights.load(broken(tmp_path, kind), ("relu5_1",))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="choose auto"):
+        weights.load("imagenett")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        weights.load("missing.pth")
+
+
+class Server:
+    """Serves one file on 127.0.0.1; the first `cuts` answers stop half-way, the first `errors` are 500s."""
+
+    def __init__(self, content: bytes, cuts: int = 0, errors: int = 0, delay: float = 0) -> None:
+        self.requests = 0
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.requests += 1
+                if server.requests <= errors:
+                    self.send_error(500)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                time.sleep(delay)
+                self.wfile.write(content[: len(content) // 2] if server.requests <= cuts else content)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/vgg19.pth"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small stand-in for the checkpoint, which also has a classifier."""
+    path = tmp_path_factory.mktemp("checkpoint") / "vgg19.pth"
+    state = {key: value[:1, :1].half() if value.ndim == 4 else value[:1] for key, value in random_state().items()}
+    torch.save({**state, "classifier.0.weight": torch.zeros(9)}, path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def source(monkeypatch, checkpoint):
+    """Point the download at a local server: a function (server, sha256 or None)."""
+
+    def point(server, digest=None):
+        monkeypatch.setattr(weights, "_imagenet_url", lambda: server.url)
+        monkeypatch.setattr(weights, "IMAGENET_SHA256", digest or hashlib.sha256(checkpoint).hexdigest())
+
+    return point
+
+
+def fetch(folder):
+    target = folder / "vgg19-imagenet.safetensors"
+    weights._fetch_imagenet(target)
+    return target
+
+
+def test_download_verifies_converts_and_cleans_up(_own_cache, source, checkpoint, capsys):
+    with Server(checkpoint) as server:
+        source(server)
+        target = fetch(_own_cache)
+        fetch(_own_cache)  # there already
+    assert server.requests == 1
+    from safetensors import safe_open
+
+    with safe_open(target, framework="pt") as file:
+        assert len(file.keys()) == 32
+        assert file.metadata()["source_sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert "100%" in capsys.readouterr().err  # the progress bar
+    assert {path.suffix for path in _own_cache.iterdir()} <= {".safetensors", ".lock"}
+
+
+@pytest.mark.parametrize("trouble", [{"cuts": 2}, {"errors": 2}])
+def test_cut_connection_starts_afresh(_own_cache, source, checkpoint, trouble):
+    with Server(checkpoint, **trouble) as server:
+        source(server)
+        assert fetch(_own_cache).is_file()
+    assert server.requests == 3
+
+
+def test_server_that_stays_broken_is_an_error_and_leaves_nothing(_own_cache, source, checkpoint):
+    with Server(checkpoint, errors=99) as server:
+        source(server)
+        with pytest.raises(OSError, match="could not download"):
+            fetch(_own_cache)
+    assert server.requests == 3
+    assert {path.suffix for path in _own_cache.iterdir()} <= {".lock"}
+
+
+def test_wrong_hash_is_refused_and_deleted(_own_cache, source, checkpoint):
+    with Server(checkpoint) as server:
+        source(server, "0" * 64)
+        with pytest.raises(OSError, match="sha256 differs"):
+            fetch(_own_cache)
+    assert {path.suffix for path in _own_cache.iterdir()} <= {".lock"}
+
+
+def test_cache_that_cannot_be_written_is_named(tmp_path, source, checkpoint, monkeypatch):
+    """A read-only folder, as root sees it too: the folder's place is taken by what refuses."""
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(weights.Path, "mkdir", refuse)
+    with Server(checkpoint) as server:
+        source(server)
+        with pytest.raises(PermissionError, match="STYLIZE_HOME"):
+            fetch(tmp_path / "cache")
+    assert server.requests == 0
+
+
+def _fetch_in_process(folder, url, digest):
+    weights._imagenet_url = lambda: url
+    weights.IMAGENET_SHA256 = digest
+    weights._fetch_imagenet(folder / "vgg19-imagenet.safetensors")
+
+
+def test_two_processes_at_once_download_once(_own_cache, checkpoint):
+    context = multiprocessing.get_context("spawn")
+    with Server(checkpoint, delay=1.0) as server:
+        arguments = (_own_cache, server.url, hashlib.sha256(checkpoint).hexdigest())
+        processes = [context.Process(target=_fetch_in_process, args=arguments) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert server.requests == 1
+
+
+def test_imagenet_loads_through_the_cache(_own_cache, monkeypatch):
+    calls = []
+
+    def fake_fetch(target):
+        calls.append(target)
+        save_file(random_state(), target)
+
+    monkeypatch.setattr(weights, "_fetch_imagenet", fake_fetch)
+    first, second = (weights.load("imagenet", ("relu1_1",)) for _ in range(2))
+    assert len(calls) == 1
+    assert calls[0].parent == _own_cache
+    np.testing.assert_array_equal(first.parameters["conv1_1.bias"], second.parameters["conv1_1.bias"])
+
+
+def test_the_published_hash_and_address():
+    assert weights.IMAGENET_SHA256.startswith("dcbb9e9d")
+    assert weights._imagenet_url().endswith("vgg19-dcbb9e9d.pth")
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("STYLIZE_HOME", str(tmp_path / "there"))
+    assert weights.cache_folder() == tmp_path / "there"
+    assert not weights.cache_folder().exists()
+    monkeypatch.delenv("STYLIZE_HOME")
+    assert weights.cache_folder().name == "gatys-engine"
+
+
