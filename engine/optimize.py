@@ -79,18 +79,23 @@ class _Lbfgs:
             [self._image], max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
         )
         self._fresh = True
+        self._unit = 1.0
         self._halvings = 0
 
     def step(self, value: float) -> None:
         """Move the image by one quasi-Newton step for the gradient in `image.grad`."""
-        assert self._image.grad is not None
-        rate = 1.0
+        gradient = self._image.grad
+        assert gradient is not None
         if self._fresh:
-            # torch would step by min(1, 1 / |g|_1) * lr * g, which is lost in fp32 rounding for a loss of order one.
-            gradient = self._image.grad
-            size = float(gradient.square().mean().sqrt())
-            rate = self._first_step / size / min(1.0, 1.0 / float(gradient.abs().sum())) if size > 0 else 1.0
-        self._torch.param_groups[0]["lr"] = rate
+            # torch's thresholds are absolute and its sums fp32: a gradient of order one keeps clear of both, whatever
+            # the weights of the loss. Its first step, min(1, 1 / |g|_1) * lr * g, is brought to a size that fits pixels.
+            size = float(gradient.double().square().mean().sqrt())
+            self._unit = 1 / size if size > 0 else 1.0
+            gradient.mul_(self._unit)
+            self._torch.param_groups[0]["lr"] = self._first_step * max(1.0, float(gradient.abs().sum()))
+        else:
+            gradient.mul_(self._unit)
+            self._torch.param_groups[0]["lr"] = 1.0
         self._torch.step(lambda: value)  # the gradient is in place already
         self._fresh = False
         self._halvings = 0

@@ -75,5 +75,5 @@ def objective(
     style_mean = sum(style_loss.values()) / len(style_loss)
     total = config.content_weight * content_loss + config.style_weight * style_mean + config.tv_weight * tv
     (gradient,) = torch.autograd.grad(total, x)
-    terms = {"content": float(content_loss), "tv": float(tv), **{k: float(v) for k, v in style_loss.items()}}
-    return float(total), terms, gradient.numpy()
+    terms = {"content": content_loss.item(), "tv": tv.item(), **{k: v.item() for k, v in style_loss.items()}}
+    return total.item(), terms, gradient.numpy()

@@ -8,7 +8,9 @@ from engine.autograd import loss
 
 @pytest.fixture
 def objective(stylizer, pictures):
-    config = Config(size=40, style_weight=50, tv_weight=3, style_layers=("relu1_1", "relu3_1"), content_layers=("relu2_2",))
+    config = Config(
+        size=40, style_weight=50, tv_weight=3, style_layers=("relu1_1", "relu3_1"), content_layers=("relu2_2",)
+    )
     network = stylizer._network((40, 36), config)
     content = image.resize(image.load(pictures["content"]), (40, 36))
     return stylizer._objective(network, content, [image.load(pictures["style"])], config)
@@ -27,7 +29,9 @@ def test_gradient_is_the_slope_along_random_directions(objective):
         direction /= direction.norm()
         with torch.no_grad():
             up, down = (float(loss(x + sign * 0.02 * direction, objective)) for sign in (1, -1))
-        assert float((x.grad * direction).sum()) == pytest.approx((up - down) / 0.04, rel=2e-2, abs=1e-3 * float(x.grad.norm()))
+        assert float((x.grad * direction).sum()) == pytest.approx(
+            (up - down) / 0.04, rel=2e-2, abs=1e-3 * float(x.grad.norm())
+        )
 
 
 def test_composes_with_other_torch_terms(objective):

@@ -37,7 +37,9 @@ def include_folder() -> str:
 
 
 def test_every_source_is_compiled_here():
-    files = {path.name.removesuffix(".cu") for path in resources.files("engine.kernels").iterdir() if path.suffix == ".cu"}
+    files = {
+        path.name.removesuffix(".cu") for path in resources.files("engine.kernels").iterdir() if path.suffix == ".cu"
+    }
     assert files == set(NAMES)
     for name in NAMES:
         declared = set(re.findall(r"__global__ void (\w+)\(", _cuda.source(name)))

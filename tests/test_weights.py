@@ -269,5 +269,3 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert not weights.cache_folder().exists()
     monkeypatch.delenv("STYLIZE_HOME")
     assert weights.cache_folder().name == "gatys-engine"
-
-

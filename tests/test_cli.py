@@ -1,0 +1,225 @@
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import stylize
+
+SMALL = ["--size", "48", "--scales", "1", "--iterations", "3", "--weights", "embedded", "--device", "cpu"]
+
+
+@pytest.fixture
+def pair(tmp_path, pictures):
+    """Paths of a content and a style picture, and of the result."""
+    for name in ("content", "style"):
+        Image.fromarray(pictures[name]).save(tmp_path / f"{name}.png")
+    return str(tmp_path / "content.png"), str(tmp_path / "style.png"), str(tmp_path / "out.png")
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "engine.stylize", *arguments], capture_output=True, **options)
+
+
+def test_makes_a_picture(pair, tmp_path, capsys):
+    content, style, out = pair
+    assert stylize.main([content, style, "-o", out, *SMALL]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (48, 34)
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["content.png", "out.png", "style.png"]
+
+
+def test_help_is_fast_and_lists_every_option():
+    from engine.config import options
+
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help", text=True)
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    assert min(times) < 0.5
+    for option in options():
+        assert "--" + option.name.replace("_", "-") in done.stdout
+        assert option.metadata["help"].split()[0] in done.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, engine, engine.stylize as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert not modules & {"torch", "numpy", "onnxruntime", "onnx", "PIL", "tqdm"}
+
+
+def test_version(capsys):
+    assert stylize.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == version("gatys-engine")
+
+
+def test_every_config_option_reaches_the_config():
+    given = stylize._parser().parse_args(
+        "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
+        "--content-layers relu3_1 --style-layers relu1_1,relu2_1 --pooling max --init noise --optimizer adam "
+        "--seed 9".split()
+    )
+    config = stylize._config(given)
+    assert (config.size, config.iterations, config.scales, config.seed) == (64, (5, 4), 2, 9)
+    assert (config.content_weight, config.style_weight, config.tv_weight) == (2.0, 300.0, 0.5)
+    assert (config.content_layers, config.style_layers) == (("relu3_1",), ("relu1_1", "relu2_1"))
+    assert (config.pooling, config.init, config.optimizer) == ("max", "noise", "adam")
+
+
+MISTAKES = [
+    ([], "give CONTENT and STYLE"),
+    (["{content}"], "give CONTENT and STYLE"),
+    (["{content}", "{style}"], "-o OUT"),
+    (["{content}", "{style}", "-o", "{out}", "--size", "big"], "--size big: give N"),
+    (["{content}", "{style}", "-o", "{out}", "--size", "8"], "from 32"),
+    (["{content}", "{style}", "-o", "{out}", "--style-layers", "relu1_1,rleu2_1"], "did you mean relu2_1"),
+    (["{content}", "{style}", "-o", "{out}", "--pooling", "average"], "choose from avg, max"),
+    (["{content}", "{style}", "-o", "{out}", "--optimizer", "lbgfs"], "did you mean lbfgs"),
+    (["{content}", "{style}", "-o", "{out}", "--device", "cudaa"], "did you mean cuda"),
+    (["{content}", "{style}", "-o", "{out}", "--precision", "fp61"], "did you mean fp16"),
+    (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "choose auto"),
+    (["{content}", "{style}", "-o", "{out}", "--weights", "{missing}.pth"], "does not exist"),
+    (["{content}", "{style}", "-o", "{out}", "--sizee", "64"], "unrecognized arguments: --sizee"),
+    (["{content}", "{style}", "-o", "{out}", "--save-every", "0"], "from 1"),
+    (["{missing}", "{style}", "-o", "{out}"], "No such file"),
+    (["{empty}", "{style}", "-o", "{out}"], "is empty"),
+    (["{text}", "{style}", "-o", "{out}"], "not a picture"),
+    (["{content}", "{cut}", "-o", "{out}"], "damaged"),
+    (["{thin}", "{style}", "-o", "{out}"], "crop it"),
+    (["{folder}", "{style}", "-o", "{out}"], "Is a directory"),
+    (["{content}", "{style}", "-o", "{content}"], "--overwrite"),
+    (["{content}", "{style}", "-o", "{folder}/out.xyz"], "unknown picture format"),
+    (["{content}", "{style}", "-o", "{missing}/out.png"], "not a folder"),
+    (["{content}", "{style}", "-o", "{out}", "--init", "{missing}"], "No such file"),
+    (["{content}", "{style}", "-o", "{out}", "--trace", "{missing}/t.json"], "not a folder"),
+    (["-", "-", "-o", "{out}"], "only one picture"),
+    (["{content}", "{style}", "--demo"], "leave CONTENT"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(m[0][-2:]) or "nothing" for m in MISTAKES])
+def test_mistakes_exit_2_with_one_line_and_leave_nothing(pair, tmp_path, capsys, arguments, words):
+    content, style, out = pair
+    places = {"content": content, "style": style, "out": out, "missing": str(tmp_path / "missing")}
+    for name, data in {"empty": b"", "text": b"hello" * 99, "cut": Path(content).read_bytes()[:90]}.items():
+        places[name] = str(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.png").write_bytes(data)
+    Image.fromarray(np.zeros((300, 1, 3), np.uint8)).save(tmp_path / "thin.png")
+    (tmp_path / "folder").mkdir()
+    places |= {"thin": str(tmp_path / "thin.png"), "folder": str(tmp_path / "folder")}
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        status = stylize.main([argument.format(**places) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert words in captured.err
+    assert captured.err.startswith("engine.stylize: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_existing_output_needs_overwrite(pair):
+    content, style, out = pair
+    Path(out).touch()
+    assert stylize.main([content, style, "-o", out, *SMALL]) == 2
+    assert stylize.main([content, style, "-o", out, "--overwrite", *SMALL]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (48, 34)
+
+
+def test_pipes(pair):
+    content, style, _ = pair
+    done = run("-", style, "-o", "-", *SMALL, input=Path(content).read_bytes())
+    assert done.returncode == 0, done.stderr
+    assert Image.open(io.BytesIO(done.stdout)).size == (48, 34)
+
+
+def test_trace_and_saved_steps(pair, tmp_path):
+    content, style, out = pair
+    trace = tmp_path / "trace.json"
+    arguments = [content, style, "-o", out, *SMALL, "--trace", str(trace), "--save-every", "2", "--quiet"]
+    assert stylize.main(arguments) == 0
+    record = json.loads(trace.read_text())
+    assert record["config"]["size"] == 48
+    assert (record["device"], record["precision"], record["weights"]) == ("cpu", "fp32", "embedded")
+    assert [row["iteration"] for row in record["steps"]] == [1, 2, 3]
+    assert all(row["scale"] == 48 and row["loss"] > 0 and row["seconds"] > 0 for row in record["steps"])
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out-00002.png", "out.png"]
+
+
+def test_quiet_says_nothing(pair):
+    content, style, out = pair
+    done = run(content, style, "-o", out, *SMALL, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_demo_uses_the_bundled_pair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert stylize.main(["--demo", *SMALL, "--iterations", "1"]) == 0
+    with Image.open("demo.png") as picture:
+        assert picture.size == (48, 32)
+
+
+def test_ctrl_c_keeps_the_picture_so_far(pair, tmp_path):
+    content, style, out = pair
+    trace = tmp_path / "trace.json"
+    command = [sys.executable, "-m", "engine.stylize", content, style, "-o", out, "--trace", str(trace)]
+    options = ["--size", "64", "--scales", "1", "--iterations", "100000", "--weights", "embedded", "--save-every", "5"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out-00005.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; the picture so far is in" in err
+    assert "Traceback" not in err
+    with Image.open(out) as picture:
+        assert picture.size == (64, 46)
+    assert len(json.loads(trace.read_text())["steps"]) >= 5
+
+
+def test_a_run_that_breaks_keeps_the_last_good_picture_and_exits_1(pair, capsys, monkeypatch):
+    from engine import losses
+
+    content, style, out = pair
+    evaluate, calls = losses.Objective.evaluate, []
+
+    def breaks(self, *arguments):
+        terms, gradient = evaluate(self, *arguments)
+        calls.append(1)
+        return terms, gradient * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(losses.Objective, "evaluate", breaks)
+    assert stylize.main([content, style, "-o", out, *SMALL]) == 1
+    assert "not finite at iteration 3" in capsys.readouterr().err
+    with Image.open(out) as picture:
+        assert np.asarray(picture).std() > 0
+
+
+def test_a_full_disk_is_the_machines_fault(pair, capsys, monkeypatch):
+    from engine import image
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "out.png")
+
+    content, style, out = pair
+    monkeypatch.setattr(image, "save", full)
+    assert stylize.main([content, style, "-o", out, *SMALL]) == 1
+    assert capsys.readouterr().err.strip().endswith("out.png: No space left on device")

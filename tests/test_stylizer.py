@@ -1,0 +1,332 @@
+import gc
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from engine import Config, Stylizer, image
+
+ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
+
+
+def noise(height, width, seed):
+    return np.random.default_rng(seed).random((height, width, 3)).astype(np.float32)
+
+
+def error(value, truth):
+    return np.linalg.norm(value - truth) / np.linalg.norm(truth)
+
+
+def check_evaluate(stylizer, state, size, config, seed):
+    """Losses against the float64 oracle; returns the relative error of the gradient."""
+    picture, content, style = (noise(*size, 3 * seed + i) for i in range(3))
+    score = stylizer.evaluate(picture, content, style, config)
+    total, terms, gradient = oracle.objective(picture, content, style, state, config)
+    assert score.loss == pytest.approx(total, rel=1e-5)
+    assert score.content_loss == pytest.approx(terms["content"], rel=1e-5)
+    assert score.tv_loss == pytest.approx(terms["tv"], rel=1e-5)
+    assert list(score.style_loss) == list(config.style_layers)
+    for layer, value in score.style_loss.items():
+        assert value == pytest.approx(terms[layer], rel=2e-5)
+    assert score.gradient.shape == (*size, 3)
+    assert score.gradient.dtype == np.float32
+    return error(score.gradient, gradient)
+
+
+SIZES = [(64, 64), (97, 131), (256, 200)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("naming", ["torchvision", "caffe"])
+def test_evaluate_against_float64_average_pooling(states, size, naming):
+    path, state = states[naming]
+    config = Config(pooling="avg", **ALL_TERMS)
+    assert check_evaluate(Stylizer(weights=path, device="cpu"), state, size, config, seed=1) < 1e-4
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("naming", ["torchvision", "caffe"])
+def test_evaluate_against_float64_max_pooling(states, size, naming):
+    """Now and then two of the hundred thousands of windows' values agree to seven digits. Any fp32 program (torch's
+    autograd too, as often) may then route to the other one, and the gradient jumps by about 1e-3. So the tight bound
+    has to hold for one of the pictures, and the loose one for all.
+    """
+    path, state = states[naming]
+    own = Stylizer(weights=path, device="cpu")
+    errors = []
+    for seed in range(4):
+        errors.append(check_evaluate(own, state, size, Config(pooling="max", **ALL_TERMS), seed))
+        if errors[-1] < 1e-4:
+            break
+    assert errors[-1] < 1e-4
+    assert max(errors) < 3e-2
+
+
+def test_evaluate_with_other_layers_and_shared_ones(states):
+    """relu3_1 is a content and a style layer at once; relu5_4 is deeper than the defaults."""
+    path, state = states["torchvision"]
+    picture, content, style = (noise(48, 56, seed) for seed in (1, 2, 3))
+    config = Config(content_layers=("relu3_1", "relu5_4"), style_layers=("relu3_1", "relu1_2"), **ALL_TERMS)
+    score = Stylizer(weights=path, device="cpu").evaluate(picture, content, style, config)
+    total, _, gradient = oracle.objective(picture, content, style, state, config)
+    assert score.loss == pytest.approx(total, rel=1e-5)
+    assert error(score.gradient, gradient) < 1e-4
+
+
+def test_half_precision_holds_its_tolerance(states):
+    """fp16 graphs, fp16 features, scaled fp16 cotangents; average pooling, away from the optimum."""
+    path, state = states["torchvision"]
+    picture, content, style = noise(64, 64, 1), noise(64, 64, 2), noise(64, 64, 3) ** 3
+    config = Config(**ALL_TERMS)
+    score = Stylizer(weights=path, device="cpu", precision="fp16").evaluate(picture, content, style, config)
+    total, _, gradient = oracle.objective(picture, content, style, state, config)
+    assert score.loss == pytest.approx(total, rel=1e-2)
+    assert error(score.gradient, gradient) < 3e-2
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1e12])
+def test_half_precision_gradient_does_not_depend_on_the_weights_scale(states, weight):
+    path, _ = states["torchvision"]
+    stylizer = Stylizer(weights=path, device="cpu", precision="fp16")
+    arguments = (noise(40, 40, 1), noise(40, 40, 2), noise(40, 40, 3))
+    one = stylizer.evaluate(*arguments, Config(content_weight=1, style_weight=100))
+    other = stylizer.evaluate(*arguments, Config(content_weight=weight, style_weight=100 * weight))
+    np.testing.assert_allclose(other.gradient / weight, one.gradient, rtol=1e-2, atol=1e-3 * np.abs(one.gradient).max())
+
+
+def test_evaluate_resizes_content_and_style(stylizer):
+    """The content is resized to the image, the style so that its long side equals the image's."""
+    picture, content, style = noise(40, 60, 1), noise(80, 120, 2), noise(60, 30, 3)
+    score = stylizer.evaluate(picture, content, style)
+    resized_content = image.resize(image.load(content), (60, 40)).rgb
+    resized_style = image.resize(image.load(style), (32, 64)).rgb  # the short side cannot be 30
+    again = stylizer.evaluate(picture, resized_content, resized_style)
+    assert score.content_loss == again.content_loss
+    large = stylizer.evaluate(noise(96, 64, 4), content, style)
+    assert large.gradient.shape == (96, 64, 3)
+
+
+def test_the_content_picture_has_no_content_loss(stylizer, pictures):
+    score = stylizer.evaluate(pictures["content"], pictures["content"], pictures["content"])
+    assert score.content_loss == 0
+    assert all(value < 1e-6 for value in score.style_loss.values())
+
+
+def test_steps_count_over_all_scales(stylizer, pictures):
+    config = Config(size=72, scales=2, iterations=(3, 2))
+    steps = list(stylizer.steps(pictures["content"], pictures["style"], config))
+    assert [step.scale for step in steps] == [51, 51, 51, 72, 72]
+    assert [step.iteration for step in steps] == list(range(1, steps[0].total + 1))
+    assert steps[-1].image.size == (72, 51)
+
+
+def test_loss_falls_and_the_result_is_the_best_iterate(stylizer, pictures):
+    config = Config(size=64, iterations=25, scales=1)
+    result = stylizer(pictures["content"], pictures["style"], config)
+    losses = [loss for _, loss, _ in result.trace]
+    assert min(losses) < 0.3 * losses[0]
+    assert len(losses) == 25
+    assert result.image.size == (64, 46)
+    score = stylizer.evaluate(result.image, pictures["content"], pictures["style"], config)
+    assert min(losses) * 0.99 < score.loss < 0.5 * losses[0]  # clamping and rounding to eight bits cost something
+
+
+def test_steps_are_lazy_and_an_early_leave_stops(stylizer, pictures, monkeypatch):
+    from engine import losses
+
+    calls = []
+    evaluate = losses.Objective.evaluate
+    monkeypatch.setattr(losses.Objective, "evaluate", lambda *a, **k: (calls.append(1), evaluate(*a, **k))[1])
+    steps = stylizer.steps(pictures["content"], pictures["style"], TINY)
+    assert not calls
+    for step in steps:
+        if step.iteration == 2:
+            break
+    steps.close()
+    assert len(calls) == 2
+
+
+def test_a_step_keeps_its_picture_after_the_run_moved_on(stylizer, pictures):
+    steps = stylizer.steps(pictures["content"], pictures["style"], Config(size=48, iterations=6, scales=1))
+    first = next(steps)
+    before = first.image.tobytes()
+    last = list(steps)[-1]
+    assert first.image.tobytes() == before
+    assert last.image.tobytes() != before
+
+
+def test_mistakes_are_raised_by_the_call_not_by_the_first_step(stylizer, pictures):
+    with pytest.raises(FileNotFoundError):
+        stylizer.steps("missing.png", pictures["style"])
+    with pytest.raises(ValueError, match="at least one style"):
+        stylizer.steps(pictures["content"], [])
+    thin = np.zeros((400, 1, 3), np.uint8)
+    with pytest.raises(ValueError, match="choose a larger size or crop"):
+        stylizer.steps(thin, pictures["style"])
+    with pytest.raises(FileNotFoundError):
+        stylizer.steps(pictures["content"], pictures["style"], Config(init="missing.png"))
+
+
+def test_a_thin_style_is_enlarged_until_it_fits(stylizer, pictures):
+    thin = noise(200, 12, 0)
+    assert stylizer(pictures["content"], thin, TINY).image.size == (48, 34)
+
+
+def test_same_seed_same_bytes(pictures):
+    """Noise start, two objects: nothing is left over from one run to the next."""
+    config = Config(size=48, iterations=4, scales=1, init="noise", seed=5)
+    first, second = (Stylizer(weights="embedded", device="cpu") for _ in range(2))
+    expected = first(pictures["content"], pictures["style"], config).image.tobytes()
+    assert first(pictures["content"], pictures["style"], config).image.tobytes() == expected
+    assert second(pictures["content"], pictures["style"], config).image.tobytes() == expected
+    other = Config(size=48, iterations=4, scales=1, init="noise", seed=6)
+    assert first(pictures["content"], pictures["style"], other).image.tobytes() != expected
+
+
+def test_the_global_random_state_is_left_alone(stylizer, pictures):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    stylizer(pictures["content"], pictures["style"], Config(size=48, iterations=1, scales=1, init="noise"))
+    assert torch.rand(1) == expected
+
+
+def test_init_from_a_file(stylizer, pictures, tmp_path):
+    start = Image.fromarray(np.full((34, 48, 3), (250, 10, 10), np.uint8))
+    start.save(tmp_path / "start.png")
+    config = Config(size=48, iterations=1, scales=1, init=tmp_path / "start.png")
+    result = stylizer(pictures["content"], pictures["style"], config)
+    assert np.asarray(result.image).tolist() == np.asarray(start).tolist()  # the first evaluation is of the start
+
+
+def test_several_styles_share_equally(stylizer, pictures):
+    one, other, content = noise(48, 48, 1), noise(48, 48, 2) ** 3, noise(48, 48, 3)
+    both = stylizer.evaluate(content, content, [one, other])
+    assert both.loss < stylizer.evaluate(content, content, other).loss
+    assert stylizer.evaluate(content, content, [one, one]).loss == stylizer.evaluate(content, content, one).loss
+
+
+def test_alpha_of_the_content_comes_back_at_the_size_of_the_result(stylizer, pictures):
+    alpha = np.zeros((40, 56), np.uint8)
+    alpha[:, 28:] = 255
+    content = Image.fromarray(np.dstack([pictures["content"], alpha]))
+    result = stylizer(content, pictures["style"], TINY).image
+    assert result.mode == "RGBA"
+    assert result.size == (48, 34)
+    channel = np.asarray(result.getchannel("A"))
+    assert (channel[:, :20] == 0).all()
+    assert (channel[:, 28:] == 255).all()
+
+
+def test_adam_runs_over_the_scales(stylizer, pictures):
+    config = Config(size=64, scales=2, iterations=12, optimizer="adam", init="noise")
+    losses = [loss for _, loss, _ in stylizer(pictures["content"], pictures["style"], config).trace]
+    assert len(losses) == 17 + 12
+    assert losses[16] < losses[0]
+    assert losses[-1] < losses[17]
+
+
+def test_two_threads_get_the_same_bytes_as_one_after_the_other(stylizer, pictures):
+    contents = [pictures["content"], pictures["content"][::-1].copy()]
+    config = Config(size=64, iterations=6, scales=2)
+    expected = [stylizer(content, pictures["style"], config).image.tobytes() for content in contents]
+    fresh = Stylizer(weights="embedded", device="cpu")
+    found: dict[int, bytes] = {}
+
+    def work(index):
+        found[index] = fresh(contents[index % 2], pictures["style"], config).image.tobytes()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(4)] == expected * 2
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_two_hundred_calls_do_not_grow_memory(stylizer, pictures):
+    config = Config(size=48, iterations=1, scales=1)
+
+    def call(index):
+        style = np.roll(pictures["style"], index, axis=0)  # 44 styles in turn
+        stylizer(pictures["content"], style, config)
+
+    for index in range(60):
+        call(index)
+    gc.collect()
+    before = resident()
+    for index in range(200):
+        call(index)
+    gc.collect()
+    assert resident() - before < 20e6
+
+
+def test_caches_are_bounded(pictures, monkeypatch):
+    from engine import stylizer as module
+
+    monkeypatch.setattr(module, "_NETWORKS", 2)
+    monkeypatch.setattr(module, "_STYLES", 3)
+    own = Stylizer(weights="embedded", device="cpu")
+    for size, style in itertools.product((48, 52, 56), range(2)):
+        own(pictures["content"], noise(40, 40, style), Config(size=size, iterations=1, scales=1))
+    assert len(own._networks) == 2
+    assert len(own._grams) == 3
+
+
+def test_a_style_is_looked_at_once(pictures, monkeypatch):
+    from engine import stylizer as module
+
+    calls = []
+    extract = module.extract
+    monkeypatch.setattr(module, "extract", lambda *a: (calls.append(1), extract(*a))[1])
+    own = Stylizer(weights="embedded", device="cpu")
+    for content in (pictures["content"], pictures["content"][::-1].copy()):
+        own(content, pictures["style"], TINY)
+    assert len(calls) == 1
+
+
+def test_a_network_that_overflows_stops_the_run(tmp_path, pictures):
+    from safetensors.torch import save_file
+
+    state = {key: value * (1e6 if value.ndim == 4 else 1) for key, value in oracle.random_state().items()}
+    save_file(state, tmp_path / "loud.safetensors")
+    with pytest.raises(FloatingPointError, match="not finite at iteration 1"):
+        Stylizer(weights=tmp_path / "loud.safetensors", device="cpu")(pictures["content"], pictures["style"], TINY)
+
+
+@pytest.mark.parametrize("weight", [1e-20, 1e20])
+def test_extreme_weights_only_scale_the_loss(stylizer, pictures, weight):
+    """L-BFGS does not depend on the scale of the loss as long as fp32 holds it."""
+    one = stylizer(pictures["content"], pictures["style"], Config(size=48, iterations=8, scales=1))
+    config = Config(size=48, iterations=8, scales=1, content_weight=weight, style_weight=Config().style_weight * weight)
+    other = stylizer(pictures["content"], pictures["style"], config)
+    assert other.trace[-1][1] / weight == pytest.approx(one.trace[-1][1], rel=0.05)
+
+
+def test_threads_have_to_be_positive():
+    with pytest.raises(ValueError, match="from 1"):
+        Stylizer(threads=0)
+    assert Stylizer(weights="embedded", device="cpu", threads=1)(noise(40, 40, 0), noise(40, 40, 1), TINY).image
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gpu_agrees_with_float64(states, device, precision):
+    path, state = states["torchvision"]
+    picture, content, style = (noise(97, 131, seed) for seed in (1, 2, 3))
+    config = Config(**ALL_TERMS)
+    score = Stylizer(weights=path, device=device, precision=precision).evaluate(picture, content, style, config)
+    total, _, gradient = oracle.objective(picture, content, style, state, config)
+    assert score.loss == pytest.approx(total, rel=1e-4 if precision == "fp32" else 1e-2)
+    assert error(score.gradient, gradient) < (1e-4 if precision == "fp32" else 3e-2)
