@@ -88,7 +88,7 @@ class _Lbfgs:
         assert gradient is not None
         if self._fresh:
             # torch's thresholds are absolute and its sums fp32: a gradient of order one keeps clear of both, whatever
-            # the weights of the loss. Its first step, min(1, 1 / |g|_1) * lr * g, is brought to a size that fits pixels.
+            # the weights of the loss. Its first step, min(1, 1 / |g|_1) * lr * g, becomes one that fits pixels.
             size = float(gradient.double().square().mean().sqrt())
             self._unit = 1 / size if size > 0 else 1.0
             gradient.mul_(self._unit)

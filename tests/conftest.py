@@ -12,7 +12,7 @@ TINY = Config(size=48, iterations=3, scales=1)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep every test off the user's cache folder."""
     folder = tmp_path_factory.mktemp("cache", numbered=True)
     monkeypatch.setenv("STYLIZE_HOME", str(folder))

@@ -1,5 +1,6 @@
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,9 +69,11 @@ def test_version(capsys):
 
 def test_every_config_option_reaches_the_config():
     given = stylize._parser().parse_args(
-        "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
-        "--content-layers relu3_1 --style-layers relu1_1,relu2_1 --pooling max --init noise --optimizer adam "
-        "--seed 9".split()
+        shlex.split(
+            "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
+            "--content-layers relu3_1 --style-layers relu1_1,relu2_1 --pooling max --init noise --optimizer adam "
+            "--seed 9"
+        )
     )
     config = stylize._config(given)
     assert (config.size, config.iterations, config.scales, config.seed) == (64, (5, 4), 2, 9)

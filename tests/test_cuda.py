@@ -123,7 +123,7 @@ class Host:
                 assert kind == "float"
                 values.append(ctypes.c_float(argument))
         entry = getattr(self.library(name), f"entry{index}")
-        entry(*(list(grid) + [1, 1])[:3], *values)
+        entry(*(*grid, 1, 1)[:3], *values)
 
 
 @pytest.fixture(scope="module")

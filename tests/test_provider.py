@@ -24,7 +24,7 @@ def test_a_missing_runtime_names_the_install_line(monkeypatch):
 
 def test_doubled_wheels_are_told_apart(monkeypatch):
     wheels(monkeypatch, "onnxruntime", "onnxruntime-gpu")
-    with pytest.raises(BackendError, match="both installed.*pip uninstall -y onnxruntime onnxruntime-gpu && pip"):
+    with pytest.raises(BackendError, match=r"both installed.*pip uninstall -y onnxruntime onnxruntime-gpu && pip"):
         Stylizer(device="cpu")
 
 

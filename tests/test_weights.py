@@ -48,11 +48,11 @@ def test_files_in_both_namings(states, naming):
     assert len(net.parameters) == 32
 
 
-def test_auto_prefers_imagenet_in_the_cache(_own_cache, caplog):
+def test_auto_prefers_imagenet_in_the_cache(own_cache, caplog):
     with caplog.at_level("INFO"):
         assert weights.load("auto", ("relu1_1",)).name == "embedded"
     assert "--weights imagenet" in caplog.text
-    save_file(random_state(), _own_cache / f"vgg19-imagenet-{weights.IMAGENET_SHA256[:16]}.safetensors")
+    save_file(random_state(), own_cache / f"vgg19-imagenet-{weights.IMAGENET_SHA256[:16]}.safetensors")
     assert weights.load("auto", ("relu1_1",)).name == "imagenet"
 
 
@@ -171,11 +171,11 @@ def fetch(folder):
     return target
 
 
-def test_download_verifies_converts_and_cleans_up(_own_cache, source, checkpoint, capsys):
+def test_download_verifies_converts_and_cleans_up(own_cache, source, checkpoint, capsys):
     with Server(checkpoint) as server:
         source(server)
-        target = fetch(_own_cache)
-        fetch(_own_cache)  # there already
+        target = fetch(own_cache)
+        fetch(own_cache)  # there already
     assert server.requests == 1
     from safetensors import safe_open
 
@@ -183,32 +183,32 @@ def test_download_verifies_converts_and_cleans_up(_own_cache, source, checkpoint
         assert len(file.keys()) == 32
         assert file.metadata()["source_sha256"] == hashlib.sha256(checkpoint).hexdigest()
     assert "100%" in capsys.readouterr().err  # the progress bar
-    assert {path.suffix for path in _own_cache.iterdir()} <= {".safetensors", ".lock"}
+    assert {path.suffix for path in own_cache.iterdir()} <= {".safetensors", ".lock"}
 
 
 @pytest.mark.parametrize("trouble", [{"cuts": 2}, {"errors": 2}])
-def test_cut_connection_starts_afresh(_own_cache, source, checkpoint, trouble):
+def test_cut_connection_starts_afresh(own_cache, source, checkpoint, trouble):
     with Server(checkpoint, **trouble) as server:
         source(server)
-        assert fetch(_own_cache).is_file()
+        assert fetch(own_cache).is_file()
     assert server.requests == 3
 
 
-def test_server_that_stays_broken_is_an_error_and_leaves_nothing(_own_cache, source, checkpoint):
+def test_server_that_stays_broken_is_an_error_and_leaves_nothing(own_cache, source, checkpoint):
     with Server(checkpoint, errors=99) as server:
         source(server)
         with pytest.raises(OSError, match="could not download"):
-            fetch(_own_cache)
+            fetch(own_cache)
     assert server.requests == 3
-    assert {path.suffix for path in _own_cache.iterdir()} <= {".lock"}
+    assert {path.suffix for path in own_cache.iterdir()} <= {".lock"}
 
 
-def test_wrong_hash_is_refused_and_deleted(_own_cache, source, checkpoint):
+def test_wrong_hash_is_refused_and_deleted(own_cache, source, checkpoint):
     with Server(checkpoint) as server:
         source(server, "0" * 64)
         with pytest.raises(OSError, match="sha256 differs"):
-            fetch(_own_cache)
-    assert {path.suffix for path in _own_cache.iterdir()} <= {".lock"}
+            fetch(own_cache)
+    assert {path.suffix for path in own_cache.iterdir()} <= {".lock"}
 
 
 def test_cache_that_cannot_be_written_is_named(tmp_path, source, checkpoint, monkeypatch):
@@ -231,10 +231,10 @@ def _fetch_in_process(folder, url, digest):
     weights._fetch_imagenet(folder / "vgg19-imagenet.safetensors")
 
 
-def test_two_processes_at_once_download_once(_own_cache, checkpoint):
+def test_two_processes_at_once_download_once(own_cache, checkpoint):
     context = multiprocessing.get_context("spawn")
     with Server(checkpoint, delay=1.0) as server:
-        arguments = (_own_cache, server.url, hashlib.sha256(checkpoint).hexdigest())
+        arguments = (own_cache, server.url, hashlib.sha256(checkpoint).hexdigest())
         processes = [context.Process(target=_fetch_in_process, args=arguments) for _ in range(2)]
         for process in processes:
             process.start()
@@ -244,7 +244,7 @@ def test_two_processes_at_once_download_once(_own_cache, checkpoint):
     assert server.requests == 1
 
 
-def test_imagenet_loads_through_the_cache(_own_cache, monkeypatch):
+def test_imagenet_loads_through_the_cache(own_cache, monkeypatch):
     calls = []
 
     def fake_fetch(target):
@@ -254,7 +254,7 @@ def test_imagenet_loads_through_the_cache(_own_cache, monkeypatch):
     monkeypatch.setattr(weights, "_fetch_imagenet", fake_fetch)
     first, second = (weights.load("imagenet", ("relu1_1",)) for _ in range(2))
     assert len(calls) == 1
-    assert calls[0].parent == _own_cache
+    assert calls[0].parent == own_cache
     np.testing.assert_array_equal(first.parameters["conv1_1.bias"], second.parameters["conv1_1.bias"])
 
 
