@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,14 +71,14 @@ class Features:
 
     `image` and `gradient` are (1, 3, H, W) float32; `features` holds every ReLU output, `cotangents` one tensor for
     each loss layer, both (1, C, H_l, W_l) in the precision of the spec. `forward` reads `image` and writes `features`;
-    `vjp` reads `features` and `cotangents` and writes `gradient`. Whoever uses the memory holds `lock`.
+    `vjp` reads `features` and `cotangents` and writes `gradient`. All of it happens inside `use`.
     """
 
     def __init__(self, spec: graph.Spec, weights: Weights, device: str, threads: int) -> None:
         self.spec = spec
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         place = torch.device("cpu" if device == "cpu" else "cuda:0")
-        self.stream = None if device == "cpu" else torch.cuda.Stream(place)
+        self._stream = None if device == "cpu" else torch.cuda.Stream(place)
         dtype = _DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
         self.gradient = torch.zeros_like(self.image)
@@ -89,9 +90,15 @@ class Features:
             **self.features,
             **{f"cotangent.{name}": tensor for name, tensor in self.cotangents.items()},
         }
-        shared = (tensors, device, spec.precision, threads, self.stream.cuda_stream if self.stream else 0)
+        shared = (tensors, device, spec.precision, threads, self._stream.cuda_stream if self._stream else 0)
         self._forward = _Graph(graph.forward(spec, weights), graph.forward_initializers(spec, weights), *shared)
         self._vjp = _Graph(graph.vjp(spec, weights), graph.vjp_initializers(spec, weights), *shared)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Own the memory, on the CUDA stream of the graphs, which is ordered with the caller's at both ends."""
+        with self._lock, _on_stream(self._stream):
+            yield
 
     def forward(self) -> None:
         """image -> features."""
@@ -105,11 +112,25 @@ class Features:
 def extract(pixels: Tensor, spec: graph.Spec, weights: Weights, device: str, threads: int) -> dict[str, Tensor]:
     """Features (1, C, H_l, W_l) of pixels (1, 3, H, W) at the layers of `spec`, from a forward graph made for them."""
     place = torch.device("cpu" if device == "cpu" else "cuda:0")
-    stream = None if device == "cpu" else torch.cuda.current_stream(place)
+    stream = None if device == "cpu" else torch.cuda.Stream(place)
     dtype = _DTYPES[spec.precision]
     found = {name: torch.zeros(spec.shapes[name], dtype=dtype, device=place) for name in spec.layers}
     tensors = {"image": pixels.to(place).contiguous(), **found}
     model = graph.forward(spec, weights, outputs=spec.layers)
     arrays = graph.forward_initializers(spec, weights)
-    _Graph(model, arrays, tensors, device, spec.precision, threads, stream.cuda_stream if stream else 0).run()
+    with _on_stream(stream):
+        _Graph(model, arrays, tensors, device, spec.precision, threads, stream.cuda_stream if stream else 0).run()
     return found
+
+
+@contextlib.contextmanager
+def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +43,7 @@ class Objective:
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: a tensor that the caller owns."""
         network, config = self.network, self._config
-        with network.lock, _on_stream(network):
+        with network.use():
             network.image.copy_(pixels)
             network.forward()
             features = {layer: _flat(network.features[layer]) for layer in network.spec.layers}
@@ -100,16 +99,3 @@ class Objective:
 def _flat(tensor: Tensor) -> Tensor:
     """(1, C, H, W) -> (C, H W), a view."""
     return tensor.flatten(2)[0]
-
-
-@contextlib.contextmanager
-def _on_stream(network: Features) -> Iterator[None]:
-    """Run on the network's CUDA stream, ordered with the caller's stream at both ends; nothing to do on a CPU."""
-    if network.stream is None:
-        yield
-        return
-    current = torch.cuda.current_stream(network.image.device)
-    network.stream.wait_stream(current)
-    with torch.cuda.stream(network.stream):
-        yield
-    current.wait_stream(network.stream)

@@ -200,7 +200,7 @@ class Stylizer:
         self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config
     ) -> Objective:
         """The objective at the size of `network`, whose content picture has that size already."""
-        with network.lock:
+        with network.use():
             network.image.copy_(images.to_tensor(content))
             network.forward()
             targets = {layer: network.features[layer].clone() for layer in config.content_layers}
