@@ -38,7 +38,7 @@ class Config:
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
     )
     content_weight: float = _option(1.0, "weight of the content loss")
-    style_weight: float = _option(100.0, "weight of the style loss")
+    style_weight: float = _option(1e4, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
     content_layers: tuple[str, ...] = _option(("relu4_2",), "layers of the content loss")
     style_layers: tuple[str, ...] = _option(

@@ -1,13 +1,15 @@
 """The file of embedded features: how its filters are stored, and how they become float32 again.
 
 For each convolution the file holds `NAME.step` (C_out,) and `NAME.bias` (C_out,) in float32 and, unless the filters are
-random directions made from the seed in the metadata, `NAME.weight`: int8 (C_out, C_in, 3, 3), or uint8 with two 4-bit
+random directions made from the seed in the recipe, `NAME.weight`: int8 (C_out, C_in, 3, 3), or uint8 with two 4-bit
 filter taps to a byte (C_out, C_in * 9 / 2). A tap is its integer times the step of its output channel; 4-bit integers
-stand for -7.5, -6.5, ... 7.5. The file is safetensors: reading it runs no code.
+stand for -7.5, -6.5, ... 7.5. The file is safetensors: reading it runs no code. Its metadata
+hold the recipe as JSON.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def load_embedded(convs: Iterable[vgg.Conv], path: Path = FILE) -> dict[str, Ten
 
     parameters: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        seed = int(file.metadata()["seed"])
+        seed = json.loads(file.metadata()["recipe"])["seed"]
         names = set(file.keys())
         for conv in convs:
             step = file.get_tensor(f"{conv.name}.step")

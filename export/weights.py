@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import vgg
+from .embedded import load_embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,6 @@ CAFFE_MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)  # RGB; the caffe netw
 CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
 # Published with torchvision's VGG19_Weights.IMAGENET1K_V1, whose file name carries the first eight digits.
 IMAGENET_SHA256 = "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44"
-EMBEDDED_SEED = 1508_06576  # the paper's number
 _ATTEMPTS = 3
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -92,7 +91,7 @@ def load(source: str | Path = "auto", layers: tuple[str, ...] = vgg.LAYERS) -> W
         log.info("weights: embedded; ImageNet features paint better, `--weights imagenet` downloads them once (550 MB)")
         source = "embedded"
     if source == "embedded":
-        return Weights("embedded", embedded(convs), IMAGENET_MEAN, IMAGENET_STD)
+        return Weights("embedded", load_embedded(convs), IMAGENET_MEAN, IMAGENET_STD)
     if source == "imagenet":
         if not cached.is_file():
             _fetch_imagenet(cached)
@@ -101,30 +100,6 @@ def load(source: str | Path = "auto", layers: tuple[str, ...] = vgg.LAYERS) -> W
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"weights {str(source)!r}: choose auto, embedded, imagenet or a {', '.join(_SUFFIXES)} file")
     return _from_file(path, convs, path.name)
-
-
-def embedded(convs: tuple[vgg.Conv, ...]) -> dict[str, Tensor]:
-    """Seeded filters (He et al. 2015), each channel calibrated to zero mean and unit deviation before its ReLU.
-
-    The calibration picture is coloured 1/f noise made from the same seed, so that activations stay of order one at
-    every depth whatever the picture.
-    """
-    generator = torch.Generator().manual_seed(EMBEDDED_SEED)
-    x = torch.zeros(1, 3, 96, 96)
-    for octave in range(6):
-        coarse = torch.randn(1, 3, 3 * 2**octave, 3 * 2**octave, generator=generator)
-        x += functional.interpolate(coarse, size=x.shape[2:], mode="bilinear", align_corners=False) / 2**octave
-    parameters: dict[str, Tensor] = {}
-    for conv in convs:
-        weight = torch.randn(conv.out_channels, conv.in_channels, 3, 3, generator=generator)
-        if conv.after_pool:
-            x = functional.avg_pool2d(x, 2)
-        x = functional.conv2d(x, weight, padding=1)
-        mean, std = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True)
-        parameters[f"{conv.name}.weight"] = weight / std.reshape(-1, 1, 1, 1)
-        parameters[f"{conv.name}.bias"] = (-mean / std).flatten()
-        x = functional.relu((x - mean) / std)
-    return parameters
 
 
 def _from_file(path: Path, convs: tuple[vgg.Conv, ...], name: str) -> Weights:

@@ -119,7 +119,12 @@ def test_wheel_holds_one_package_and_all_data(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"engine"}
-    wanted = {"engine/py.typed", "engine/samples/content.jpg", "engine/samples/style.jpg", "engine/export/graph.py"}
+    wanted = {
+        "engine/py.typed",
+        "engine/samples/content.jpg",
+        "engine/samples/style.jpg",
+        "engine/export/vgg19-embedded.safetensors",
+    }
     for path in (ROOT / "kernels").glob("*.cu*"):
         wanted.add(f"engine/kernels/{path.name}")
     assert wanted <= names

@@ -1,5 +1,6 @@
 import hashlib
 import http.server
+import json
 import multiprocessing
 import os
 import threading
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from oracle import random_state
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engine.export import vgg, weights
+from engine.export import embedded, vgg, weights
 
 
 def test_embedded_is_the_same_every_time():
@@ -29,6 +31,19 @@ def test_embedded_keeps_activations_of_order_one():
         features = net.module(layers, "avg")(picture(128, 128, seed=5).float())
     for layer, value in features.items():
         assert 0.05 < float(value.square().mean().sqrt()) < 20, layer
+
+
+def test_embedded_file_is_the_one_that_was_learned():
+    """Its hash, its size, its recipe; and that reading it is fast."""
+    content = embedded.FILE.read_bytes()
+    assert len(content) <= 8 * 2**20
+    assert hashlib.sha256(content).hexdigest() == "8c3f3080f82a2b1fa27373cb3ea4b4d9138119475e33db69531a522348369b47"
+    with safe_open(embedded.FILE, framework="pt") as file:
+        recipe = json.loads(file.metadata()["recipe"])
+    assert {"seed", "data", "versions", "method"} <= set(recipe)
+    start = time.process_time()
+    embedded.load_embedded(vgg.CONVS)
+    assert time.process_time() - start < 1.5  # of processor time, on any number of cores
 
 
 def test_a_shallow_cut_is_the_head_of_a_deep_one():
@@ -177,8 +192,6 @@ def test_download_verifies_converts_and_cleans_up(own_cache, source, checkpoint,
         target = fetch(own_cache)
         fetch(own_cache)  # there already
     assert server.requests == 1
-    from safetensors import safe_open
-
     with safe_open(target, framework="pt") as file:
         assert len(file.keys()) == 32
         assert file.metadata()["source_sha256"] == hashlib.sha256(checkpoint).hexdigest()
