@@ -1,0 +1,46 @@
+"""What a user waits for before the first iteration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from engine import Stylizer
+from engine.export import graph
+from engine.features import Features
+
+from . import cases
+
+
+def _python(*arguments: str) -> str:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_interpreter(benchmark: BenchmarkFixture) -> None:
+    """Python alone, the floor of the next two."""
+    assert benchmark(_python, "-c", "print('up')") == "up\n"
+
+
+def test_help(benchmark: BenchmarkFixture) -> None:
+    assert "usage:" in benchmark(_python, "-m", "engine.stylize", "--help")
+
+
+def test_import(benchmark: BenchmarkFixture) -> None:
+    assert benchmark(_python, "-c", "import engine, sys; print('torch' in sys.modules)") == "False\n"
+
+
+def test_stylizer(benchmark: BenchmarkFixture, problem: cases.Problem) -> None:
+    stylizer = benchmark.pedantic(Stylizer, (problem.weights, "cpu"), rounds=3)
+    assert stylizer.weights_name == problem.weights
+
+
+def test_open_graphs(benchmark: BenchmarkFixture, problem: cases.Problem) -> None:
+    width, height = problem.size
+    spec = graph.Spec(height, width, problem.config.layers, blocked=True)
+    network = benchmark.pedantic(Features, (spec, cases.weights(problem), "cpu", 1), rounds=3)
+    network.image.copy_(problem.start)
+    network.forward()
+    assert float(network.features[problem.config.layers[-1]].sum()) > 0
+    benchmark.extra_info["size"] = problem.size

@@ -1,0 +1,151 @@
+"""What is measured: one problem (pictures, weights, options), the loops that solve it, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine import Config
+from engine import image as images
+from engine.export import vgg
+from engine.export.weights import Weights
+from engine.export.weights import load as load_weights
+
+from .baseline import VARIANTS, Baseline
+
+ENGINES = {
+    "engine-cpu": ("cpu", "fp32"),
+    "engine-cuda": ("cuda", "fp32"),
+    "engine-cuda-fp16": ("cuda", "fp16"),
+    "engine-tensorrt": ("tensorrt", "fp32"),
+    "engine-tensorrt-fp16": ("tensorrt", "fp16"),
+}
+RIVALS = tuple(name for name in VARIANTS if name != "float64")
+STRICT = 1e-4  # relative L2 error of an exact variant's gradient where no ReLU has flipped
+LOOSE = 2e-2  # and at any size, where a few have
+_STRICT_SIZE = 48
+_STRICT_POINTS = 6
+_cached_weights = cache(load_weights)  # the embedded ones take seconds to make
+
+
+class Loop(Protocol):
+    """One implementation of the optimisation."""
+
+    def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
+        """Loss of pixels (1, 3, H, W) and its gradient."""
+
+    def iterate(self, start: Tensor) -> Iterator[float]:
+        """The loss after each iteration: one evaluation and one optimiser step."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The pictures as given, the name of the weights and the options; `device` is that of the rivals, cpu or cuda."""
+
+    content: images.Picture
+    style: images.Picture
+    weights: str
+    config: Config
+    device: str = "cpu"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the output."""
+        return self.content.fit(self.config.size)
+
+    @property
+    def start(self) -> Tensor:
+        """The content picture (1, 3, H, W), which is also the start."""
+        return images.to_tensor(images.resize(self.content, self.size))
+
+    @property
+    def gflop(self) -> float:
+        """GFLOP of one iteration: the convolutions, forward and VJP."""
+        width, height = self.size
+        return vgg.flops(vgg.cut(self.config.layers), height, width) / 1e9
+
+    def point(self, seed: int) -> Tensor:
+        """Pixels away from the optimum: content and noise, half each."""
+        content = self.start
+        return (content + torch.rand(content.shape, generator=torch.Generator().manual_seed(seed))) / 2
+
+
+class Engine:
+    """Our loop at one scale, put together as `Stylizer` does it."""
+
+    def __init__(self, problem: Problem, device: str, precision: str) -> None:
+        from engine.autograd import loss
+        from engine.stylizer import Stylizer
+
+        stylizer = Stylizer(problem.weights, device, precision)
+        content = images.resize(problem.content, problem.size)
+        network = stylizer._network(problem.size, problem.config)
+        self._objective = stylizer._objective(network, content, [problem.style], problem.config)
+        self._loss = partial(loss, objective=self._objective)
+        self._device = network.image.device
+
+    def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
+        terms, gradient = self._objective.evaluate(pixels.to(self._device))
+        assert gradient is not None
+        return float(terms.total), gradient
+
+    def iterate(self, start: Tensor) -> Iterator[float]:
+        from engine.optimize import State, minimise
+
+        for iterate in minimise(self._loss, start.to(self._device), "lbfgs", 10**6, State()):
+            yield iterate.loss
+
+
+def load(
+    size: int, weights: str = "embedded", content: Path | None = None, style: Path | None = None, device: str = "cpu"
+) -> Problem:
+    """The problem for these pictures, by default the bundled pair."""
+    samples = resources.files("engine.samples")
+    pictures = [
+        images.load(path if path else (samples / name).read_bytes())
+        for path, name in ((content, "content.jpg"), (style, "style.jpg"))
+    ]
+    return Problem(pictures[0], pictures[1], weights, Config(size=size), device)
+
+
+def weights(problem: Problem) -> Weights:
+    """The rivals' weights, loaded once."""
+    return _cached_weights(problem.weights, problem.config.layers)
+
+
+def build(name: str, problem: Problem) -> Loop:
+    """The loop `name` of `VARIANTS` or `ENGINES`."""
+    if name in ENGINES:
+        return Engine(problem, *ENGINES[name])
+    style = images.to_tensor(images.resize(problem.style, problem.style.fit(problem.config.size)))
+    return Baseline(weights(problem), problem.start, style, problem.config, name, problem.device)
+
+
+def exact(name: str) -> bool:
+    """Whether the variant computes in fp32 throughout."""
+    return ENGINES[name][1] == "fp32" if name in ENGINES else not VARIANTS[name].autocast
+
+
+def relative_error(gradient: Tensor, oracle: Tensor) -> float:
+    """Relative L2 error against a float64 gradient."""
+    return float((gradient.cpu().double() - oracle.cpu()).norm() / oracle.cpu().norm())
+
+
+def strict_error(name: str, problem: Problem) -> float:
+    """The smallest relative error of the gradient over a few points of a small picture, against float64.
+
+    fp32 rounding moves an activation across zero about once in a million, and one such flip changes the gradient by
+    some 1e-3, in plain PyTorch as in the engine. A small picture has points without a flip, and there only rounding is
+    left; a wrong formula would show at all points.
+    """
+    small = replace(problem, config=replace(problem.config, size=_STRICT_SIZE))
+    loop, oracle = build(name, small), build("float64", small)
+    points = [small.point(seed) for seed in range(_STRICT_POINTS)]
+    return min(relative_error(loop.loss_and_gradient(x)[1], oracle.loss_and_gradient(x)[1]) for x in points)

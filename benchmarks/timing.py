@@ -1,0 +1,146 @@
+"""Measures the loops of `cases` in turns, their memory, and the time to equal loss."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch._dynamo  # noqa: F401  # torch.optim imports it in its first step, which is to be charged to no variant
+
+from engine import BackendError
+
+from . import cases, machine
+from .cases import Loop, Problem
+
+TURN = 3  # iterations of one variant before the next one has its turn
+WARM_UP = 3  # iterations after the first one that are not timed
+MEMORY_ITERATIONS = 25  # more than the engine's L-BFGS history of 20, a quarter of torch's 100
+
+
+def start(rows: dict[str, dict[str, Any]], problem: Problem) -> dict[str, Iterator[float]]:
+    """Build every variant, compare its gradient, run its first iterations; what cannot run says so in its row."""
+    point = problem.point(0)
+    oracle = cases.build("float64", problem).loss_and_gradient(point)[1]
+    loops: dict[str, Iterator[float]] = {}
+    for name, row in rows.items():
+        try:
+            begin = machine.now(problem.device)
+            loop: Loop = cases.build(name, problem)
+            row["setup_s"] = machine.now(problem.device) - begin
+            iterator = loop.iterate(problem.start)
+            begin = machine.now(problem.device)
+            next(iterator)
+            row["first_s"] = machine.now(problem.device) - begin
+            row["error"] = cases.relative_error(loop.loss_and_gradient(point)[1], oracle)
+            row["strict_error"] = cases.strict_error(name, problem)
+            for _ in range(WARM_UP):
+                next(iterator)
+        except Exception as error:  # torch.compile has too many ways to fail
+            if name == "eager" or (name in cases.ENGINES and not isinstance(error, BackendError)):
+                raise
+            row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        loops[name] = iterator
+    return loops
+
+
+def in_turns(
+    rows: dict[str, dict[str, Any]], loops: dict[str, Iterator[float]], problem: Problem, rounds: int
+) -> tuple[float, float]:
+    """Fill in the times of each iteration and what follows from their median.
+
+    Returns the rate of matrix products, and the number of cores that other processes kept busy meanwhile.
+    """
+    runners: dict[str, Iterator[Any]] = {**loops, "mm": machine.matrix_products(problem.device)}
+    next(runners["mm"])
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    begin, (own, everybody) = machine.now(problem.device), machine.cpu_seconds()
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            for _ in range(TURN):
+                before = machine.now(problem.device)
+                next(runner)
+                seconds[name].append(machine.now(problem.device) - before)
+    own, everybody = machine.cpu_seconds()[0] - own, machine.cpu_seconds()[1] - everybody
+    others = max(0.0, everybody - own) / (machine.now(problem.device) - begin)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    rate = machine.MATRIX_GFLOP / median["mm"]
+    for name in loops:
+        gflop_per_s = problem.gflop / median[name]
+        rows[name] |= {
+            "iterations_per_s": 1 / median[name],
+            "ratio": median["eager"] / median[name],
+            "ratio_of_fastest": min(seconds["eager"]) / min(seconds[name]),
+            "gflop_per_s": gflop_per_s,
+            "share_of_mm": gflop_per_s / rate,
+            "seconds": seconds[name],
+        }
+    return rate, others
+
+
+def memory(name: str, problem: Problem) -> dict[str, float]:
+    """Peak memory of this process after some iterations, and what the imports alone took of it."""
+    if name in cases.ENGINES:
+        import onnxruntime  # noqa: F401
+
+        import engine.stylizer  # noqa: F401
+    else:
+        import torchvision  # noqa: F401
+    imports = machine.resident_mib()
+    for _ in itertools.islice(cases.build(name, problem).iterate(problem.start), MEMORY_ITERATIONS):
+        pass
+    found = {"imports_mib": imports, "peak_mib": machine.resident_mib(peak=True)}
+    if problem.device == "cuda":
+        found["device_mib"] = machine.device_mib()
+    return found
+
+
+def equal_loss(problem: Problem, engine: str, iterations: int, engine_iterations: int) -> dict[str, Any]:
+    """Time until the engine's coarse-to-fine run has, at full size, the lowest loss of `iterations` eager iterations.
+
+    Loading the weights counts for neither, making graphs and targets for both. The two runs advance in turns,
+    whichever has used less time so far; so a busy spell of the machine hits both.
+    """
+    from engine.stylizer import Stylizer
+
+    stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
+    cases.weights(problem)
+
+    def baseline() -> Iterator[float]:
+        yield from itertools.islice(cases.build("eager", problem).iterate(problem.start), iterations)
+
+    def ours() -> Iterator[float | None]:
+        config = replace(problem.config, iterations=engine_iterations)
+        for step in stylizer.steps(problem.content, problem.style, config):
+            yield step.loss if step.scale == problem.config.size else None
+
+    running: dict[str, Iterator[float | None]] = {"baseline": baseline(), "engine": ours()}
+    clock = dict.fromkeys(running, 0.0)
+    traces: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
+    while running:
+        name = min(running, key=lambda each: clock[each])
+        begin = machine.now(problem.device)
+        try:
+            loss = next(running[name])
+        except StopIteration:
+            del running[name]
+            continue
+        clock[name] += machine.now(problem.device) - begin
+        if loss is not None:
+            traces[name].append((loss, clock[name]))
+    target = min(loss for loss, _ in traces["baseline"])
+    reached = {name: next((s for loss, s in trace if loss <= target), None) for name, trace in traces.items()}
+    engine_s = reached["engine"]
+    return {
+        "baseline_iterations": iterations,
+        "engine_iterations": engine_iterations,
+        "loss": target,
+        "baseline_s": reached["baseline"],
+        "engine_s": engine_s,
+        "ratio": reached["baseline"] / engine_s if engine_s else None,
+        "engine_lowest_loss": min(loss for loss, _ in traces["engine"]),
+        "engine_total_s": clock["engine"],
+    }
