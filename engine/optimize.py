@@ -61,52 +61,81 @@ def minimise(
         if current > DIVERGED * lowest:
             runner.retreat(best)
         else:
-            runner.step(current)
+            runner.step()
         yield Iterate(current, best)
     runner.save(state)
 
 
 class _Lbfgs:
-    """torch's L-BFGS (Liu, Nocedal 1989), fed one evaluation a step, with a first step of a size that fits pixels."""
+    """L-BFGS (Nocedal 1980) with unit steps, fed one evaluation a step, and a first step of a size that fits pixels.
+
+    The steps are those of torch.optim.LBFGS, whose import of its compiler would take seconds and 120 MB.
+    """
 
     def __init__(self, image: Tensor) -> None:
         self._image = image
         self._first_step = FIRST_STEP
+        self._moves = image.new_empty((HISTORY, image.numel()))  # s_k
+        self._changes = torch.empty_like(self._moves)  # y_k, of the gradient
+        self._curvatures = [0.0] * HISTORY  # s_k y_k
         self._forget()
 
     def _forget(self) -> None:
-        self._torch = torch.optim.LBFGS(
-            [self._image], max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
-        )
-        self._fresh = True
+        self._count = 0  # pairs stored since; slot k % HISTORY holds pair k
         self._unit = 1.0
+        self._gradient = torch.empty(0)
+        self._move: Tensor | None = None
         self._halvings = 0
 
-    def step(self, value: float) -> None:
+    def step(self) -> None:
         """Move the image by one quasi-Newton step for the gradient in `image.grad`."""
-        gradient = self._image.grad
-        assert gradient is not None
-        if self._fresh:
-            # torch's thresholds are absolute and its sums fp32: a gradient of order one keeps clear of both, whatever
-            # the weights of the loss. Its first step, min(1, 1 / |g|_1) * lr * g, becomes one that fits pixels.
-            size = float(gradient.double().square().mean().sqrt())
+        assert self._image.grad is not None
+        if self._move is None:
+            # fp32 sums of squares hold any weights of the loss if the gradient is of order one.
+            size = float(self._image.grad.double().square().mean().sqrt())
             self._unit = 1 / size if size > 0 else 1.0
-            gradient.mul_(self._unit)
-            self._torch.param_groups[0]["lr"] = self._first_step * max(1.0, float(gradient.abs().sum()))
+            gradient = self._image.grad.flatten() * self._unit
+            self._move = gradient * -self._first_step
         else:
-            gradient.mul_(self._unit)
-            self._torch.param_groups[0]["lr"] = 1.0
-        self._torch.step(lambda: value)  # the gradient is in place already
-        self._fresh = False
+            gradient = self._image.grad.flatten() * self._unit
+            self._remember(self._move, gradient - self._gradient)
+            self._move = self._direction(gradient)
+        self._gradient = gradient
+        with torch.no_grad():
+            self._image.add_(self._move.view_as(self._image))
         self._halvings = 0
+
+    def _remember(self, move: Tensor, change: Tensor) -> None:
+        """Store a pair unless the curvature along it is not positive."""
+        curvature = float(move @ change)
+        if curvature > 1e-10:
+            slot = self._count % HISTORY
+            self._moves[slot], self._changes[slot], self._curvatures[slot] = move, change, curvature
+            self._count += 1
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        """-H g by the two-loop recursion."""
+        direction = -gradient
+        slots = [k % HISTORY for k in range(max(0, self._count - HISTORY), self._count)]
+        shares = {}
+        for slot in reversed(slots):
+            shares[slot] = float(self._moves[slot] @ direction) / self._curvatures[slot]
+            direction.sub_(self._changes[slot], alpha=shares[slot])
+        if slots:
+            newest = self._changes[slots[-1]]
+            direction.mul_(self._curvatures[slots[-1]] / float(newest @ newest))
+        for slot in slots:
+            share = float(self._changes[slot] @ direction) / self._curvatures[slot]
+            direction.add_(self._moves[slot], alpha=shares[slot] - share)
+        return direction
 
     def retreat(self, best: Tensor) -> None:
         """Take back half of the last step; after several halves, forget the history and start from `best`."""
+        assert self._move is not None
         with torch.no_grad():
             if self._halvings < HALVINGS:
-                state = self._torch.state[self._image]
-                state["t"] /= 2  # the pair (s, y) of the next step has to know the step that was really made
-                self._image.sub_(state["d"].view_as(self._image), alpha=state["t"])
+                self._move /= 2  # the next pair has to know the step that was really made
+                self._image.sub_(self._move.view_as(self._image))
                 self._halvings += 1
                 return
             self._image.copy_(best)
@@ -130,7 +159,7 @@ class _Adam:
                 moments[name] = functional.interpolate(state.moments[name], size=size, mode="bilinear")
             self._torch.state[image] = moments
 
-    def step(self, value: float) -> None:
+    def step(self) -> None:
         """Move the image by one step for the gradient in `image.grad`, then clamp it."""
         self._torch.step()
         with torch.no_grad():
@@ -138,7 +167,7 @@ class _Adam:
 
     def retreat(self, best: Tensor) -> None:
         """Step on: Adam's steps are bounded, and it comes back by itself."""
-        self.step(0.0)
+        self.step()
 
     def save(self, state: State) -> None:
         """Hand the moments to the next scale."""

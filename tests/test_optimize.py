@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from engine.optimize import ADAM_BETAS, ADAM_RATE, State, minimise
+from engine.optimize import ADAM_BETAS, ADAM_RATE, FIRST_STEP, HISTORY, State, minimise
 
 
 def quadratic(seed=0):
@@ -100,6 +100,33 @@ def test_adam_carries_its_moments_to_the_next_scale():
     list(minimise(lambda x: ((x - 0.9) ** 2).mean(), small.repeat(1, 1, 2, 2), "adam", 5, state))
     assert float(state.moments["step"]) == 10
     assert state.moments["exp_avg"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
+def test_lbfgs_takes_the_steps_of_torchs():
+    """The same history, the same first step: the same iterates, to rounding."""
+    loss, _ = quadratic()
+    start = torch.full((1, 3, 5, 5), 0.5)
+    image = start.clone().requires_grad_()
+    first = torch.autograd.grad(loss(image), image)[0]
+    rate = FIRST_STEP / first.square().mean().sqrt() / min(1.0, 1.0 / first.abs().sum())
+    reference = torch.optim.LBFGS(
+        [image], lr=float(rate), max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
+    )
+
+    def closure():
+        reference.zero_grad()
+        value = loss(image)
+        value.backward()
+        return value.detach()
+
+    losses = []
+    for _ in range(35):
+        losses.append(float(reference.step(closure)))
+        reference.param_groups[0]["lr"] = 1.0
+    ours = [step.loss for step in minimise(loss, start, "lbfgs", 35, State())]
+    assert ours[:12] == pytest.approx(losses[:12], rel=1e-3)
+    assert ours[-1] < 1e-3 * ours[0]
 
 
 def test_adam_is_torchs():
