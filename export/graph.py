@@ -114,7 +114,7 @@ def forward_initializers(spec: Spec, weights: Weights) -> dict[str, NDArray[Any]
     """Kernels and biases of the forward graph; the division by the deviation is folded into conv1_1."""
     arrays: dict[str, NDArray[Any]] = {}
     for conv in spec.convs:
-        arrays[f"{conv.name}.weight"] = np.ascontiguousarray(_kernel(conv, weights), DTYPES[spec.precision])
+        arrays[f"{conv.name}.weight"] = np.ascontiguousarray(kernel(conv, weights), DTYPES[spec.precision])
         bias = weights.parameters[f"{conv.name}.bias"].numpy()
         arrays[f"{conv.name}.bias"] = np.ascontiguousarray(bias, DTYPES[spec.precision])
     return arrays
@@ -124,14 +124,15 @@ def vjp_initializers(spec: Spec, weights: Weights) -> dict[str, NDArray[Any]]:
     """Turned kernels with swapped channel axes (C_in, C_out, 3, 3); the quarter of an average pooling is folded in."""
     arrays: dict[str, NDArray[Any]] = {}
     for conv in spec.convs:
-        turned = _kernel(conv, weights)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+        turned = kernel(conv, weights)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
         if conv.after_pool and spec.pooling == "avg":
             turned = turned / 4
         arrays[f"{conv.name}.vjp"] = np.ascontiguousarray(turned, DTYPES[spec.precision])
     return arrays
 
 
-def _kernel(conv: vgg.Conv, weights: Weights) -> NDArray[Any]:
+def kernel(conv: vgg.Conv, weights: Weights) -> NDArray[Any]:
+    """The kernel (C_out, C_in, 3, 3) of a convolution, the division by the deviation folded into conv1_1."""
     kernel = weights.parameters[f"{conv.name}.weight"].numpy()
     return kernel / np.array(weights.std, np.float32).reshape(1, 3, 1, 1) if conv.in_channels == 3 else kernel
 
