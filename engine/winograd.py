@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .export import graph, vgg
+from .export import vgg
 from .export.weights import Weights
 from .kernels import nhwc, winograd
 
@@ -36,14 +36,14 @@ _PATIENCE = 200  # looks at a counter before the processor is offered to others
 
 
 class Network:
-    """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and `threads` threads."""
+    """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and its threads."""
 
     def __init__(self, weights: Weights, layers: tuple[str, ...], threads: int) -> None:
         self.threads = threads
         self.workers = ThreadPoolExecutor(threads - 1, "stylize") if threads > 1 else None
         self.arrays: dict[str, NDArray[np.float32]] = {"mean": np.array(weights.mean, np.float32)}
         for conv in vgg.cut(layers):
-            kernel = graph.kernel(conv, weights)
+            kernel = weights.kernel(conv)
             if conv.in_channels == 3:
                 self.arrays["first"], self.arrays["last"] = nhwc.first_weights(kernel), nhwc.last_weights(kernel)
             else:
@@ -64,10 +64,9 @@ class Features:
     inside `use`. With `forward_only` there is no VJP, and the features of other than the loss layers share memory.
     """
 
-    def __init__(self, spec: graph.Spec, network: Network, forward_only: bool = False) -> None:
+    def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
         self.spec, self._network = spec, network
         self._lock = threading.Lock()
-        self._keep: list[Tensor] = []
         self.image = torch.zeros(1, 3, spec.height, spec.width)
         shapes = spec.shapes
         kept = [name for name in shapes if name in spec.layers or not forward_only]
@@ -261,34 +260,23 @@ def _work(table, taken, done, scratch):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _do(step, task, scratch):  # type: ignore[no-untyped-def]
-    height, width, channels = step.height, step.width, step.c_out
+    source, target, height, width = step.source, step.target, step.height, step.width
+    channels, weights, extra = step.c_out, step.weights, step.extra
     if step.op == CONVOLVE:
         first = task // step.groups * step.tiles
         tiles = ((height + 3) // 4) * ((width + 3) // 4)
+        count = min(step.tiles, tiles - first)
         winograd.convolve(
-            step.source,
-            step.target,
-            height,
-            width,
-            step.c_in,
-            channels,
-            step.weights,
-            step.extra,
-            step.turned,
-            step.ending,
-            first,
-            min(step.tiles, tiles - first),
-            task % step.groups,
-            step.groups,
-            scratch,
-        )
+            source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
+            first, count, task % step.groups, step.groups, scratch,
+        )  # fmt: skip
     elif step.op == FIRST:
-        nhwc.first(step.source, step.mean, step.target, height, width, channels, step.weights, step.extra, task, scratch)
+        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, task, scratch)
     elif step.op == POOL:
-        nhwc.pool(step.source, step.target, height, width, channels, step.largest, task)
+        nhwc.pool(source, target, height, width, channels, step.largest, task)
     elif step.op == UNPOOL:
-        nhwc.unpool(step.source, step.target, step.extra, height, width, channels, step.largest, task, scratch)
+        nhwc.unpool(source, target, extra, height, width, channels, step.largest, task, scratch)
     elif step.op == MASK:
-        nhwc.mask(step.source, step.target, width, channels, task)
+        nhwc.mask(source, target, width, channels, task)
     else:
-        nhwc.last(step.source, step.target, height, width, step.c_in, step.weights, task, scratch)
+        nhwc.last(source, target, height, width, step.c_in, weights, task, scratch)

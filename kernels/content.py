@@ -33,8 +33,8 @@ def content_loss(features: Tensor, target: Tensor, difference: Tensor) -> Tensor
         kernel = f"content_difference<{_cuda.ELEMENTS[features.dtype]}>"
         _cuda.launch("content", kernel, (blocks,), features, target, difference, features.numel(), partials)
         return _cuda.finish_sum("content", partials, 1 / features.numel())
-    flat = torch.sub(features, target, out=difference).flatten().float()
-    return torch.dot(flat, flat) / features.numel()
+    torch.sub(features, target, out=difference)
+    return torch.linalg.vector_norm(difference, dtype=torch.float32).square() / features.numel()
 
 
 def content_gradient(difference: Tensor, factor: Tensor) -> None:

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from .winograd import BLOCK, multiply
 
 PATCH = 27  # inputs of one position of conv1_1: kernel row, kernel column, colour
+DEPTH = 32  # the same, filled up with zeros to what `multiply` takes
 ROWS = 4  # rows of the picture in one task of `first` and `last`
 ROUND = 6  # positions that `multiply` takes at a time
 _CACHED = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 def first_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(PATCH, C) of a kernel (C, 3, 3, 3), for `first`."""
-    return np.ascontiguousarray(kernel.transpose(2, 3, 1, 0).reshape(PATCH, -1))
+    """(DEPTH, C) of a kernel (C, 3, 3, 3), for `first`; the rows past PATCH are zero."""
+    return np.pad(kernel.transpose(2, 3, 1, 0).reshape(PATCH, -1), ((0, DEPTH - PATCH), (0, 0)))
 
 
 def last_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -55,8 +56,9 @@ def first(image, mean, target, height, width, channels, weights, bias, task, scr
     """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,)."""
     pixels, means = _array(image, (3, height, width)), _array(mean, (3,))
     results, biases = _array(target, (height, width, channels)), _array(bias, (channels,))
-    patches = _array(scratch, (width + ROUND, PATCH))
-    sums = scratch + 4 * (width + ROUND) * PATCH
+    patches = _array(scratch, (width + ROUND, DEPTH))
+    patches[:, PATCH:] = 0
+    sums = scratch + 4 * (width + ROUND) * DEPTH
     found = _array(sums, (width + ROUND, channels))
     for y in range(task * ROWS, min(height, (task + 1) * ROWS)):
         for i in range(3):
@@ -75,10 +77,9 @@ def first(image, mean, target, height, width, channels, weights, bias, task, scr
                         for x in range(width):
                             patches[x, k] = 0
         for x in range(0, width, ROUND):
+            rows, result = scratch + 4 * x * DEPTH, sums + 4 * x * channels
             for n in range(0, channels, BLOCK):
-                multiply(
-                    scratch + 4 * x * PATCH, PATCH, weights + 4 * n * PATCH, PATCH, sums + 4 * (x * channels + n), channels
-                )
+                multiply(rows, DEPTH, weights + 4 * n * DEPTH, DEPTH, result + 4 * n, channels)
         for x in range(width):
             for c in range(channels):
                 results[y, x, c] = max(found[x, c] + biases[c], np.float32(0))
@@ -93,14 +94,8 @@ def last(source, target, height, width, channels, weights, task, scratch):  # ty
     top, end = task * ROWS, min(height, (task + 1) * ROWS)
     for y in range(max(0, top - 1), min(height, end + 1)):
         for x in range(0, width, ROUND):
-            multiply(
-                source + 4 * (y * width + x) * channels,
-                channels,
-                weights,
-                channels,
-                scratch + 4 * ((y - top + 1) * padded + x) * BLOCK,
-                BLOCK,
-            )
+            rows, result = source + 4 * (y * width + x) * channels, scratch + 4 * ((y - top + 1) * padded + x) * BLOCK
+            multiply(rows, channels, weights, channels, result, BLOCK)
     for y in range(top, end):
         for x in range(width):
             red = green = blue = np.float32(0)

@@ -1,4 +1,4 @@
-"""3x3 convolutions of a CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin, Gray 2016), as vector code made by LLVM.
+"""3x3 convolutions on a CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin, Gray 2016), compiled by LLVM.
 
     Y = A^T [ (G g G^T) * (B^T d B) ] A
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -26,10 +26,11 @@ LANES = 16  # channels of one vector; LLVM splits it where registers are shorter
 BLOCK = 64  # output channels of a panel of U
 TILES = 12  # tiles are worked on in multiples of this
 _POINT = (math.sqrt(0.5), math.sqrt(2))  # a, b
-# U of the kernel turned by 180 degrees: turning inverts the points, so its line i is _FLIP[i][1] times line _FLIP[i][0].
+# Turning a kernel by 180 degrees inverts the points: line i of its U is _FLIP[i][1] times line _FLIP[i][0].
 _FLIP = ((5, 1.0), (3, -2.0), (4, -2.0), (1, -0.5), (2, -0.5), (0, 1.0))
 _TURNED = tuple(line for line, _ in _FLIP)
 _ROWS, _COLUMNS = 6, 4  # accumulators of `multiply`: rows of one float, columns of LANES
+_CHUNK = 32  # products added up on their own: long sums of fp32 would round more than Winograd's transforms do
 _SQUARE = 4  # accumulators of `multiply_transposed`: SQUARE x SQUARE sums over LANES
 
 _FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -187,8 +188,9 @@ def multiply(context, v, v_stride, u, depth, m, m_stride):  # type: ignore[no-un
 
     def emit(code: _Code, v: Any, v_stride: Any, u: Any, depth: Any, m: Any, m_stride: Any) -> None:
         rows = [code.step(v, v_stride, i) for i in range(_ROWS)]
+        count = _ROWS * _COLUMNS
 
-        def body(k: Any, sums: list[Any]) -> list[Any]:
+        def line(k: Any, sums: list[Any]) -> list[Any]:
             panel = code.offset(u, k, 4 * BLOCK)
             columns = [code.load(code.offset(panel, LANES * j)) for j in range(_COLUMNS)]
             following = code.offset(panel, depth, 4 * BLOCK)  # the next panel: U streams from memory in deep layers
@@ -200,7 +202,14 @@ def multiply(context, v, v_stride, u, depth, m, m_stride):  # type: ignore[no-un
                 result += [code.fma(value, column, sums[i * _COLUMNS + j]) for j, column in enumerate(columns)]
             return result
 
-        sums = code.loop(depth, [_ZERO] * (_ROWS * _COLUMNS), body)
+        def chunk(index: Any, totals: list[Any]) -> list[Any]:
+            start = code.times(index, _CHUNK)
+            sums = code.loop(
+                ir.Constant(_I64, _CHUNK), [_ZERO] * count, lambda k, sums: line(code.b.add(start, k), sums)
+            )
+            return [code.add(x, y) for x, y in zip(totals, sums, strict=True)]
+
+        sums = code.loop(code.b.sdiv(depth, ir.Constant(_I64, _CHUNK)), [_ZERO] * count, chunk)
         for i in range(_ROWS):
             for j in range(_COLUMNS):
                 code.store(sums[i * _COLUMNS + j], code.offset(code.step(m, m_stride, i), LANES * j))
@@ -215,9 +224,7 @@ def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  #
     `u` is the first of the rows in the first panel, `panel` the floats from there to the next panel.
     """
 
-    def emit(
-        code: _Code, v: Any, v_stride: Any, u: Any, panel: Any, panels: Any, m: Any, m_stride: Any
-    ) -> None:
+    def emit(code: _Code, v: Any, v_stride: Any, u: Any, panel: Any, panels: Any, m: Any, m_stride: Any) -> None:
         def body(k: Any, sums: list[Any]) -> list[Any]:
             part, rows = code.offset(v, k, 4 * BLOCK), code.offset(u, code.b.mul(k, panel))
             for j in range(0, BLOCK, LANES):
