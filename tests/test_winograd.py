@@ -139,7 +139,7 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 2)])
 @pytest.mark.parametrize("with_own", [False, True])
 def test_pooling_and_its_vjp(largest, size, with_own):
-    """Values from a handful of numbers, so that ties are common: the first in row-major order takes all, as in torch."""
+    """Values from a handful of numbers, so that ties are common: the first of them takes all, as in torch."""
     generator = np.random.default_rng(0)
     a = generator.integers(0, 3, (*size, 64)).astype(np.float32)
     own = generator.standard_normal(a.shape, np.float32)
