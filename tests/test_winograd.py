@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from engine import Config, Stylizer, winograd
 from engine.export import validate, vgg, weights
-from engine.kernels import nhwc
+from engine.kernels import nhwc, vector
 from engine.kernels import winograd as kernel
 
 DEFAULT = Config().layers
@@ -181,8 +181,7 @@ def test_forward_only_gives_the_same_features(network):
 
 
 def test_scratch_rows_cover_the_rows_that_multiply_takes():
-    assert kernel.TILES % kernel._ROWS == kernel.TILES % kernel._SQUARE == 0
-    assert nhwc.ROUND == kernel._ROWS
+    assert kernel.TILES % vector.ROWS == kernel.TILES % vector.SQUARE == 0
 
 
 def test_no_thread_works_on_after_a_call(pictures):
