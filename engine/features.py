@@ -84,7 +84,7 @@ class Features:
 
     def __init__(self, spec: graph.Spec, weights: Weights, device: str, threads: int) -> None:
         self.spec = spec
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         place = torch.device("cpu" if device == "cpu" else "cuda:0")
         self._stream = None if device == "cpu" else torch.cuda.Stream(place)
         dtype = _DTYPES[spec.precision]
@@ -104,7 +104,10 @@ class Features:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        """Own the memory, on the CUDA stream of the graphs, which is ordered with the caller's at both ends."""
+        """Own the memory, on the CUDA stream of the graphs, which is ordered with the caller's at both ends.
+
+        It may be nested.
+        """
         with self._lock, _on_stream(self._stream):
             yield
 
@@ -134,10 +137,10 @@ def extract(pixels: Tensor, spec: graph.Spec, weights: Weights, device: str, thr
 @contextlib.contextmanager
 def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
-    if stream is None:
+    current = torch.cuda.current_stream(stream.device) if stream else None
+    if stream is None or current is None or current == stream:
         yield
         return
-    current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,14 +20,13 @@ from torch.nn import functional
 
 from . import image as images
 from . import kernels, provider
-from .autograd import loss as bridge
 from .config import MIN_SIDE, Config
 from .export import graph, vgg
 from .export.weights import Weights
 from .export.weights import load as load_weights
 from .features import Features, extract
 from .losses import Objective
-from .optimize import State, minimise
+from .optimize import Iterate, State, minimise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,26 +40,31 @@ _STYLES = 64  # style targets kept, 2.4 MB each with the default layers
 class Step:
     """State of a run after one iteration.
 
-    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one; `loss` is
-    that of this iteration; `image` converts the best picture of this scale when it is asked for.
+    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one. `loss`,
+    that of this iteration, and `image`, the best picture of this scale so far, are converted when they are asked for:
+    a GPU works ahead, and asking waits for it.
     """
 
     scale: int
     iteration: int
     total: int
-    loss: float
-    _pixels: Tensor = field(repr=False)
+    _iterate: Iterate = field(repr=False)
     _alpha: NDArray[np.float32] | None = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """The weighted total loss of this iteration's picture."""
+        return self._iterate.loss
 
     @property
     def image(self) -> Image.Image:
         """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
-        alpha = self._alpha
+        alpha, pixels = self._alpha, self._iterate.best
         if alpha is not None:
-            height, width = self._pixels.shape[2:]
+            height, width = pixels.shape[2:]
             rgb = np.zeros((*alpha.shape, 3), np.float32)
             alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        return images.to_pil(self._pixels, alpha)
+        return images.to_pil(pixels, alpha)
 
 
 @dataclass(frozen=True)
@@ -190,11 +193,11 @@ class Stylizer:
             else:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
             pixels = pixels.to(network.image.device)
-            loss = partial(bridge, objective=objective)
-            for iterate in minimise(loss, pixels, config.optimizer, iterations, state):
+            run = minimise(objective.write, pixels, config.optimizer, iterations, state)
+            for iterate in _within(network, run):
                 iteration += 1
                 pixels = iterate.best
-                yield Step(scale, iteration, total, iterate.loss, pixels, content.alpha)
+                yield Step(scale, iteration, total, iterate, content.alpha)
 
     def _objective(
         self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config
@@ -221,8 +224,7 @@ class Stylizer:
             found = extract(pixels, spec, self._load(config.layers), self.device, self._threads)
             grams = {}
             for layer, features in found.items():
-                flat = features.flatten(2)[0]
-                grams[layer] = kernels.gram(flat, torch.empty(len(flat), len(flat), device=flat.device))
+                grams[layer] = kernels.gram(features.flatten(2)[0])
             return grams
 
         return self._cached(self._grams, key, _STYLES, make)
@@ -264,6 +266,16 @@ def _load_styles(style: Any) -> list[images.Picture]:
     if not sources:
         raise ValueError("give at least one style")
     return [images.load(source) for source in sources]
+
+
+def _within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
+    """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
+    while True:
+        with network.use():
+            iterate = next(iterates, None)
+        if iterate is None:
+            return
+        yield iterate
 
 
 def _first_pixels(content: images.Picture, start: images.Picture | None, config: Config) -> Tensor:

@@ -3,7 +3,23 @@ import math
 import pytest
 import torch
 
-from engine.optimize import ADAM_BETAS, ADAM_RATE, FIRST_STEP, HISTORY, State, minimise
+from engine import optimize
+from engine.kernels.adam import BETAS, RATE
+from engine.kernels.lbfgs import FIRST_STEP, HISTORY
+from engine.optimize import State
+
+
+def minimise(loss, *arguments):
+    """Of a torch function of the pixels."""
+
+    def evaluate(pixels, gradient):
+        with torch.enable_grad():
+            x = pixels.clone().requires_grad_()
+            value = loss(x)
+            gradient.copy_(torch.autograd.grad(value, x)[0])
+        return value.detach()
+
+    return optimize.minimise(evaluate, *arguments)
 
 
 def quadratic(seed=0):
@@ -96,10 +112,10 @@ def test_adam_keeps_pixels_in_range():
 def test_adam_carries_its_moments_to_the_next_scale():
     state = State()
     small = list(minimise(lambda x: ((x - 0.9) ** 2).mean(), torch.full((1, 3, 4, 4), 0.5), "adam", 5, state))[-1].best
-    assert float(state.moments["step"]) == 5
+    assert state.steps == 5
     list(minimise(lambda x: ((x - 0.9) ** 2).mean(), small.repeat(1, 1, 2, 2), "adam", 5, state))
-    assert float(state.moments["step"]) == 10
-    assert state.moments["exp_avg"].shape == (1, 3, 8, 8)
+    assert state.steps == 10
+    assert state.moments[0].shape == (1, 3, 8, 8)
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
@@ -132,7 +148,7 @@ def test_lbfgs_takes_the_steps_of_torchs():
 def test_adam_is_torchs():
     loss, _ = quadratic()
     image = torch.full((1, 3, 5, 5), 0.5).requires_grad_()
-    reference = torch.optim.Adam([image], lr=ADAM_RATE, betas=ADAM_BETAS)
+    reference = torch.optim.Adam([image], lr=RATE, betas=BETAS)
     losses = []
     for _ in range(10):
         reference.zero_grad()

@@ -16,8 +16,8 @@ ALLOWED = {
     "features": {"provider", "export"},
     "losses": {"config", "features", "kernels"},
     "autograd": {"losses"},
-    "optimize": set(),
-    "stylizer": {"autograd", "config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
+    "optimize": {"kernels"},
+    "stylizer": {"config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
     "stylize": {"config", "image", "provider", "stylizer", "__version__"},
     "__init__": {"config", "stylizer", "export"},
 }
