@@ -61,28 +61,34 @@ def rows_in_use(state: NDArray[Any]) -> int:
     return 2 * min(int(state["pairs"]) + 1, _SLOTS) if state["moved"] else 0
 
 
-def plan(state: NDArray[Any], loss: float, dots: NDArray[np.float64], count: int) -> None:
-    """Decide on the next move for `dots` (2 HISTORY + 4, 2): the products of the history, y and g with y and g."""
-    moved, made = bool(state["moved"]), int(state["to"])
+def decide(state: NDArray[Any], loss: float) -> int:
+    """The action after an evaluation with this loss, which is all that it depends on."""
     state["of_history"] = 0
-    state["from"], state["accepted"], state["action"] = made, 0, HALT
+    state["from"], state["accepted"], state["action"] = state["to"], 0, HALT
     state["improved"] = math.isfinite(loss) and loss < state["lowest"]
     if not math.isfinite(loss):
-        return
+        return HALT
     if state["improved"]:
         state["lowest"] = loss
     elif loss > DIVERGED * state["lowest"]:
         if state["halvings"] < HALVINGS:
             state["halvings"] += 1
             state["action"] = HALVE
-        else:
-            for name in ("pairs", "moved", "halvings", "to"):
-                state[name] = 0
-            state["unit"] = 1
-            state["first_step"] /= 4
-            state["action"] = RESTART
-        return
-    state["action"], state["moved"], state["halvings"] = STEP, 1, 0
+            return HALVE
+        for name in ("pairs", "moved", "halvings", "to"):
+            state[name] = 0
+        state["unit"] = 1
+        state["first_step"] /= 4
+        state["action"] = RESTART
+        return RESTART
+    state["action"], state["halvings"] = STEP, 0
+    return STEP
+
+
+def plan(state: NDArray[Any], dots: NDArray[np.float64], count: int) -> None:
+    """The coefficients of a step for `dots` (2 HISTORY + 4, 2): the products of the history, y and g with y and g."""
+    moved, made = bool(state["moved"]), int(state["to"])
+    state["moved"] = 1
     if not moved:
         size = math.sqrt(dots[_GRADIENT, 1] / count)
         state["unit"] = 1 / size if size > 0 else 1
@@ -140,7 +146,8 @@ class Lbfgs:
             self._sums = torch.empty((self._chunks, _ROWS, 2), dtype=torch.float64, device=image.device)
             self._recorded = _cuda.Recorded(image.device)
         else:
-            self._newest = image.new_empty((2, self._count))  # y and g
+            self._rows = list(self._history)
+            self._newest = image.new_empty(self._count)  # the gradient times the unit
             self._dots = np.zeros((_ROWS, 2))
 
     def step(self) -> None:
@@ -160,34 +167,39 @@ class Lbfgs:
         _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, count)
 
     def _step_cpu(self, loss: float) -> None:
-        state, history, newest, dots = self._state, self._history, self._newest, self._dots
-        image, gradient = self._image.view(-1), self._gradient.view(-1)
-        rows, made = rows_in_use(state), int(state["to"])
-        if rows:
-            torch.mul(gradient, float(state["unit"]), out=newest[1])
-            torch.add(newest[1], history[2 * made + 1], out=newest[0])
-            dots[:rows] = (history[:rows] @ newest.T).numpy()
-            dots[_CHANGE:] = (newest @ newest.T).numpy()
-        else:  # the scale of the first gradient may be beyond fp32's squares
-            dots[_GRADIENT, 1] = float(gradient.double().square().sum())
-        plan(state, loss, dots, self._count)
+        state, rows = self._state, self._rows
+        image = self._image.view(-1)
+        action, made = decide(state, loss), int(state["to"])
         if state["improved"]:
             self.best.copy_(self._image)
-        if state["action"] == STEP:
-            if rows:
-                if state["accepted"]:
-                    history[2 * made + 1] = newest[0]
-            else:
-                torch.mul(gradient, float(state["unit"]), out=newest[1])
-            rows = 2 * min(int(state["pairs"]), _SLOTS)
-            coefficients = torch.from_numpy(state["of_history"][:rows].astype(np.float32))
-            to = 2 * int(state["to"])
-            move = torch.addmv(newest[1], history[:rows].T, coefficients, beta=float(state["of_gradient"]))
-            history[to] = move
-            torch.neg(newest[1], out=history[to + 1])
+        if action == STEP:
+            self._multiply()
+            plan(state, self._dots, self._count)
+            to = int(state["to"])
+            move = torch.mul(self._unit_gradient(), float(state["of_gradient"]), out=rows[2 * to])
+            for row in np.flatnonzero(state["of_history"]):
+                move.add_(rows[row], alpha=float(state["of_history"][row]))
+            torch.neg(self._newest, out=rows[2 * to + 1])
             image.add_(move)
-        elif state["action"] == HALVE:
-            history[2 * made] /= 2
-            image.sub_(history[2 * made])
-        elif state["action"] == RESTART:
+        elif action == HALVE:
+            image.sub_(rows[2 * made].mul_(0.5))
+        elif action == RESTART:
             self._image.copy_(self.best)
+
+    def _unit_gradient(self) -> Tensor:
+        return torch.mul(self._gradient.view(-1), float(self._state["unit"]), out=self._newest)
+
+    def _multiply(self) -> None:
+        """The dot products for the plan. Those with y are differences of those with g for all but the newest pair."""
+        dots, rows, made = self._dots, self._rows, int(self._state["to"])
+        if not self._state["moved"]:  # the first gradient's squares may be beyond fp32
+            dots[_GRADIENT, 1] = float(self._gradient.double().square().sum())
+            return
+        gradient = self._unit_gradient()
+        move, change = rows[2 * made], rows[2 * made + 1].add_(gradient)
+        before = dots[:, 1].copy()
+        for row in range(rows_in_use(self._state)):
+            dots[row, 1] = float(torch.dot(rows[row], gradient))
+        dots[:, 0] = dots[:, 1] - before
+        dots[2 * made, 0] = float(torch.dot(move, change))
+        dots[_CHANGE] = float(torch.dot(change, change)), dots[2 * made + 1, 1]
