@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from engine import Stylizer
-from engine.export import graph
-from engine.features import Features
+from engine.export import vgg
+from engine.features import network as open_network
 
 from . import cases
 
@@ -36,11 +37,13 @@ def test_stylizer(benchmark: BenchmarkFixture, problem: cases.Problem) -> None:
     assert stylizer.weights_name == problem.weights
 
 
-def test_open_graphs(benchmark: BenchmarkFixture, problem: cases.Problem) -> None:
+@pytest.mark.parametrize("device", ["cpu", "onnxruntime"])
+def test_open_network(benchmark: BenchmarkFixture, problem: cases.Problem, device: str) -> None:
     width, height = problem.size
-    spec = graph.Spec(height, width, problem.config.layers, blocked=True)
-    network = benchmark.pedantic(Features, (spec, cases.weights(problem), "cpu", 1), rounds=3)
+    layers = problem.config.layers
+    spec = vgg.Spec(height, width, layers, blocked=device == "onnxruntime")
+    network = benchmark.pedantic(lambda: open_network(cases.weights(problem), layers, device, 2)(spec), rounds=3)
     network.image.copy_(problem.start)
     network.forward()
-    assert float(network.features[problem.config.layers[-1]].sum()) > 0
+    assert float(network.features[layers[-1]].sum()) > 0
     benchmark.extra_info["size"] = problem.size

@@ -22,6 +22,7 @@ from .baseline import VARIANTS, Baseline
 
 ENGINES = {
     "engine-cpu": ("cpu", "fp32"),
+    "engine-onnxruntime": ("onnxruntime", "fp32"),
     "engine-cuda": ("cuda", "fp32"),
     "engine-cuda-fp16": ("cuda", "fp16"),
     "engine-tensorrt": ("tensorrt", "fp32"),
@@ -85,7 +86,7 @@ class Engine:
 
         stylizer = Stylizer(problem.weights, device, precision)
         content = images.resize(problem.content, problem.size)
-        network = stylizer._network(problem.size, problem.config)
+        network = stylizer._features(problem.size, problem.config)
         self._objective = stylizer._objective(network, content, [problem.style], problem.config)
         self._device = network.image.device
 

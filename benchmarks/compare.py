@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from engine import Config
+from engine import Config, provider
 
 from . import cases, machine, timing
 
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # the engine's fp32 is fp32 too
-    engines = [name for name, (device, _) in cases.ENGINES.items() if (device == "cpu") == (args.device == "cpu")]
+    engines = [
+        name for name, (device, _) in cases.ENGINES.items() if (device in provider.GPUS) == (args.device == "cuda")
+    ]
     names = dict.fromkeys(["eager", *(args.variants or [*cases.RIVALS, *engines])])
     rows: dict[str, dict[str, Any]] = {name: {"variant": name} for name in names}
     loops = timing.start(rows, problem)

@@ -1,147 +1,62 @@
-"""VGG-19 features of one image shape: the forward and the VJP graph on a provider, bound to memory once."""
+"""VGG-19 features of one image shape and their VJP: what every runtime offers, and which one runs on a device."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Protocol
 
-import numpy as np
-import onnx
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from . import provider
-from .export import graph
-from .export.ort import BackendError, onnxruntime
+from .export import vgg
 from .export.weights import Weights
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 
+class Features(Protocol):
+    """The forward pass and the VJP at one `spec`, with the memory they work in.
 
-class _Graph:
-    """A session whose inputs and outputs are bound to tensors; `run` allocates and copies nothing."""
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        arrays: Mapping[str, NDArray[Any]],
-        tensors: Mapping[str, Tensor],
-        device: str,
-        precision: str,
-        threads: int,
-        stream: int,
-    ) -> None:
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        # Spinning threads take the cores from the BLAS calls between the two graphs: they cost more than they save.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if device != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        # Given by value, so that the graph never reads a file; the session keeps its own, reordered copy.
-        options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()])
-        settings = (provider.PROVIDERS[device], provider.options(device, precision, stream))
-        try:
-            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=[settings])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise BackendError(f"device {device}: ONNX Runtime cannot open {model.graph.name} ({error})") from error
-        provider.verify(self._session, device)
-        _give_back_freed_memory()
-        self._binding = self._session.io_binding()
-        self._tensors = dict(tensors)  # the binding holds addresses only
-        place = "cpu" if device == "cpu" else "cuda"
-        for infos, bind in (
-            (self._session.get_inputs(), self._binding.bind_input),
-            (self._session.get_outputs(), self._binding.bind_output),
-        ):
-            for info in infos:
-                tensor = tensors[info.name]
-                bind(info.name, place, 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-
-    def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
-
-
-def _give_back_freed_memory() -> None:
-    """Opening a session frees some copies of the weights, which glibc would keep: a third of a small run's memory."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class Features:
-    """The graph pair of one `spec`, with the memory it works in.
-
-    `image` and `gradient` are (1, 3, H, W) float32; `features` holds every ReLU output, `cotangents` one tensor for
-    each loss layer, both (1, C, H_l, W_l) in the precision of the spec. `forward` reads `image` and writes `features`;
-    `vjp` reads `features` and `cotangents` and writes `gradient`. All of it happens inside `use`.
+    `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers at least,
+    `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
+    order of the runtime. Everything happens inside `use`.
     """
 
-    def __init__(self, spec: graph.Spec, weights: Weights, device: str, threads: int) -> None:
-        self.spec = spec
-        self._lock = threading.RLock()
-        place = torch.device("cpu" if device == "cpu" else "cuda:0")
-        self._stream = None if device == "cpu" else torch.cuda.Stream(place)
-        dtype = _DTYPES[spec.precision]
-        self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
-        self.gradient = torch.zeros_like(self.image)
-        self.features = {name: torch.zeros(shape, dtype=dtype, device=place) for name, shape in spec.shapes.items()}
-        self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
-        tensors = {
-            "image": self.image,
-            "gradient": self.gradient,
-            **self.features,
-            **{f"cotangent.{name}": tensor for name, tensor in self.cotangents.items()},
-        }
-        shared = (tensors, device, spec.precision, threads, self._stream.cuda_stream if self._stream else 0)
-        self._forward = _Graph(graph.forward(spec, weights), graph.forward_initializers(spec, weights), *shared)
-        self._vjp = _Graph(graph.vjp(spec, weights), graph.vjp_initializers(spec, weights), *shared)
+    spec: vgg.Spec
+    image: Tensor
+    gradient: Tensor
+    features: Mapping[str, Tensor]
+    cotangents: Mapping[str, Tensor]
 
-    @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        """Own the memory, on the CUDA stream of the graphs, which is ordered with the caller's at both ends.
+    def use(self) -> AbstractContextManager[None]:
+        """Own the memory; on a GPU, on the stream of the runtime, which is ordered with the caller's at both ends.
 
         It may be nested.
         """
-        with self._lock, _on_stream(self._stream):
-            yield
 
     def forward(self) -> None:
         """image -> features."""
-        self._forward.run()
 
     def vjp(self) -> None:
-        """features, cotangents -> gradient."""
-        self._vjp.run()
+        """features, cotangents -> gradient; the features are spent."""
 
 
-def extract(pixels: Tensor, spec: graph.Spec, weights: Weights, device: str, threads: int) -> dict[str, Tensor]:
-    """Features (1, C, H_l, W_l) of pixels (1, 3, H, W) at the layers of `spec`, from a forward graph made for them."""
-    place = torch.device("cpu" if device == "cpu" else "cuda:0")
-    stream = None if device == "cpu" else torch.cuda.Stream(place)
-    dtype = _DTYPES[spec.precision]
-    found = {name: torch.zeros(spec.shapes[name], dtype=dtype, device=place) for name in spec.layers}
-    tensors = {"image": pixels.to(place).contiguous(), **found}
-    model = graph.forward(spec, weights, outputs=spec.layers)
-    arrays = graph.forward_initializers(spec, weights)
-    with _on_stream(stream):
-        _Graph(model, arrays, tensors, device, spec.precision, threads, stream.cuda_stream if stream else 0).run()
-    return found
+class Open(Protocol):
+    """Opens a network at the shape of a spec; with `forward_only` there are no cotangents, no gradient and no VJP."""
+
+    def __call__(self, spec: vgg.Spec, *, forward_only: bool = False) -> Features:
+        """The features at `spec`."""
 
 
-@contextlib.contextmanager
-def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
-    current = torch.cuda.current_stream(stream.device) if stream else None
-    if stream is None or current is None or current == stream:
-        yield
-        return
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
+def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int) -> Open:
+    """The network down to the deepest of `layers` on a device; `threads` counts on a CPU.
+
+    On `cpu` it is the Winograd program, elsewhere the two ONNX graphs in ONNX Runtime. Raises BackendError if the
+    device cannot run it.
+    """
+    if device == "cpu":
+        from . import winograd
+
+        return partial(winograd.Features, network=winograd.Network(weights, layers, threads))
+    from . import session
+
+    return partial(session.Features, weights=weights, device=device, threads=threads)

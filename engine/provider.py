@@ -1,4 +1,4 @@
-"""Devices: which ONNX Runtime provider runs on them, whether it can run here, and its options.
+"""Devices: what runs on them, whether it can run here, and the options of ONNX Runtime's providers.
 
 Nothing heavy is imported before the cheap checks have passed, so that a missing library is reported at once.
 """
@@ -15,12 +15,14 @@ from .export.ort import INSTALL, BackendError, onnxruntime
 
 log = logging.getLogger(__name__)
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
+PROVIDERS = {  # of ONNX Runtime; the device `cpu` is the program of `winograd`
+    "onnxruntime": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_EXTRA = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "tensorrt"}
+GPUS = ("cuda", "tensorrt")
+DEVICES = ("auto", "cpu", *PROVIDERS)
+_EXTRA = {"cpu": "cpu", "onnxruntime": "cpu", "cuda": "gpu", "tensorrt": "tensorrt"}
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
@@ -29,7 +31,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
 
     Raises ValueError for an unknown name, BackendError for a device or precision that cannot run here.
     """
-    choice("device", device, ("auto", *PROVIDERS))
+    choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
     if device == "auto":
         try:
@@ -47,7 +49,9 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     if precision == "auto":
         precision = "fp32"  # the reference everywhere, until fp16 has shown on a device that it holds the numerics
     elif precision == "fp16" and device == "cpu":
-        log.info("precision: fp16 on a CPU is computed through fp32 casts; it is slower, and of use for checks only")
+        raise BackendError(
+            "precision fp16: device cpu computes in fp32; --device onnxruntime runs fp16 graphs by casts"
+        )
     return device, precision
 
 
@@ -55,8 +59,12 @@ def check(device: str) -> None:
     """Raise BackendError, naming the missing library and the install line, unless `device` can run here."""
     extra = _EXTRA[device]
     line = INSTALL.format(extra=extra)
-    ort = onnxruntime(extra)
     if device == "cpu":
+        if importlib.util.find_spec("numba") is None:
+            raise BackendError(f"device cpu: numba is missing: {line}")
+        return
+    ort = onnxruntime(extra)
+    if device == "onnxruntime":
         return
     if PROVIDERS[device] not in ort.get_available_providers():
         raise BackendError(
@@ -100,7 +108,7 @@ def _preload_tensorrt(line: str) -> None:
 
 def options(device: str, precision: str, stream: int) -> dict[str, Any]:
     """Provider options; `stream` is the CUDA stream that all work shares."""
-    if device == "cpu":
+    if device == "onnxruntime":
         return {}
     shared = {"device_id": "0", "user_compute_stream": str(stream)}
     if device == "tensorrt":

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--weights", default="auto", help="auto, embedded, imagenet or a .pth or .safetensors file (default auto)"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu, onnxruntime, cuda or tensorrt (default auto)")
     group.add_argument("--precision", default="auto", help="auto, fp32, fp16 or bf16 (default auto)")
     group.add_argument("--trace", metavar="FILE", help="write options, losses and times of every iteration as JSON")
     group.add_argument("--save-every", metavar="N", type=int, help="also write OUT-00N.. every N iterations")
@@ -97,7 +97,7 @@ def _run(given: argparse.Namespace) -> int:
     paths = _paths(given)
     from . import image, provider
 
-    choice("device", given.device, ("auto", *provider.PROVIDERS))
+    choice("device", given.device, provider.DEVICES)
     choice("precision", given.precision, provider.PRECISIONS)
     if given.device != "auto":
         provider.check(given.device)

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,10 +21,10 @@ from torch.nn import functional
 from . import image as images
 from . import kernels, provider
 from .config import MIN_SIDE, Config
-from .export import graph, vgg
-from .export.weights import Weights
+from .export import vgg
 from .export.weights import load as load_weights
-from .features import Features, extract
+from .features import Features, Open
+from .features import network as open_network
 from .losses import Objective
 from .optimize import Iterate, State, minimise
 
@@ -94,8 +94,8 @@ class Score:
 class Stylizer:
     """Stylises pictures on one device with one set of weights; safe to call from several threads.
 
-    `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, cuda or
-    tensorrt; `precision`: auto, fp32 or fp16; `threads`: of ONNX Runtime on the CPU, torch's own number by default.
+    `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
+    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default.
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.
@@ -114,15 +114,15 @@ class Stylizer:
         self._threads = threads or torch.get_num_threads()
         self._source = weights
         self._lock = threading.Lock()
-        self._weights: tuple[int, Weights] | None = None
+        self._open: tuple[int, str, Open] | None = None
         self._networks: OrderedDict[Hashable, Features] = OrderedDict()
         self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
-        self._load(Config().layers)
+        self._network(Config().layers)
 
     @property
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
-        return self._load(Config().layers).name
+        return self._network(Config().layers)[0]
 
     def __call__(self, content: Any, style: Any, config: Config | None = None) -> Result:
         """Stylise `content` (path, bytes, PIL image or array) with `style`, one such or a list of them.
@@ -159,7 +159,7 @@ class Stylizer:
         config = config or Config()
         picture = images.load(image)
         size = picture.size
-        network = self._network(size, config)
+        network = self._features(size, config)
         objective = self._objective(network, images.resize(images.load(content), size), _load_styles(style), config)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(network.image.device))
         assert gradient is not None
@@ -185,7 +185,7 @@ class Stylizer:
         pixels: Tensor | None = None
         for scale, iterations in schedule:
             size = content.fit(scale)
-            network = self._network(size, config)
+            network = self._features(size, config)
             scaled = images.resize(content, size)
             objective = self._objective(network, scaled, styles, config)
             if pixels is None:
@@ -219,36 +219,32 @@ class Stylizer:
         key = (digest, style.size, size, config.style_layers, config.pooling)
 
         def make() -> dict[str, Tensor]:
-            spec = graph.Spec(size[1], size[0], config.style_layers, config.pooling, self.precision, self._blocked)
-            pixels = images.to_tensor(images.resize(style, size))
-            found = extract(pixels, spec, self._load(config.layers), self.device, self._threads)
-            grams = {}
-            for layer, features in found.items():
-                grams[layer] = kernels.gram(features.flatten(2)[0])
-            return grams
+            features = self._open_features(size, config.style_layers, config, forward_only=True)
+            with features.use():
+                features.image.copy_(images.to_tensor(images.resize(style, size)))
+                features.forward()
+                return {layer: kernels.gram(features.features[layer].flatten(2)[0]) for layer in config.style_layers}
 
         return self._cached(self._grams, key, _STYLES, make)
 
-    def _network(self, size: tuple[int, int], config: Config) -> Features:
-        width, height = size
-        spec = graph.Spec(height, width, config.layers, config.pooling, self.precision, self._blocked)
-        return self._cached(
-            self._networks,
-            spec,
-            _NETWORKS,
-            lambda: Features(spec, self._load(config.layers), self.device, self._threads),
-        )
+    def _features(self, size: tuple[int, int], config: Config) -> Features:
+        key = (size, config.layers, config.pooling)
+        return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, config.layers, config))
 
-    @property
-    def _blocked(self) -> bool:
-        return self.device == "cpu" and self.precision == "fp32"
+    def _open_features(
+        self, size: tuple[int, int], layers: tuple[str, ...], config: Config, forward_only: bool = False
+    ) -> Features:
+        blocked = self.device == "onnxruntime" and self.precision == "fp32"
+        spec = vgg.Spec(size[1], size[0], layers, config.pooling, self.precision, blocked)
+        return self._network(config.layers)[1](spec, forward_only=forward_only)
 
-    def _load(self, layers: Sequence[str]) -> Weights:
-        """The weights down to the deepest of `layers`, loaded again only when a deeper one is asked for."""
+    def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
+        """Name and opener of the network down to the deepest of `layers`, made anew only for a deeper one."""
         depth = len(vgg.cut(layers))
-        if self._weights is None or self._weights[0] < depth:
-            self._weights = depth, load_weights(self._source, tuple(layers))
-        return self._weights[1]
+        if self._open is None or self._open[0] < depth:
+            weights = load_weights(self._source, layers)
+            self._open = depth, weights.name, open_network(weights, layers, self.device, self._threads)
+        return self._open[1:]
 
     def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
         """The entry of a least-recently-used cache; one thread at a time makes a new one."""

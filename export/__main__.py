@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 
-from . import graph, validate
+from . import graph, validate, vgg
 from .ort import BackendError
 from .weights import Weights, load
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         layers = tuple(options.layers.split(","))
-        spec = graph.Spec(options.height, options.width, layers, options.pooling, options.precision)
+        spec = vgg.Spec(options.height, options.width, layers, options.pooling, options.precision)
         weights = load(options.weights, layers)
         rows = export(spec, weights, options.out)
     except (ValueError, OSError) as error:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(spec: graph.Spec, weights: Weights, folder: Path) -> list[tuple[str, ...]]:
+def export(spec: vgg.Spec, weights: Weights, folder: Path) -> list[tuple[str, ...]]:
     """Validate the pair, then write both graphs and their weights file; returns the table, its head first.
 
     Raises ArithmeticError if a graph is off, OSError if `folder` cannot be written.

@@ -14,7 +14,6 @@ The weights are external initializers of one file, the same for every shape.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,49 +30,10 @@ DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16}
 _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a graph pair depends on besides the weights.
-
-    `blocked` writes masks and odd borders as depthwise convolutions. ONNX Runtime's CPU provider then keeps the whole
-    VJP in its blocked channel layout; a comparison would reorder the cotangent twice at each layer. float32 only.
-    """
-
-    height: int
-    width: int
-    layers: tuple[str, ...]
-    pooling: str = "avg"
-    precision: str = "fp32"
-    blocked: bool = False
-
-    def __post_init__(self) -> None:
-        unknown = [layer for layer in self.layers if layer not in vgg.LAYERS]
-        if unknown or not self.layers:
-            raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(vgg.LAYERS)}")
-        if min(self.height, self.width) < vgg.MIN_SIDE:
-            raise ValueError(
-                f"image of {self.width} x {self.height} pixels: both sides have to be at least {vgg.MIN_SIDE}"
-            )
-        if self.pooling not in vgg.POOLINGS or self.precision not in DTYPES:
-            raise ValueError(f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, fp32 or fp16")
-        if self.blocked and self.precision != "fp32":
-            raise ValueError("blocked masks need fp32")
-
-    @property
-    def convs(self) -> tuple[vgg.Conv, ...]:
-        """The convolutions up to the deepest loss layer."""
-        return vgg.cut(self.layers)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """(1, C, H, W) of each ReLU output."""
-        return vgg.shapes(self.convs, self.height, self.width)
-
-
 class _Builder:
     """Collects nodes; every method returns the name of its result."""
 
-    def __init__(self, spec: Spec, weights: Weights) -> None:
+    def __init__(self, spec: vgg.Spec, weights: Weights) -> None:
         self.spec = spec
         self.location = weights_file(spec, weights)
         self.offsets = offsets(spec)
@@ -110,38 +70,33 @@ class _Builder:
         )
 
 
-def forward_initializers(spec: Spec, weights: Weights) -> dict[str, NDArray[Any]]:
+def forward_initializers(spec: vgg.Spec, weights: Weights) -> dict[str, NDArray[Any]]:
     """Kernels and biases of the forward graph; the division by the deviation is folded into conv1_1."""
     arrays: dict[str, NDArray[Any]] = {}
     for conv in spec.convs:
-        arrays[f"{conv.name}.weight"] = np.ascontiguousarray(_kernel(conv, weights), DTYPES[spec.precision])
+        arrays[f"{conv.name}.weight"] = np.ascontiguousarray(weights.kernel(conv), DTYPES[spec.precision])
         bias = weights.parameters[f"{conv.name}.bias"].numpy()
         arrays[f"{conv.name}.bias"] = np.ascontiguousarray(bias, DTYPES[spec.precision])
     return arrays
 
 
-def vjp_initializers(spec: Spec, weights: Weights) -> dict[str, NDArray[Any]]:
+def vjp_initializers(spec: vgg.Spec, weights: Weights) -> dict[str, NDArray[Any]]:
     """Turned kernels with swapped channel axes (C_in, C_out, 3, 3); the quarter of an average pooling is folded in."""
     arrays: dict[str, NDArray[Any]] = {}
     for conv in spec.convs:
-        turned = _kernel(conv, weights)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+        turned = weights.kernel(conv)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
         if conv.after_pool and spec.pooling == "avg":
             turned = turned / 4
         arrays[f"{conv.name}.vjp"] = np.ascontiguousarray(turned, DTYPES[spec.precision])
     return arrays
 
 
-def _kernel(conv: vgg.Conv, weights: Weights) -> NDArray[Any]:
-    kernel = weights.parameters[f"{conv.name}.weight"].numpy()
-    return kernel / np.array(weights.std, np.float32).reshape(1, 3, 1, 1) if conv.in_channels == 3 else kernel
-
-
-def weights_file(spec: Spec, weights: Weights) -> str:
+def weights_file(spec: vgg.Spec, weights: Weights) -> str:
     """Name of the file with the initializers: one for all shapes of a network."""
     return f"vgg19-{weights.digest[:8]}-{spec.convs[-1].relu}-{spec.pooling}-{spec.precision}.bin"
 
 
-def offsets(spec: Spec) -> dict[str, tuple[int, int]]:
+def offsets(spec: vgg.Spec) -> dict[str, tuple[int, int]]:
     """(offset, length) in bytes of every initializer in the weights file."""
     size = np.dtype(DTYPES[spec.precision]).itemsize
     found: dict[str, tuple[int, int]] = {}
@@ -154,7 +109,7 @@ def offsets(spec: Spec) -> dict[str, tuple[int, int]]:
     return found
 
 
-def forward(spec: Spec, weights: Weights, outputs: tuple[str, ...] | None = None) -> onnx.ModelProto:
+def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = None) -> onnx.ModelProto:
     """The forward graph; `outputs` are the ReLU outputs to hand over, all of them (which the VJP needs) by default."""
     build = _Builder(spec, weights)
     mean = build.constant("mean", np.array(weights.mean, np.float32).reshape(1, 3, 1, 1))
@@ -175,7 +130,7 @@ def forward(spec: Spec, weights: Weights, outputs: tuple[str, ...] | None = None
     return build.model("vgg19_forward", [image], infos)
 
 
-def vjp(spec: Spec, weights: Weights) -> onnx.ModelProto:
+def vjp(spec: vgg.Spec, weights: Weights) -> onnx.ModelProto:
     """The VJP graph: `cotangent.<layer>` for each loss layer and `<relu>` for each ReLU -> `gradient`."""
     build, shapes = _Builder(spec, weights), spec.shapes
     element = _ELEMENTS[spec.precision]
@@ -201,7 +156,7 @@ def vjp(spec: Spec, weights: Weights) -> onnx.ModelProto:
     return build.model("vgg19_vjp", inputs, [gradient])
 
 
-def _mask(build: _Builder, spec: Spec, cotangent: str, relu: str, channels: int) -> str:
+def _mask(build: _Builder, spec: vgg.Spec, cotangent: str, relu: str, channels: int) -> str:
     """cotangent * (a > 0)."""
     if spec.blocked:  # min(a * 3e38, 1) is 1 for every normal a > 0 and 0 for a = 0
         steep = build.constant(f"steep{channels}", np.full((channels, 1, 1, 1), 3e38, np.float32))
@@ -212,7 +167,7 @@ def _mask(build: _Builder, spec: Spec, cotangent: str, relu: str, channels: int)
     return build.node("Where", [positive, cotangent, build.scalar("zero", 0)], f"masked.{relu}")
 
 
-def _unpool_average(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) -> str:
+def _unpool_average(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Conv) -> str:
     """Nearest upsampling; the factor 1/4 is in the weights."""
     scales = build.constant("double", np.array([1, 1, 2, 2], np.float32))
     up = build.node(
@@ -226,7 +181,7 @@ def _unpool_average(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv
     return _restore_odd(build, spec, up, below)
 
 
-def _unpool_max(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) -> str:
+def _unpool_max(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Conv) -> str:
     """Route each cotangent to the first position of its 2x2 window that holds the maximum (row by row)."""
     block, channels = below.block, below.out_channels
     _, _, height, width = spec.shapes[below.relu]
@@ -260,7 +215,7 @@ def _unpool_max(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) ->
     return _restore_odd(build, spec, up, below)
 
 
-def _restore_odd(build: _Builder, spec: Spec, cotangent: str, below: vgg.Conv) -> str:
+def _restore_odd(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Conv) -> str:
     """Append the zero row or column that an odd side lost in pooling."""
     _, channels, height, width = spec.shapes[below.relu]
     odd = (height % 2, width % 2)

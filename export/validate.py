@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from . import graph
+from . import graph, vgg
 from .ort import onnxruntime
 from .weights import Weights
 
@@ -55,7 +55,7 @@ def picture(height: int, width: int, seed: int) -> Tensor:
     return torch.sigmoid(2 * total)
 
 
-def check(spec: graph.Spec, weights: Weights) -> Errors:
+def check(spec: vgg.Spec, weights: Weights) -> Errors:
     """Errors of the graph pair on a random picture, with the cotangents of a Gram loss towards another picture.
 
     Raises ArithmeticError if one is larger than TOLERANCE.
@@ -89,7 +89,7 @@ def check(spec: graph.Spec, weights: Weights) -> Errors:
 
 
 def linear_piece_vjp(
-    spec: graph.Spec, weights: Weights, relus: dict[str, NDArray[Any]], cotangents: dict[str, Tensor]
+    spec: vgg.Spec, weights: Weights, relus: dict[str, NDArray[Any]], cotangents: dict[str, Tensor]
 ) -> Tensor:
     """Float64 gradient (1, 3, H, W) through the network with the masks and the max routing of `relus`."""
     displacement = torch.zeros(1, 3, spec.height, spec.width, dtype=torch.float64, requires_grad=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 POOLINGS = ("avg", "max")
+PRECISIONS = ("fp32", "fp16")
 BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # (channels, convolutions) of each block
 MIN_SIDE = 32  # pixels; keeps at least 2 x 2 positions in the fifth block
 
@@ -121,3 +122,40 @@ def module(
 
     with torch.no_grad():
         return VGG19()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a graph pair depends on besides the weights.
+
+    `blocked` writes masks and odd borders as depthwise convolutions. ONNX Runtime's CPU provider then keeps the whole
+    VJP in its blocked channel layout; a comparison would reorder the cotangent twice at each layer. float32 only.
+    """
+
+    height: int
+    width: int
+    layers: tuple[str, ...]
+    pooling: str = "avg"
+    precision: str = "fp32"
+    blocked: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [layer for layer in self.layers if layer not in LAYERS]
+        if unknown or not self.layers:
+            raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(LAYERS)}")
+        if min(self.height, self.width) < MIN_SIDE:
+            raise ValueError(f"image of {self.width} x {self.height} pixels: both sides have to be at least {MIN_SIDE}")
+        if self.pooling not in POOLINGS or self.precision not in PRECISIONS:
+            raise ValueError(f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, fp32 or fp16")
+        if self.blocked and self.precision != "fp32":
+            raise ValueError("blocked masks need fp32")
+
+    @property
+    def convs(self) -> tuple[Conv, ...]:
+        """The convolutions up to the deepest loss layer."""
+        return cut(self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """(1, C, H, W) of each ReLU output."""
+        return shapes(self.convs, self.height, self.width)

@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import vgg
@@ -56,6 +58,11 @@ class Weights:
             state.update(key.encode())
             state.update(value.numpy().tobytes())
         return state.hexdigest()
+
+    def kernel(self, conv: vgg.Conv) -> NDArray[np.float32]:
+        """The kernel (C_out, C_in, 3, 3) of a convolution; the division by `std` is folded into conv1_1's."""
+        kernel: NDArray[np.float32] = self.parameters[f"{conv.name}.weight"].numpy()
+        return kernel / np.array(self.std, np.float32).reshape(1, 3, 1, 1) if conv.in_channels == 3 else kernel
 
     def module(self, layers: tuple[str, ...], pooling: str, dtype: torch.dtype = torch.float32) -> Any:
         """The torch module with these weights in `dtype`; see `vgg.module`."""

@@ -2,7 +2,7 @@ import onnx
 import pytest
 
 from engine.export import __main__ as command
-from engine.export import graph, validate, weights
+from engine.export import graph, validate, vgg, weights
 
 
 def test_writes_validated_files_and_prints_a_table(tmp_path, capsys):
@@ -22,7 +22,7 @@ def test_written_files_compute_the_same_as_the_engine(tmp_path):
 
     from engine.export.ort import onnxruntime
 
-    spec = graph.Spec(33, 40, ("relu2_1",))
+    spec = vgg.Spec(33, 40, ("relu2_1",))
     net = weights.load("embedded", spec.layers)
     command.export(spec, net, tmp_path)
     session = onnxruntime().InferenceSession(tmp_path / "forward-relu2_1-avg-fp32-33x40.onnx")

@@ -26,7 +26,7 @@ def run_pair(spec, net, image, cotangents):
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 @pytest.mark.parametrize(("precision", "blocked"), [("fp32", True), ("fp32", False), ("fp16", False)])
 def test_pair_agrees_with_float64(net, pooling, precision, blocked):
-    spec = graph.Spec(61, 47, STYLE_AND_CONTENT, pooling, precision, blocked)
+    spec = vgg.Spec(61, 47, STYLE_AND_CONTENT, pooling, precision, blocked)
     errors = validate.check(spec, net)
     assert errors.forward < (1e-5 if precision == "fp32" else 5e-3)
     assert errors.vjp < (2e-6 if precision == "fp32" else 2e-3)
@@ -42,12 +42,12 @@ def test_pair_agrees_with_float64(net, pooling, precision, blocked):
 )
 def test_any_size_and_any_layers(net, height, width, layers, pooling, blocked):
     ordered = tuple(layer for layer in vgg.LAYERS if layer in layers)
-    assert validate.check(graph.Spec(height, width, ordered, pooling, "fp32", blocked), net).vjp < 1e-5
+    assert validate.check(vgg.Spec(height, width, ordered, pooling, "fp32", blocked), net).vjp < 1e-5
 
 
 def test_vjp_is_autograd_end_to_end(net):
     """Average pooling in fp32: no linear piece to choose but the masks, and those agree away from zero."""
-    spec = graph.Spec(64, 50, ("relu3_1",), "avg")
+    spec = vgg.Spec(64, 50, ("relu3_1",), "avg")
     image = torch.rand(1, 3, 64, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     oracle = net.module(spec.layers, "avg", torch.float64)
     x = image.clone().requires_grad_()
@@ -59,7 +59,7 @@ def test_vjp_is_autograd_end_to_end(net):
 
 
 def test_vjp_is_linear_in_the_cotangent(net):
-    spec = graph.Spec(40, 33, ("relu2_1",), "max")
+    spec = vgg.Spec(40, 33, ("relu2_1",), "max")
     image = np.random.default_rng(0).random((1, 3, 40, 33), np.float32)
     cotangent = np.random.default_rng(1).standard_normal(spec.shapes["relu2_1"]).astype(np.float32)
     _, once = run_pair(spec, net, image, {"relu2_1": cotangent})
@@ -70,7 +70,7 @@ def test_vjp_is_linear_in_the_cotangent(net):
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_ties_of_a_flat_picture_are_routed_once(net, pooling):
     """On a flat picture all four positions of a window are equal; torch sends the gradient to the first only."""
-    spec = graph.Spec(36, 36, ("relu2_1",), pooling)
+    spec = vgg.Spec(36, 36, ("relu2_1",), pooling)
     image = np.full((1, 3, 36, 36), 0.7, np.float32)
     cotangent = np.ones(spec.shapes["relu2_1"], np.float32)
     _, gradient = run_pair(spec, net, image, {"relu2_1": cotangent})
@@ -81,7 +81,7 @@ def test_ties_of_a_flat_picture_are_routed_once(net, pooling):
 
 def test_odd_row_cut_by_pooling_gets_no_gradient(net):
     """The receptive field of relu2_1 ends before the last column of an odd picture, two 3x3 steps away."""
-    spec = graph.Spec(34, 37, ("relu2_1",), "avg")
+    spec = vgg.Spec(34, 37, ("relu2_1",), "avg")
     image = np.random.default_rng(0).random((1, 3, 34, 37), np.float32)
     cotangent = np.zeros(spec.shapes["relu2_1"], np.float32)
     cotangent[..., -3] = 1  # reaches pooled columns 14-16, hence columns 26-35 of the picture
@@ -92,7 +92,7 @@ def test_odd_row_cut_by_pooling_gets_no_gradient(net):
 
 
 def test_weights_file_is_shared_by_all_shapes(net):
-    small, large = (graph.Spec(side, side, ("relu3_1",)) for side in (32, 96))
+    small, large = (vgg.Spec(side, side, ("relu3_1",)) for side in (32, 96))
     places = []
     for spec in (small, large):
         for model in (graph.forward(spec, net), graph.vjp(spec, net)):
@@ -104,7 +104,7 @@ def test_weights_file_is_shared_by_all_shapes(net):
 
 
 def test_initializers_do_not_overlap(net):
-    spec = graph.Spec(32, 32, ("relu5_1",))
+    spec = vgg.Spec(32, 32, ("relu5_1",))
     arrays = {**graph.forward_initializers(spec, net), **graph.vjp_initializers(spec, net)}
     end = 0
     for name, (offset, length) in graph.offsets(spec).items():
@@ -127,7 +127,7 @@ def test_initializers_do_not_overlap(net):
 )
 def test_spec_refuses(arguments, words):
     with pytest.raises(ValueError, match=words):
-        graph.Spec(*arguments)
+        vgg.Spec(*arguments)
 
 
 def test_validation_catches_a_wrong_graph(net, monkeypatch):
@@ -138,4 +138,4 @@ def test_validation_catches_a_wrong_graph(net, monkeypatch):
 
     monkeypatch.setattr(graph, "vjp_initializers", not_turned)
     with pytest.raises(ArithmeticError, match="VJP"):
-        validate.check(graph.Spec(40, 40, ("relu2_1",)), net)
+        validate.check(vgg.Spec(40, 40, ("relu2_1",)), net)

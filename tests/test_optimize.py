@@ -153,19 +153,19 @@ def test_lbfgs_takes_the_steps_of_torchs(seed):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
-def test_lbfgs_ends_where_torchs_does_on_a_picture(stylizer, pictures):
+def test_lbfgs_goes_where_torchs_does_on_a_picture(stylizer, pictures):
+    """The same iterates until rounding tells, after some twenty steps; then as good ones."""
     from engine import Config, autograd, image
 
     content = image.load(pictures["content"])
-    network = stylizer._network((48, 34), Config())
+    network = stylizer._features((48, 34), Config())
     scaled = image.resize(content, (48, 34))
     objective = stylizer._objective(network, scaled, [image.load(pictures["style"])], Config())
     start = image.to_tensor(scaled)
-    theirs = torchs_lbfgs(lambda x: autograd.loss(x, objective), start, 40)
-    ours = [step.loss for step in optimize.minimise(objective.write, start, "lbfgs", 40, State())]
-    assert ours[:8] == pytest.approx(theirs[:8], rel=1e-3)
-    assert min(ours) < 0.3 * ours[0]
-    assert min(ours) == pytest.approx(min(theirs), rel=0.01)
+    theirs = torchs_lbfgs(lambda x: autograd.loss(x, objective), start, 60)
+    ours = [step.loss for step in optimize.minimise(objective.write, start, "lbfgs", 60, State())]
+    assert ours[:12] == pytest.approx(theirs[:12], rel=1e-3)
+    assert min(ours) < 1.03 * min(theirs)
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])

@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 import time
@@ -22,10 +23,17 @@ def test_a_missing_runtime_names_the_install_line(monkeypatch):
         ort.onnxruntime("gpu")
 
 
+def test_a_missing_compiler_names_the_install_line(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
+    with pytest.raises(BackendError, match=r"numba is missing: pip install 'gatys-engine\[cpu\]'"):
+        Stylizer(device="cpu")
+
+
 def test_doubled_wheels_are_told_apart(monkeypatch):
     wheels(monkeypatch, "onnxruntime", "onnxruntime-gpu")
     with pytest.raises(BackendError, match=r"both installed.*pip uninstall -y onnxruntime onnxruntime-gpu && pip"):
-        Stylizer(device="cpu")
+        Stylizer(device="onnxruntime")
 
 
 def test_a_broken_wheel_is_told_apart(monkeypatch):
@@ -97,9 +105,10 @@ def test_unknown_names(arguments, words):
         provider.resolve(*arguments)
 
 
-def test_bf16_is_refused_rather_than_replaced():
-    with pytest.raises(BackendError, match="bf16"):
-        provider.resolve("cpu", "bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision):
+    with pytest.raises(BackendError, match=precision):
+        provider.resolve("cpu", precision)
 
 
 def test_a_session_on_another_provider_is_refused():
@@ -107,6 +116,6 @@ def test_a_session_on_another_provider_is_refused():
         def get_providers(self):
             return ["CPUExecutionProvider"]
 
-    provider.verify(Session(), "cpu")
+    provider.verify(Session(), "onnxruntime")
     with pytest.raises(BackendError, match="CUDAExecutionProvider did not start, CPUExecutionProvider did"):
         provider.verify(Session(), "cuda")

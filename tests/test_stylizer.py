@@ -42,23 +42,28 @@ def check_evaluate(stylizer, state, size, config, seed):
 SIZES = [(64, 64), (97, 131), (256, 200)]
 
 
+DEVICES = ["cpu", "onnxruntime"]
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("naming", ["torchvision", "caffe"])
-def test_evaluate_against_float64_average_pooling(states, size, naming):
+@pytest.mark.parametrize("device", DEVICES)
+def test_evaluate_against_float64_average_pooling(states, size, naming, device):
     path, state = states[naming]
     config = Config(pooling="avg", **ALL_TERMS)
-    assert check_evaluate(Stylizer(weights=path, device="cpu"), state, size, config, seed=1) < 1e-4
+    assert check_evaluate(Stylizer(weights=path, device=device), state, size, config, seed=1) < 1e-4
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("naming", ["torchvision", "caffe"])
-def test_evaluate_against_float64_max_pooling(states, size, naming):
+@pytest.mark.parametrize("device", DEVICES)
+def test_evaluate_against_float64_max_pooling(states, size, naming, device):
     """Now and then two of the hundred thousands of windows' values agree to seven digits. Any fp32 program (torch's
     autograd too, as often) may then route to the other one, and the gradient jumps by about 1e-3. So the tight bound
     has to hold for one of the pictures, and the loose one for all.
     """
     path, state = states[naming]
-    own = Stylizer(weights=path, device="cpu")
+    own = Stylizer(weights=path, device=device)
     errors = []
     for seed in range(4):
         errors.append(check_evaluate(own, state, size, Config(pooling="max", **ALL_TERMS), seed))
@@ -84,7 +89,7 @@ def test_half_precision_holds_its_tolerance(states):
     path, state = states["torchvision"]
     picture, content, style = noise(64, 64, 1), noise(64, 64, 2), noise(64, 64, 3) ** 3
     config = Config(**ALL_TERMS)
-    score = Stylizer(weights=path, device="cpu", precision="fp16").evaluate(picture, content, style, config)
+    score = Stylizer(weights=path, device="onnxruntime", precision="fp16").evaluate(picture, content, style, config)
     total, _, gradient = oracle.objective(picture, content, style, state, config)
     assert score.loss == pytest.approx(total, rel=1e-2)
     assert error(score.gradient, gradient) < 3e-2
@@ -93,7 +98,7 @@ def test_half_precision_holds_its_tolerance(states):
 @pytest.mark.parametrize("weight", [1e-12, 1e12])
 def test_half_precision_gradient_does_not_depend_on_the_weights_scale(states, weight):
     path, _ = states["torchvision"]
-    stylizer = Stylizer(weights=path, device="cpu", precision="fp16")
+    stylizer = Stylizer(weights=path, device="onnxruntime", precision="fp16")
     arguments = (noise(40, 40, 1), noise(40, 40, 2), noise(40, 40, 3))
     one = stylizer.evaluate(*arguments, Config(content_weight=1, style_weight=100))
     other = stylizer.evaluate(*arguments, Config(content_weight=weight, style_weight=100 * weight))
@@ -287,12 +292,12 @@ def test_a_style_is_looked_at_once(pictures, monkeypatch):
     from engine import stylizer as module
 
     calls = []
-    extract = module.extract
-    monkeypatch.setattr(module, "extract", lambda *a: (calls.append(1), extract(*a))[1])
     own = Stylizer(weights="embedded", device="cpu")
+    resize = module.images.resize
+    monkeypatch.setattr(module.images, "resize", lambda *a: (calls.append(1), resize(*a))[1])
     for content in (pictures["content"], pictures["content"][::-1].copy()):
         own(content, pictures["style"], TINY)
-    assert len(calls) == 1
+    assert len(calls) == 2 + 1  # both contents, and the style
 
 
 def test_a_network_that_overflows_stops_the_run(tmp_path, pictures):

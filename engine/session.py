@@ -1,0 +1,128 @@
+"""VGG-19 features by ONNX Runtime: the forward and the VJP graph on a provider, bound to memory once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import provider
+from .export import graph, vgg
+from .export.ort import BackendError, onnxruntime
+from .export.weights import Weights
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
+
+
+class _Graph:
+    """A session whose inputs and outputs are bound to tensors; `run` allocates and copies nothing."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        arrays: Mapping[str, NDArray[Any]],
+        tensors: Mapping[str, Tensor],
+        device: str,
+        precision: str,
+        threads: int,
+        stream: int,
+    ) -> None:
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        # Spinning threads take the cores from the BLAS calls between the two graphs: they cost more than they save.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if device in provider.GPUS:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # Given by value, so that the graph never reads a file; the session keeps its own, reordered copy.
+        options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()])
+        settings = (provider.PROVIDERS[device], provider.options(device, precision, stream))
+        try:
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=[settings])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise BackendError(f"device {device}: ONNX Runtime cannot open {model.graph.name} ({error})") from error
+        provider.verify(self._session, device)
+        _give_back_freed_memory()
+        self._binding = self._session.io_binding()
+        self._tensors = dict(tensors)  # the binding holds addresses only
+        place = "cuda" if device in provider.GPUS else "cpu"
+        for infos, bind in (
+            (self._session.get_inputs(), self._binding.bind_input),
+            (self._session.get_outputs(), self._binding.bind_output),
+        ):
+            for info in infos:
+                tensor = tensors[info.name]
+                bind(info.name, place, 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def _give_back_freed_memory() -> None:
+    """Opening a session frees some copies of the weights, which glibc would keep: a third of a small run's memory."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Features:
+    """The graph pair of one `spec` (see `features.Features`); all ReLU outputs are handed from one to the other."""
+
+    def __init__(
+        self, spec: vgg.Spec, weights: Weights, device: str, threads: int, *, forward_only: bool = False
+    ) -> None:
+        self.spec = spec
+        self._lock = threading.RLock()
+        on_cpu = device not in provider.GPUS
+        place = torch.device("cpu" if on_cpu else "cuda:0")
+        self._stream = None if on_cpu else torch.cuda.Stream(place)
+        dtype = _DTYPES[spec.precision]
+        names = spec.layers if forward_only else tuple(spec.shapes)
+        self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
+        self.features = {name: torch.zeros(spec.shapes[name], dtype=dtype, device=place) for name in names}
+        shared = (device, spec.precision, threads, self._stream.cuda_stream if self._stream else 0)
+        model, arrays = graph.forward(spec, weights, names), graph.forward_initializers(spec, weights)
+        self._forward = _Graph(model, arrays, {"image": self.image, **self.features}, *shared)
+        if forward_only:
+            return
+        self.gradient = torch.zeros_like(self.image)
+        self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
+        inputs = {f"cotangent.{name}": tensor for name, tensor in self.cotangents.items()}
+        tensors = {**self.features, **inputs, "gradient": self.gradient}
+        self._vjp = _Graph(graph.vjp(spec, weights), graph.vjp_initializers(spec, weights), tensors, *shared)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Own the memory, on the CUDA stream of the graphs, which is ordered with the caller's at both ends."""
+        with self._lock, _on_stream(self._stream):
+            yield
+
+    def forward(self) -> None:
+        """image -> features."""
+        self._forward.run()
+
+    def vjp(self) -> None:
+        """features, cotangents -> gradient."""
+        self._vjp.run()
+
+
+@contextlib.contextmanager
+def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
+    current = torch.cuda.current_stream(stream.device) if stream else None
+    if stream is None or current is None or current == stream:
+        yield
+        return
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)

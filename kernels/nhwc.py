@@ -1,0 +1,180 @@
+"""The steps of VGG-19 on a CPU that are no Winograd convolution: the layer at the pixels, pooling and masks.
+
+Arrays are fp32 (height, width, channels) at addresses in bytes, as in `winograd`; a step does some rows of its result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from .winograd import BLOCK, multiply
+
+PATCH = 27  # inputs of one position of conv1_1: kernel row, kernel column, colour
+DEPTH = 32  # the same, filled up with zeros to what `multiply` takes
+ROWS = 4  # rows of the picture in one task of `first` and `last`
+ROUND = 6  # positions that `multiply` takes at a time
+_CACHED = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+def first_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(DEPTH, C) of a kernel (C, 3, 3, 3), for `first`; the rows past PATCH are zero."""
+    return np.pad(kernel.transpose(2, 3, 1, 0).reshape(PATCH, -1), ((0, DEPTH - PATCH), (0, 0)))
+
+
+def last_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(C, BLOCK) of a kernel (C, 3, 3, 3), for `last`; the columns past PATCH are zero."""
+    return np.pad(kernel.transpose(0, 2, 3, 1).reshape(-1, PATCH), ((0, 0), (0, BLOCK - PATCH)))
+
+
+def scratch_size(width: int) -> int:
+    """Floats that `first` and `last` need to themselves."""
+    return (ROWS + 2) * (width + ROUND) * BLOCK
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@njit(**_CACHED)
+def _array(address, shape):  # type: ignore[no-untyped-def]
+    return carray(_pointer(address), shape)
+
+
+@njit(**_CACHED)
+def first(image, mean, target, height, width, channels, weights, bias, task, scratch):  # type: ignore[no-untyped-def]
+    """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,)."""
+    pixels, means = _array(image, (3, height, width)), _array(mean, (3,))
+    results, biases = _array(target, (height, width, channels)), _array(bias, (channels,))
+    patches = _array(scratch, (width + ROUND, DEPTH))
+    patches[:, PATCH:] = 0
+    sums = scratch + 4 * (width + ROUND) * DEPTH
+    found = _array(sums, (width + ROUND, channels))
+    for y in range(task * ROWS, min(height, (task + 1) * ROWS)):
+        for i in range(3):
+            for j in range(3):
+                low, high = max(0, 1 - j), min(width, width + 1 - j)
+                for c in range(3):
+                    k = (i * 3 + j) * 3 + c
+                    if 0 <= y + i - 1 < height:
+                        for x in range(low, high):
+                            patches[x, k] = pixels[c, y + i - 1, x + j - 1] - means[c]
+                        for x in range(low):
+                            patches[x, k] = 0
+                        for x in range(high, width):
+                            patches[x, k] = 0
+                    else:
+                        for x in range(width):
+                            patches[x, k] = 0
+        for x in range(0, width, ROUND):
+            rows, result = scratch + 4 * x * DEPTH, sums + 4 * x * channels
+            for n in range(0, channels, BLOCK):
+                multiply(rows, DEPTH, weights + 4 * n * DEPTH, DEPTH, result + 4 * n, channels)
+        for x in range(width):
+            for c in range(channels):
+                results[y, x, c] = max(found[x, c] + biases[c], np.float32(0))
+
+
+@njit(**_CACHED)
+def last(source, target, height, width, channels, weights, task, scratch):  # type: ignore[no-untyped-def]
+    """Gradient (3, height, width) of the image from the masked cotangent (height, width, channels) of relu1_1."""
+    gradient = _array(target, (3, height, width))
+    padded = width + ROUND
+    shares = _array(scratch, (ROWS + 2, padded, BLOCK))
+    top, end = task * ROWS, min(height, (task + 1) * ROWS)
+    for y in range(max(0, top - 1), min(height, end + 1)):
+        for x in range(0, width, ROUND):
+            rows, result = source + 4 * (y * width + x) * channels, scratch + 4 * ((y - top + 1) * padded + x) * BLOCK
+            multiply(rows, channels, weights, channels, result, BLOCK)
+    for y in range(top, end):
+        for x in range(width):
+            red = green = blue = np.float32(0)
+            for i in range(3):
+                if 0 <= y + 1 - i < height:
+                    for j in range(3):
+                        if 0 <= x + 1 - j < width:
+                            share = shares[y + 2 - i - top, x + 1 - j]
+                            k = (i * 3 + j) * 3
+                            red += share[k]
+                            green += share[k + 1]
+                            blue += share[k + 2]
+            gradient[0, y, x], gradient[1, y, x], gradient[2, y, x] = red, green, blue
+
+
+@njit(**_CACHED)
+def pool(source, target, height, width, channels, largest, row):  # type: ignore[no-untyped-def]
+    """One row of the 2x2 pooling of (height, width, channels): maximum if `largest`, else mean; odd sides floor."""
+    a = _array(source, (height, width, channels))
+    result = _array(target, (height // 2, width // 2, channels))
+    for x in range(width // 2):
+        corner00, corner01 = a[2 * row, 2 * x], a[2 * row, 2 * x + 1]
+        corner10, corner11 = a[2 * row + 1, 2 * x], a[2 * row + 1, 2 * x + 1]
+        pooled = result[row, x]
+        if largest:
+            for c in range(channels):
+                pooled[c] = max(max(corner00[c], corner01[c]), max(corner10[c], corner11[c]))
+        else:
+            for c in range(channels):
+                pooled[c] = np.float32(0.25) * (corner00[c] + corner01[c] + corner10[c] + corner11[c])
+
+
+@njit(**_CACHED)
+def unpool(source, target, own, height, width, channels, largest, row, scratch):  # type: ignore[no-untyped-def]
+    """Rows 2 row and 2 row + 1 of the VJP of `pool` and of the ReLU below it, in place of that ReLU's output `target`.
+
+    `source` (height // 2, width // 2, channels) is the cotangent of the pooling; `own` is the address of what is added
+    to its VJP, or 0. Of equal maxima the first in row-major order takes all, as in torch. A row past the last window
+    is a row of windows of its own.
+    """
+    zero, quarter = np.float32(0), np.float32(0.25)
+    nothing = _array(scratch, (channels,))
+    nothing[:] = zero
+    a = _array(target, (height, width, channels))
+    cotangent = _array(source, (height // 2, width // 2, channels))
+    added = _array(own if own else target, (height, width, channels))
+    for x in range(0, width, 2):
+        whole = 2 * row + 1 < height and x + 1 < width
+        share = cotangent[row, x // 2] if whole else nothing
+        if whole and largest:
+            p, q, r, s = a[2 * row, x], a[2 * row, x + 1], a[2 * row + 1, x], a[2 * row + 1, x + 1]
+            if own:
+                own_p, own_q = added[2 * row, x], added[2 * row, x + 1]
+                own_r, own_s = added[2 * row + 1, x], added[2 * row + 1, x + 1]
+            else:
+                own_p = own_q = own_r = own_s = nothing
+            for c in range(channels):
+                top = max(max(p[c], q[c]), max(r[c], s[c]))
+                in_p = p[c] == top
+                in_q = q[c] == top and not in_p
+                in_r = r[c] == top and not in_p and not in_q
+                in_s = not in_p and not in_q and not in_r
+                p[c] = ((share[c] if in_p else zero) + own_p[c]) if p[c] > zero else zero
+                q[c] = ((share[c] if in_q else zero) + own_q[c]) if q[c] > zero else zero
+                r[c] = ((share[c] if in_r else zero) + own_r[c]) if r[c] > zero else zero
+                s[c] = ((share[c] if in_s else zero) + own_s[c]) if s[c] > zero else zero
+            continue
+        for y in range(2 * row, min(2 * row + 2, height)):
+            for i in range(x, min(x + 2, width)):
+                value, extra = a[y, i], added[y, i] if own else nothing
+                for c in range(channels):
+                    value[c] = (quarter * share[c] + extra[c]) if value[c] > zero else zero
+
+
+@njit(**_CACHED)
+def mask(cotangent, target, width, channels, row):  # type: ignore[no-untyped-def]
+    """One row of target = cotangent [target > 0], both (height, width, channels)."""
+    zero = np.float32(0)
+    offset = 4 * row * width * channels
+    found, value = _array(cotangent + offset, (width * channels,)), _array(target + offset, (width * channels,))
+    for i in range(width * channels):
+        value[i] = found[i] if value[i] > zero else zero
