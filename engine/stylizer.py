@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 import time
@@ -30,6 +31,8 @@ from .optimize import Iterate, State, minimise
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _NETWORKS = 8  # graph pairs kept open: the scales of one run
@@ -95,7 +98,8 @@ class Stylizer:
     """Stylises pictures on one device with one set of weights; safe to call from several threads.
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default.
+    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default. On a GPU
+    `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16 cannot hold.
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.
@@ -109,6 +113,7 @@ class Stylizer:
         threads: int | None = None,
     ) -> None:
         self.device, self.precision = provider.resolve(device, precision)
+        self._automatic = precision == "auto"
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()
@@ -185,19 +190,31 @@ class Stylizer:
         pixels: Tensor | None = None
         for scale, iterations in schedule:
             size = content.fit(scale)
-            network = self._features(size, config)
             scaled = images.resize(content, size)
-            objective = self._objective(network, scaled, styles, config)
             if pixels is None:
                 pixels = _first_pixels(scaled, start, config)
             else:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
-            pixels = pixels.to(network.image.device)
-            run = minimise(objective.write, pixels, config.optimizer, iterations, state)
-            for iterate in _within(network, run):
-                iteration += 1
-                pixels = iterate.best
-                yield Step(scale, iteration, total, iterate, content.alpha)
+            end = iteration + iterations
+            while iteration < end:
+                network = self._features(size, config)
+                objective = self._objective(network, scaled, styles, config)
+                pixels = pixels.to(network.image.device)
+                run = minimise(objective.write, pixels, config.optimizer, end - iteration, state)
+                try:
+                    for iterate in _within(network, run):
+                        iteration += 1
+                        pixels = iterate.best
+                        yield Step(scale, iteration, total, iterate, content.alpha)
+                except FloatingPointError as error:
+                    self._fall_back(error)
+
+    def _fall_back(self, error: FloatingPointError) -> None:
+        """Go on in fp32, from the best picture so far, if the precision was ours to choose."""
+        if not self._automatic or self.precision == "fp32":
+            raise error
+        self.precision = "fp32"
+        log.info("precision: fp32 from here on, as fp16 cannot hold this run: %s", error)
 
     def _objective(
         self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config
@@ -216,7 +233,7 @@ class Stylizer:
         """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it."""
         size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
         digest = hashlib.sha256(style.rgb.tobytes()).digest()
-        key = (digest, style.size, size, config.style_layers, config.pooling)
+        key = (digest, style.size, size, config.style_layers, config.pooling, self.precision)
 
         def make() -> dict[str, Tensor]:
             features = self._open_features(size, config.style_layers, config, forward_only=True)
@@ -228,14 +245,16 @@ class Stylizer:
         return self._cached(self._grams, key, _STYLES, make)
 
     def _features(self, size: tuple[int, int], config: Config) -> Features:
-        key = (size, config.layers, config.pooling)
+        key = (size, config.layers, config.pooling, self.precision)
         return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, config.layers, config))
 
     def _open_features(
         self, size: tuple[int, int], layers: tuple[str, ...], config: Config, forward_only: bool = False
     ) -> Features:
-        blocked = self.device == "onnxruntime" and self.precision == "fp32"
-        spec = vgg.Spec(size[1], size[0], layers, config.pooling, self.precision, blocked)
+        precision = self.precision
+        blocked = self.device == "onnxruntime" and precision == "fp32"
+        nhwc = self.device in provider.GPUS and precision != "fp32"
+        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
         return self._network(config.layers)[1](spec, forward_only=forward_only)
 
     def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
