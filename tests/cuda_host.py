@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,18 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragm
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # the program ends with its request
 KINDS = {torch.float32: "F", torch.float64: "D", torch.int32: "U"}
+
+
+class Shifted(NamedTuple):
+    """In a table: an address so many bytes from the start of a tensor, which may be outside of it."""
+
+    tensor: torch.Tensor
+    bytes: int
+
+
+def pointer(cell):
+    """The pointer in a cell of a table, None for a number."""
+    return Shifted(cell, 0) if isinstance(cell, torch.Tensor) else cell if isinstance(cell, Shifted) else None
 
 
 class Host:
@@ -46,23 +59,23 @@ class Host:
         tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
         for table in arguments:
             if isinstance(table, _cuda.Table):
-                tensors += [table.tensor, *(each for each in itertools.chain(*table.rows) if torch.is_tensor(each))]
+                tensors += [table.tensor, *(cell.tensor for cell in map(pointer, itertools.chain(*table.rows)) if cell)]
         storages = {}
         for tensor in tensors:
             storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
         index = {address: i for i, address in enumerate(storages)}
         memories = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
 
-        def place(tensor):
+        def place(tensor, shift=0):
             start = tensor.untyped_storage().data_ptr()
-            return index[start], tensor.data_ptr() - start
+            return index[start], tensor.data_ptr() - start + shift
 
         relocations, values = [], []
         for argument in arguments:
             if isinstance(argument, _cuda.Table):
                 at = place(argument.tensor)[0]
-                cells = list(itertools.chain(*argument.rows))
-                relocations += [(at, 8 * i, *place(cell)) for i, cell in enumerate(cells) if torch.is_tensor(cell)]
+                cells = enumerate(map(pointer, itertools.chain(*argument.rows)))
+                relocations += [(at, 8 * i, *place(*cell)) for i, cell in cells if cell]
                 values.append((ord("S"), at, 0))
             elif isinstance(argument, torch.Tensor):
                 values.append((ord(KINDS[argument.dtype]), *place(argument)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_host import Host
+from cuda_host import Host, Shifted
 
 from engine import kernels
 from engine.kernels import _cuda, lbfgs
@@ -180,6 +180,34 @@ def test_the_same_features_give_the_same_bits_and_no_memory_is_left_in_use(host)
         layers.gradients()
         found.append([layers.terms.clone(), *(layer.cotangent.clone() for layer in given)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_offsets_beyond_32_bits(host, dtype):
+    """The last share of a layer with more than 2^32 elements; only its memory exists, the pointers are moved."""
+
+    class Moved(_cuda.Table):
+        def __init__(self, row):
+            self.rows, self.tensor = [row], torch.zeros(1, len(row), dtype=torch.int64)
+            for i, cell in enumerate(row):
+                if isinstance(cell, int):
+                    self.tensor[0, i] = cell
+
+    channels, share, tile = 8, 64, {SINGLE: 64, HALF: 128}[dtype]
+    before = 2**29 // share * share  # positions, of eight channels
+    f = features(channels, share, dtype=dtype, nhwc=True)
+    partial, cotangent, difference = torch.empty(8, 8), torch.full_like(f, torch.nan), random(8, 8)
+    difference += difference.T.clone()
+    size = f.element_size()
+    pointers = [Shifted(f, -before * channels * size), 0, Shifted(cotangent, -before * channels * size), difference]
+    pointers += [difference, Shifted(partial, -(before // share) * channels**2 * 4)]
+    blocks = (-(before // share), 0, -(before // tile))
+    row = (channels, before + share, *pointers, before // share + 1, share, 32, 8192, *blocks)
+    element = _cuda.ELEMENTS[dtype]
+    _cuda.launch("gram", f"gram<{element}, true>", (1,), Moved(row), 1)
+    _cuda.launch("gradients", f"layer_gradients<{element}, true>", (1,), Moved(row), 1, torch.tensor([1.0, 1, 1, 0]))
+    assert error(partial.triu(), np.triu(share * gram_reference(numbers(f)))) < 1e-6
+    assert error(cotangent, numbers(difference) @ numbers(f)) < max(1e-5, 2 * ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
