@@ -1,0 +1,207 @@
+"""The CPU's program of Winograd convolutions against float64."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from engine import Config, Stylizer, winograd
+from engine.export import validate, vgg, weights
+from engine.kernels import nhwc
+from engine.kernels import winograd as kernel
+
+DEFAULT = Config().layers
+
+
+def error(value, truth):
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def address(array):
+    return array.ctypes.data
+
+
+def convolve(source, weight, extra, target, turned, ending, tiles=24, groups=1):
+    """Every task of one convolution; `weight` (C_out, C_in, 3, 3) is that of the forward direction."""
+    height, width, c_in = source.shape
+    c_out = target.shape[2]
+    u = kernel.transform_kernel(weight)
+    scratch = np.full(kernel.scratch_size(c_in, c_out, tiles), 7, np.float32)
+    count = -(-height // 4) * -(-width // 4)
+    for first in range(0, count, tiles):
+        for group in range(groups):
+            kernel.convolve(
+                address(source), address(target), height, width, c_in, c_out, address(u), address(extra),
+                int(turned), ending, first, min(tiles, count - first), group, groups, address(scratch),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (4, 4), (5, 6), (13, 22)])
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 1), (128, 64, 1), (64, 128, 2)])
+def test_forward_convolution(size, c_in, c_out, groups):
+    generator = np.random.default_rng(0)
+    source = generator.standard_normal((*size, c_in), np.float32)
+    weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
+    bias = generator.standard_normal(c_out, np.float32)
+    target = np.full((*size, c_out), np.nan, np.float32)
+    convolve(source, weight, bias, target, False, kernel.RELU, groups=groups)
+    x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
+    truth = functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding=1).relu()
+    assert error(torch.from_numpy(target).permute(2, 0, 1)[None], truth) < 2e-6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 6), (13, 22)])
+@pytest.mark.parametrize("ending", [kernel.MASKED, kernel.MASKED_SUM, kernel.PLAIN])
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 1), (128, 64, 1), (128, 128, 2)])
+def test_vjp_convolution(size, ending, c_in, c_out, groups):
+    generator = np.random.default_rng(0)
+    cotangent = generator.standard_normal((*size, c_out), np.float32)
+    weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
+    below = np.maximum(generator.standard_normal((*size, c_in), np.float32), 0)
+    own = generator.standard_normal((*size, c_in), np.float32)
+    target = below.copy()
+    convolve(cotangent, weight, own, target, True, ending, groups=groups)
+    x = torch.zeros(1, c_in, *size, dtype=torch.float64, requires_grad=True)
+    result = functional.conv2d(x, torch.from_numpy(weight).double(), padding=1)
+    (truth,) = torch.autograd.grad(result, x, torch.from_numpy(cotangent).double().permute(2, 0, 1)[None])
+    truth = truth[0].permute(1, 2, 0)
+    if ending == kernel.MASKED_SUM:
+        truth = truth + torch.from_numpy(own).double()
+    if ending != kernel.PLAIN:
+        truth = truth * torch.from_numpy(below > 0)
+    assert error(torch.from_numpy(target), truth) < 2e-6
+
+
+def test_the_transform_turns_with_the_kernel():
+    """The U of a turned kernel is a permutation of U with factors that are powers of two: nothing is stored twice."""
+    weight = np.random.default_rng(0).standard_normal((64, 32, 3, 3), np.float32)
+    u = kernel.transform_kernel(weight)
+    turned = kernel.transform_kernel(weight[:, :, ::-1, ::-1].copy())
+    for i, (line, factor) in enumerate(kernel._FLIP):
+        for j, (column, other) in enumerate(kernel._FLIP):
+            np.testing.assert_allclose(turned[6 * i + j], factor * other * u[6 * line + column], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return weights.load("embedded", ("relu5_4",))
+
+
+@pytest.fixture(scope="module")
+def network(net):
+    return winograd.Network(net, ("relu5_4",), 2)
+
+
+def forward_and_vjp(spec, network, seed=0):
+    """Features, cotangents and gradient of one program; the memory is used once before, so that it holds leftovers."""
+    found = winograd.Features(spec, network)
+    with found.use():
+        for tensor in found.cotangents.values():
+            tensor.fill_(1e3)
+        found.image.fill_(0.9)
+        found.forward()
+        found.vjp()
+        found.image.copy_(validate.picture(spec.height, spec.width, seed))
+        found.forward()
+        features = {name: tensor.clone() for name, tensor in found.features.items()}
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = {}
+        for name, tensor in found.cotangents.items():
+            cotangents[name] = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(cotangents[name])
+        found.vjp()
+        return found.image.clone(), features, cotangents, found.gradient.clone()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    height=st.integers(32, 75),
+    width=st.integers(32, 75),
+    layers=st.sets(st.sampled_from(vgg.LAYERS), min_size=1, max_size=5),
+    pooling=st.sampled_from(["avg", "max"]),
+)
+def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
+    spec = vgg.Spec(height, width, tuple(layer for layer in vgg.LAYERS if layer in layers), pooling)
+    image, features, cotangents, gradient = forward_and_vjp(spec, network)
+    for layer, truth in net.module(spec.layers, pooling, torch.float64)(image.double()).items():
+        assert error(features[layer], truth) < 3e-6
+    relus = {name: value.contiguous().numpy() for name, value in features.items()}
+    exact = {name: value.double() for name, value in cotangents.items()}
+    assert error(gradient, validate.linear_piece_vjp(spec, net, relus, exact)) < 5e-6
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 2)])
+@pytest.mark.parametrize("with_own", [False, True])
+def test_pooling_and_its_vjp(largest, size, with_own):
+    """Values from a handful of numbers, so that ties are common: the first in row-major order takes all, as in torch."""
+    generator = np.random.default_rng(0)
+    a = generator.integers(0, 3, (*size, 64)).astype(np.float32)
+    own = generator.standard_normal(a.shape, np.float32)
+    pooled = np.empty((size[0] // 2, size[1] // 2, 64), np.float32)
+    cotangent = generator.standard_normal(pooled.shape, np.float32)
+    x = torch.from_numpy(a.copy()).permute(2, 0, 1)[None].requires_grad_()
+    positive = x.relu()  # relu's own gradient at zero is zero, as in the network
+    truth = (functional.max_pool2d if largest else functional.avg_pool2d)(positive, 2)
+    value = (truth * torch.from_numpy(cotangent).permute(2, 0, 1)).sum()
+    if with_own:
+        value = value + (positive * torch.from_numpy(own).permute(2, 0, 1)).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    for row in range(size[0] // 2):
+        nhwc.pool(address(a), address(pooled), *size, 64, largest, row)
+    np.testing.assert_allclose(pooled, truth[0].detach().permute(1, 2, 0).numpy(), rtol=1e-6)
+    scratch = np.full(64, np.nan, np.float32)
+    for row in range(-(-size[0] // 2)):
+        place = address(own) if with_own else 0
+        nhwc.unpool(address(cotangent), address(a), place, *size, 64, largest, row, address(scratch))
+    np.testing.assert_allclose(a, gradient[0].permute(1, 2, 0).numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_number_of_threads_does_not_change_a_bit(net):
+    spec = vgg.Spec(61, 90, DEFAULT)
+    results = [forward_and_vjp(spec, winograd.Network(net, DEFAULT, threads)) for threads in (1, 2, 5)]
+    for other in results[1:]:
+        assert torch.equal(results[0][3], other[3])
+        assert all(torch.equal(results[0][1][name], value) for name, value in other[1].items())
+
+
+def test_forward_only_gives_the_same_features(network):
+    spec = vgg.Spec(50, 41, ("relu1_1", "relu3_1", "relu4_2"))
+    both, only = winograd.Features(spec, network), winograd.Features(spec, network, forward_only=True)
+    for found in (both, only):
+        found.image.copy_(validate.picture(50, 41, 3))
+        found.forward()
+    assert list(only.features) == list(spec.layers)
+    assert all(torch.equal(only.features[layer], both.features[layer]) for layer in spec.layers)
+
+
+def test_scratch_rows_cover_the_rows_that_multiply_takes():
+    assert kernel.TILES % kernel._ROWS == kernel.TILES % kernel._SQUARE == 0
+    assert nhwc.ROUND == kernel._ROWS
+
+
+def test_no_thread_works_on_after_a_call(pictures):
+    stylizer = Stylizer(weights="embedded", device="cpu")
+    stylizer(pictures["content"], pictures["style"], Config(size=64, iterations=3, scales=1))
+    time.sleep(0.2)
+    before = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - before < 0.1
+
+
+def test_a_stylizer_that_is_let_go_ends_its_threads(pictures):
+    import gc
+
+    before = threading.active_count()
+    stylizer = Stylizer(weights="embedded", device="cpu", threads=3)
+    stylizer(pictures["content"], pictures["style"], Config(size=48, iterations=1, scales=1))
+    assert threading.active_count() > before
+    del stylizer
+    gc.collect()
+    time.sleep(0.2)
+    assert threading.active_count() == before
