@@ -65,6 +65,16 @@ class Table:
         self.tensor = torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
+class _Stream:
+    """torch's current stream for CuPy: torch's own object speaks the protocol in its later versions only."""
+
+    def __init__(self, device: int) -> None:
+        self._address = torch.cuda.current_stream(device).cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
 Argument = Tensor | Table | int | float | None
 
 
@@ -78,7 +88,7 @@ def launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: Argument) 
 
     places = (each.tensor if isinstance(each, Table) else each for each in arguments)
     device = next(each.device.index for each in places if isinstance(each, Tensor))
-    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
+    stream = cupy.cuda.Stream.from_external(_Stream(device))
     with cupy.cuda.Device(device), stream:
         _function(name, kernel, device)(grid, (THREADS,), tuple(_native(argument) for argument in arguments))
 
