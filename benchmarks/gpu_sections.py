@@ -20,11 +20,12 @@ from engine.kernels.lbfgs import HISTORY
 from engine.optimize import State, minimise
 from engine.stylizer import Stylizer, _within
 
-from . import cases, machine, timing
+from . import cases, machine, timing, torch_network
 from .gpu import Rows
 
 WHEELS = ("torch", "cupy-cuda13x", "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13", "nvidia-cudnn-cu13")
 GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if device in provider.GPUS)
+TORCH_ENGINES = {f"{torch_network.NAME}, {precision}": precision for precision in ("fp32", "fp16")}
 STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2}  # relative, of the pixels, against float64
@@ -167,7 +168,8 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     """Each launch at its shapes: time, GB/s of what has to be moved, TFLOP/s, and the time of torch's own route."""
     if not needs_cupy(rows, device):
         return
-    for precision in ("fp32", "fp16"):
+    ours_us = dict.fromkeys(("fp32", "fp16"), 0.0)  # of one iteration with L-BFGS, but for the pixels' pass
+    for precision in ours_us:
         dtype = DTYPES[precision]
         given = layer_group(size, dtype, precision == "fp16", device)
         layers = kernels.Layers(given, 1.0, 100.0)
@@ -192,6 +194,7 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             ours, other = seconds(work, device), seconds(theirs, device)
             rates = {"gb_per_s": traffic / ours / 1e9, "tflop_per_s": flop / ours / 1e12}
             rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
+            ours_us[precision] += 1e6 * ours
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
@@ -204,18 +207,32 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             runner.step()
         taken = seconds(runner.step, device)
         rows.add(name, us=1e6 * taken, gb_per_s=vectors * image.nbytes / taken / 1e9)
+        if name == "L-BFGS":
+            for precision, already in ours_us.items():
+                rows.add(f"our part of an iteration {precision}", us=already + 1e6 * taken)
 
 
-def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: int = 128) -> None:
+def build(name: str, problem: cases.Problem) -> cases.Loop:
+    """The loop `name` of `cases`, or of torch_network."""
+    if name in TORCH_ENGINES:
+        if problem.device == "cuda" and importlib.util.find_spec("cupy") is None:
+            raise BackendError("cupy is not installed")
+        return torch_network.Engine(problem, TORCH_ENGINES[name])
+    return cases.build(name, problem)
+
+
+def providers(
+    rows: Rows, device: str, engines: Iterable[str] = (*GPU_ENGINES, *TORCH_ENGINES), size: int = 128
+) -> None:
     """Each engine opens where it was asked to, and its losses and gradient are those of float64."""
     problem = cases.load(size, device=device)
     point = problem.point(0)
     oracle = cases.build("float64", problem)
     truth, slope = oracle.loss_and_gradient(point)
     for name in engines:
-        own_device, precision = cases.ENGINES[name]
+        own_device, precision = ("torch", TORCH_ENGINES[name]) if name in TORCH_ENGINES else cases.ENGINES[name]
         try:
-            loop = cases.build(name, problem)
+            loop = build(name, problem)
         except BackendError as error:
             rows.skip(name, str(error))
             continue
@@ -223,7 +240,7 @@ def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, siz
         errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
         limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
         passed = errors["gradient_error"] < limit and errors["loss_error"] < 0.1 * limit
-        if precision == "fp32":
+        if precision == "fp32" and name in cases.ENGINES:
             errors["strict_error"] = cases.strict_error(name, problem)
             passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
         rows.add(name, passed, provider=provider.PROVIDERS.get(own_device, own_device), **errors)
@@ -231,14 +248,16 @@ def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, siz
 
 def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Iterator[object]:
     """The loop of an engine, whose losses nobody reads."""
-    engine = cases.build(name, problem)
+    engine = build(name, problem)
     assert isinstance(engine, cases.Engine)
     objective = engine._objective
     start = problem.start.to(objective.network.image.device)
     return _within(objective.network, minimise(objective.write, start, optimizer, 10**4, State()))
 
 
-def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: int = 256, count: int = 10) -> None:
+def loop(
+    rows: Rows, device: str, engines: Iterable[str] = (*GPU_ENGINES, *TORCH_ENGINES), size: int = 256, count: int = 10
+) -> None:
     """After the warm-up an iteration makes the host wait for nothing and allocates nothing on the device."""
     problem = cases.load(size, device=device)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -108,7 +108,7 @@ def error(value, truth):
     return np.linalg.norm(numbers(value) - truth) / max(np.linalg.norm(truth), 1e-30)
 
 
-SHAPES = [(1, 1), (3, 5), (64, 64), (65, 70), (130, 33), (136, 200), (64, 1000)]
+SHAPES = [(1, 1), (3, 5), (65, 70), (130, 33), (136, 200), (64, 1000)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -267,7 +267,7 @@ def optimisers(make, losses, count=700, gradients=None):
 
 
 # Falls; diverges and comes back; diverges for good, which starts afresh; is not finite.
-FALL = [100.0 - i for i in range(26)]
+FALL = [100.0 - i for i in range(24)]
 TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torch.nan, torch.inf]
 
 
