@@ -60,7 +60,8 @@ class Baseline:
             self._targets = {layer: features[layer] for layer in self._config.content_layers}
             features = self._features(self._place(style))
             self._grams = {layer: _gram(features[layer]) for layer in self._config.style_layers}
-        self._objective = torch.compile(self._loss) if self._variant.compiled else self._loss
+        mode = "max-autotune" if self._device.type == "cuda" else None
+        self._objective = torch.compile(self._loss, mode=mode) if self._variant.compiled else self._loss
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
         """Loss of pixels (1, 3, H, W) and its gradient."""

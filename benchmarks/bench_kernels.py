@@ -1,4 +1,4 @@
-"""Each operation of `engine.kernels` against the plain torch expression, at the layer shapes of the picture."""
+"""The parts of `engine.kernels` against the plain torch expressions, at the layer shapes of the picture."""
 
 from __future__ import annotations
 
@@ -12,106 +12,116 @@ from torch.nn import functional
 
 from engine import kernels
 from engine.export import vgg
+from engine.kernels.lbfgs import HISTORY
 
 from . import cases
 
 STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 CONTENT = ("relu4_2",)
-CASES = [(op, layer) for op in ("gram", "style_loss", "style_gradient") for layer in STYLE]
-CASES += [(op, layer) for op in ("content_loss", "content_gradient") for layer in CONTENT]
-CASES += [("total_variation", "image")]
+Run = Callable[[], list[Tensor]]  # allocates nothing that the engine would not; gives what it has computed
 
 
 @pytest.mark.parametrize("side", ["torch", "engine"])
-@pytest.mark.parametrize(("operation", "layer"), CASES)
-def test_kernel(benchmark: BenchmarkFixture, problem: cases.Problem, operation: str, layer: str, side: str) -> None:
-    width, height = problem.size
-    shapes = {**vgg.shapes(vgg.CONVS, height, width), "image": (1, 3, height, width)}
-    _, channels, *positions = shapes[layer]
-    plain, ours, flop = OPERATIONS[operation](channels, *positions)
-    torch.testing.assert_close(ours(), plain(), rtol=1e-4, atol=1e-6)
-    benchmark.group = f"{operation} {layer}"
+@pytest.mark.parametrize("part", ["layers", "pixels"])
+def test_part(benchmark: BenchmarkFixture, problem: cases.Problem, part: str, side: str) -> None:
+    plain, ours = PARTS[part](problem)
+    for found, wanted in zip(ours(), plain(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    benchmark.group = part
     benchmark(ours if side == "engine" else plain)
-    benchmark.extra_info |= {"size": problem.size, "gflop": flop / 1e9}
-    if benchmark.stats:
-        benchmark.extra_info["gflop_per_s"] = flop / 1e9 / benchmark.stats.stats.median
+    benchmark.extra_info["size"] = problem.size
 
 
-# What an operation needs is allocated once, as in the engine; each pair returns the same values from the same inputs.
-Pair = tuple[Callable[[], Tensor], Callable[[], Tensor], int]
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
+@pytest.mark.parametrize("side", ["torch", "engine"])
+def test_lbfgs(benchmark: BenchmarkFixture, problem: cases.Problem, side: str) -> None:
+    """One step with a full history, the evaluation of a quadratic included."""
+    image = torch.rand(problem.start.shape)
+    curvature = 10 ** (torch.rand(image.shape) * 4 - 2)
+    step = _torch_lbfgs(image, curvature) if side == "torch" else _our_lbfgs(image, curvature)
+    for _ in range(HISTORY + 2):
+        step()
+    benchmark.group = "lbfgs"
+    benchmark(step)
+    benchmark.extra_info["size"] = problem.size
 
 
-def _gram(channels: int, height: int, width: int) -> Pair:
-    features, out = torch.rand(channels, height * width), torch.empty(channels, channels)
-    return (
-        lambda: features @ features.T / features.shape[1],
-        lambda: kernels.gram(features, out),
-        2 * channels * features.numel(),
-    )
+def _layers(problem: cases.Problem) -> tuple[Run, Run]:
+    width, height = problem.size
+    shapes = vgg.shapes(vgg.CONVS, height, width)
+    layers = {}
+    for name in (*STYLE, *CONTENT):
+        _, channels, *size = shapes[name]
+        features, cotangent, content = torch.rand(3, channels, size[0] * size[1])
+        target = torch.rand(channels, channels)
+        own = name in STYLE
+        layers[name] = kernels.Layer(
+            features, cotangent, None if own else content, (target + target.T) if own else None
+        )
+    together = kernels.Layers(layers, 1.0, 1.0)
+
+    def plain() -> list[Tensor]:
+        found = []
+        for layer in layers.values():
+            f, (channels, positions) = layer.features, layer.features.shape
+            if layer.target is not None:
+                difference = f @ f.T / positions - layer.target
+                found += [difference.square().sum() / (4 * channels**2), difference @ f / (channels**2 * positions)]
+            else:
+                assert layer.content is not None
+                found += [functional.mse_loss(f, layer.content), 2 / f.numel() * (f - layer.content)]
+        return found
+
+    def ours() -> list[Tensor]:
+        together.losses()
+        together.gradients()
+        _, content, _, *style = together.terms
+        losses = [*style[: len(STYLE)], content]
+        cotangents = [layer.cotangent for layer in layers.values()]
+        return [tensor for pair in zip(losses, cotangents, strict=True) for tensor in pair if tensor is not None]
+
+    return plain, ours
 
 
-def _style_loss(channels: int, height: int, width: int) -> Pair:
-    gram, target, difference = torch.rand(3, channels, channels)
-    return (
-        lambda: (gram - target).square().sum() / (4 * channels**2),
-        lambda: kernels.style_loss(gram, target, difference),
-        3 * gram.numel(),
-    )
+def _pixels(problem: cases.Problem) -> tuple[Run, Run]:
+    pixels, vjp, terms = problem.start, torch.rand(problem.start.shape), torch.zeros(3)
+    gradient = torch.empty_like(pixels)
+    finish = kernels.Pixels(pixels, vjp, torch.tensor(2.0), 3.0, terms)
 
-
-def _style_gradient(channels: int, height: int, width: int) -> Pair:
-    features, difference = torch.rand(channels, height * width), torch.rand(channels, channels)
-    out, factor = torch.empty_like(features), torch.tensor(100.0 * channels)
-
-    def ours() -> Tensor:
-        kernels.style_gradient(features, difference, factor, out)
-        return out
-
-    return lambda: factor / (channels * features.numel()) * (difference @ features), ours, 2 * channels * out.numel()
-
-
-def _content_loss(channels: int, height: int, width: int) -> Pair:
-    features, target, difference = torch.rand(3, channels, height * width)
-    return (
-        lambda: functional.mse_loss(features, target),
-        lambda: kernels.content_loss(features, target, difference),
-        3 * features.numel(),
-    )
-
-
-def _content_gradient(channels: int, height: int, width: int) -> Pair:
-    """Ours scales the difference in place; a factor that leaves it as it is keeps the rounds alike."""
-    difference = torch.rand(channels, height * width)
-    factor = torch.tensor(difference.numel() / 2)
-
-    def ours() -> Tensor:
-        kernels.content_gradient(difference, factor)
-        return difference
-
-    return lambda: difference * (factor * (2 / difference.numel())), ours, difference.numel()
-
-
-def _total_variation(channels: int, height: int, width: int) -> Pair:
-    pixels = torch.rand(1, channels, height, width)
-
-    def plain() -> Tensor:
+    def plain() -> list[Tensor]:
         leaf = pixels.clone().requires_grad_()
         loss = leaf.diff(dim=2).square().mean() + leaf.diff(dim=3).square().mean()
-        return torch.autograd.grad(loss, leaf)[0]
+        return [loss.detach(), vjp / 2 + 3 * torch.autograd.grad(loss, leaf)[0]]
 
-    def ours() -> Tensor:
-        gradient = torch.zeros_like(pixels)
-        kernels.total_variation(pixels, 1.0, gradient)
-        return gradient
+    def ours() -> list[Tensor]:
+        finish.finish(gradient)
+        return [terms[2], gradient]
 
-    return plain, ours, 10 * pixels.numel()
+    return plain, ours
 
 
-OPERATIONS: dict[str, Callable[[int, int, int], Pair]] = {
-    "gram": _gram,
-    "style_loss": _style_loss,
-    "style_gradient": _style_gradient,
-    "content_loss": _content_loss,
-    "content_gradient": _content_gradient,
-    "total_variation": _total_variation,
-}
+PARTS: dict[str, Callable[[cases.Problem], tuple[Run, Run]]] = {"layers": _layers, "pixels": _pixels}
+
+
+def _torch_lbfgs(image: Tensor, curvature: Tensor) -> Callable[[], None]:
+    leaf = image.clone().requires_grad_()
+    rate, options = 1e-3, {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+    optimiser = torch.optim.LBFGS([leaf], lr=rate, max_iter=1, history_size=HISTORY, **options)
+
+    def closure() -> Tensor:
+        leaf.grad = curvature * leaf.detach()
+        return (leaf.detach() * leaf.grad).sum()
+
+    return lambda: optimiser.step(closure)  # type: ignore[arg-type, func-returns-value]
+
+
+def _our_lbfgs(image: Tensor, curvature: Tensor) -> Callable[[], None]:
+    gradient, loss = torch.empty_like(image), torch.zeros(())
+    optimiser = kernels.Lbfgs(image, gradient, loss)
+
+    def step() -> None:
+        torch.mul(curvature, image, out=gradient)
+        loss.copy_((image * gradient).sum())
+        optimiser.step()
+
+    return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -82,14 +82,12 @@ class Engine:
     """Our loop at one scale, put together as `Stylizer` does it."""
 
     def __init__(self, problem: Problem, device: str, precision: str) -> None:
-        from engine.autograd import loss
         from engine.stylizer import Stylizer
 
         stylizer = Stylizer(problem.weights, device, precision)
         content = images.resize(problem.content, problem.size)
         network = stylizer._features(problem.size, problem.config)
         self._objective = stylizer._objective(network, content, [problem.style], problem.config)
-        self._loss = partial(loss, objective=self._objective)
         self._device = network.image.device
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
@@ -98,9 +96,12 @@ class Engine:
         return float(terms.total), gradient
 
     def iterate(self, start: Tensor) -> Iterator[float]:
+        """On a GPU the loss is waited for: the times are those of finished iterations."""
         from engine.optimize import State, minimise
+        from engine.stylizer import _within
 
-        for iterate in minimise(self._loss, start.to(self._device), "lbfgs", 10**6, State()):
+        run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State())
+        for iterate in _within(self._objective.network, run):
             yield iterate.loss
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from . import kernels
 from .export import vgg
 from .export.weights import Weights
 
@@ -26,9 +27,13 @@ class Features(Protocol):
     gradient: Tensor
     features: Mapping[str, Tensor]
     cotangents: Mapping[str, Tensor]
+    products: kernels.Products | None  # those of the losses on a CPU that suit this runtime best; None is BLAS
 
     def use(self) -> AbstractContextManager[None]:
-        """Own the memory; on a GPU, on the stream of the runtime, which is ordered with the caller's at both ends."""
+        """Own the memory; on a GPU, on the stream of the runtime, which is ordered with the caller's at both ends.
+
+        It may be nested.
+        """
 
     def forward(self) -> None:
         """image -> features."""

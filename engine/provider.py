@@ -5,13 +5,20 @@ Nothing heavy is imported before the cheap checks have passed, so that a missing
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import logging
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from .config import choice
 from .export.ort import INSTALL, BackendError, onnxruntime
+from .export.weights import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +54,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     if precision == "bf16":
         raise BackendError("precision bf16: ONNX Runtime has no bf16 kernels for these graphs; choose fp32 or fp16")
     if precision == "auto":
-        precision = "fp32"  # the reference everywhere, until fp16 has shown on a device that it holds the numerics
+        precision = "fp16" if device in GPUS else "fp32"  # see `Stylizer` for runs that fp16 cannot hold
     elif precision == "fp16" and device == "cpu":
         raise BackendError(
             "precision fp16: device cpu computes in fp32; --device onnxruntime runs fp16 graphs by casts"
@@ -106,19 +113,56 @@ def _preload_tensorrt(line: str) -> None:
             raise BackendError(f"device tensorrt: {library} does not load ({error}): {line}") from error
 
 
-def options(device: str, precision: str, stream: int) -> dict[str, Any]:
-    """Provider options; `stream` is the CUDA stream that all work shares."""
+def attempts(device: str, precision: str, stream: int, model: bytes) -> Iterator[dict[str, Any]]:
+    """Provider options for a serialised graph, to be tried in turn; `stream` is the CUDA stream that all work shares.
+
+    CUDA: captured as a CUDA graph, then launch by launch. TensorRT: with the engine of an earlier run, then, as that
+    may be corrupt, without it.
+    """
     if device == "onnxruntime":
-        return {}
+        yield {}
+        return
     shared = {"device_id": "0", "user_compute_stream": str(stream)}
     if device == "tensorrt":
-        return shared  # graphs are strongly typed: no precision flags
-    return {
+        folder = _engine_folder(model)
+        known = any(folder.glob("*.engine")) if folder.is_dir() else False
+        for _ in range(2 if known else 1):
+            if not any(folder.glob("*.engine")):
+                log.info("device tensorrt: building an engine, which takes a while; it is kept in %s", folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield {
+                **shared,  # graphs are strongly typed: no precision flags
+                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_path": str(folder),
+                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_path": str(folder.parent),
+            }
+            shutil.rmtree(folder)
+        return
+    low = precision != "fp32"
+    settings = {
         **shared,
         "cudnn_conv_algo_search": "EXHAUSTIVE",
-        "use_tf32": "0" if precision == "fp32" else "1",  # 0 takes the tensor cores from fp16 too
+        "use_tf32": "1" if low else "0",  # 0 takes the tensor cores from fp16 too
+        "prefer_nhwc": "1" if low else "0",
         "arena_extend_strategy": "kSameAsRequested",
     }
+    yield {**settings, "enable_cuda_graph": "1"}
+    yield settings
+
+
+def _engine_folder(model: bytes) -> Path:
+    """Where TensorRT's engine for this graph is kept: another graph, weights, shape, version or GPU has another one.
+
+    A graph names its weights by their digest. The folder above holds the timings, which TensorRT ties to the GPU.
+    """
+    import torch
+
+    parts = [model, torch.cuda.get_device_name(0).encode(), str(torch.cuda.get_device_capability(0)).encode()]
+    for wheel in ("tensorrt-cu13", "tensorrt-cu13-libs", "onnxruntime-gpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            parts.append(f"{wheel} {metadata.version(wheel)}".encode())
+    return cache_folder() / "tensorrt" / hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def verify(session: Any, device: str) -> None:

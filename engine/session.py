@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from . import provider
 from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
 from .export.weights import Weights
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
@@ -36,36 +39,56 @@ class _Graph:
         threads: int,
         stream: int,
     ) -> None:
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        # Spinning threads take the cores from the BLAS calls between the two graphs: they cost more than they save.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if device in provider.GPUS:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        # Given by value, so that the graph never reads a file; the session keeps its own, reordered copy.
-        options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()])
-        settings = (provider.PROVIDERS[device], provider.options(device, precision, stream))
-        try:
-            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=[settings])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise BackendError(f"device {device}: ONNX Runtime cannot open {model.graph.name} ({error})") from error
+        self._session = _open(model, arrays, device, precision, threads, stream)
         provider.verify(self._session, device)
         _give_back_freed_memory()
         self._binding = self._session.io_binding()
         self._tensors = dict(tensors)  # the binding holds addresses only
-        place = "cuda" if device in provider.GPUS else "cpu"
+        on_gpu = device in provider.GPUS
         for infos, bind in (
             (self._session.get_inputs(), self._binding.bind_input),
             (self._session.get_outputs(), self._binding.bind_output),
         ):
             for info in infos:
                 tensor = tensors[info.name]
-                bind(info.name, place, 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+                place = ("cuda" if on_gpu else "cpu", 0, _NUMPY[tensor.dtype])
+                bind(info.name, *place, tuple(info.shape), tensor.data_ptr())
+        self._options = onnxruntime().RunOptions()
+        if on_gpu:  # what follows is on the same stream: nobody has to wait
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._options)
+
+
+def _open(
+    model: onnx.ModelProto,
+    arrays: Mapping[str, NDArray[Any]],
+    device: str,
+    precision: str,
+    threads: int,
+    stream: int,
+) -> Any:
+    """A session on the device; raises BackendError if ONNX Runtime cannot open one."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Spinning threads take the cores from the BLAS calls between the two graphs: they cost more than they save.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if device in provider.GPUS:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    # Given by value, so that the graph never reads a file; the session keeps its own, reordered copy.
+    options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()])
+    content = model.SerializeToString()
+    for settings in provider.attempts(device, precision, stream, content):
+        providers = [(provider.PROVIDERS[device], settings)]
+        try:
+            return ort.InferenceSession(content, options, providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            log.info("device %s: %s does not open with %s: %s", device, model.graph.name, settings, error)
+            failure = error
+    raise BackendError(f"device {device}: ONNX Runtime cannot open {model.graph.name} ({failure})") from failure
 
 
 def _give_back_freed_memory() -> None:
@@ -80,15 +103,15 @@ class Features:
     def __init__(
         self, spec: vgg.Spec, weights: Weights, device: str, threads: int, *, forward_only: bool = False
     ) -> None:
-        self.spec = spec
-        self._lock = threading.Lock()
+        self.spec, self.products = spec, None
+        self._lock = threading.RLock()
         on_cpu = device not in provider.GPUS
         place = torch.device("cpu" if on_cpu else "cuda:0")
         self._stream = None if on_cpu else torch.cuda.Stream(place)
         dtype = _DTYPES[spec.precision]
         names = spec.layers if forward_only else tuple(spec.shapes)
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
-        self.features = {name: torch.zeros(spec.shapes[name], dtype=dtype, device=place) for name in names}
+        self.features = {name: _zeros(spec, name, dtype, place) for name in names}
         shared = (device, spec.precision, threads, self._stream.cuda_stream if self._stream else 0)
         model, arrays = graph.forward(spec, weights, names), graph.forward_initializers(spec, weights)
         self._forward = _Graph(model, arrays, {"image": self.image, **self.features}, *shared)
@@ -115,13 +138,21 @@ class Features:
         self._vjp.run()
 
 
+def _zeros(spec: vgg.Spec, name: str, dtype: torch.dtype, place: torch.device) -> Tensor:
+    """Memory for a ReLU output, (1, C, H, W) in the order of the spec."""
+    one, channels, height, width = spec.shapes[name]
+    if spec.nhwc:
+        return torch.zeros(one, height, width, channels, dtype=dtype, device=place).permute(0, 3, 1, 2)
+    return torch.zeros(one, channels, height, width, dtype=dtype, device=place)
+
+
 @contextlib.contextmanager
 def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
-    if stream is None:
+    current = torch.cuda.current_stream(stream.device) if stream else None
+    if stream is None or current is None or current == stream:
         yield
         return
-    current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield

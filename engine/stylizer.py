@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,17 +21,18 @@ from torch.nn import functional
 
 from . import image as images
 from . import kernels, provider
-from .autograd import loss as bridge
 from .config import MIN_SIDE, Config
 from .export import vgg
 from .export.weights import load as load_weights
 from .features import Features, Open
 from .features import network as open_network
 from .losses import Objective
-from .optimize import State, minimise
+from .optimize import Iterate, State, minimise
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _NETWORKS = 8  # graph pairs kept open: the scales of one run
@@ -42,26 +43,31 @@ _STYLES = 64  # style targets kept, 2.4 MB each with the default layers
 class Step:
     """State of a run after one iteration.
 
-    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one; `loss` is
-    that of this iteration; `image` converts the best picture of this scale when it is asked for.
+    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one. `loss`,
+    that of this iteration, and `image`, the best picture of this scale so far, are converted when they are asked for:
+    a GPU works ahead, and asking waits for it.
     """
 
     scale: int
     iteration: int
     total: int
-    loss: float
-    _pixels: Tensor = field(repr=False)
+    _iterate: Iterate = field(repr=False)
     _alpha: NDArray[np.float32] | None = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """The weighted total loss of this iteration's picture."""
+        return self._iterate.loss
 
     @property
     def image(self) -> Image.Image:
         """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
-        alpha = self._alpha
+        alpha, pixels = self._alpha, self._iterate.best
         if alpha is not None:
-            height, width = self._pixels.shape[2:]
+            height, width = pixels.shape[2:]
             rgb = np.zeros((*alpha.shape, 3), np.float32)
             alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        return images.to_pil(self._pixels, alpha)
+        return images.to_pil(pixels, alpha)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ class Stylizer:
     """Stylises pictures on one device with one set of weights; safe to call from several threads.
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default.
+    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default. On a GPU
+    `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16 cannot hold.
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.
@@ -106,6 +113,7 @@ class Stylizer:
         threads: int | None = None,
     ) -> None:
         self.device, self.precision = provider.resolve(device, precision)
+        self._automatic = precision == "auto"
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()
@@ -182,19 +190,31 @@ class Stylizer:
         pixels: Tensor | None = None
         for scale, iterations in schedule:
             size = content.fit(scale)
-            network = self._features(size, config)
             scaled = images.resize(content, size)
-            objective = self._objective(network, scaled, styles, config)
             if pixels is None:
                 pixels = _first_pixels(scaled, start, config)
             else:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
-            pixels = pixels.to(network.image.device)
-            loss = partial(bridge, objective=objective)
-            for iterate in minimise(loss, pixels, config.optimizer, iterations, state):
-                iteration += 1
-                pixels = iterate.best
-                yield Step(scale, iteration, total, iterate.loss, pixels, content.alpha)
+            end = iteration + iterations
+            while iteration < end:
+                network = self._features(size, config)
+                objective = self._objective(network, scaled, styles, config)
+                pixels = pixels.to(network.image.device)
+                run = minimise(objective.write, pixels, config.optimizer, end - iteration, state)
+                try:
+                    for iterate in _within(network, run):
+                        iteration += 1
+                        pixels = iterate.best
+                        yield Step(scale, iteration, total, iterate, content.alpha)
+                except FloatingPointError as error:
+                    self._fall_back(error)
+
+    def _fall_back(self, error: FloatingPointError) -> None:
+        """Go on in fp32, from the best picture so far, if the precision was ours to choose."""
+        if not self._automatic or self.precision == "fp32":
+            raise error
+        self.precision = "fp32"
+        log.info("precision: fp32 from here on, as fp16 cannot hold this run: %s", error)
 
     def _objective(
         self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config
@@ -213,29 +233,29 @@ class Stylizer:
         """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it."""
         size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
         digest = hashlib.sha256(style.rgb.tobytes()).digest()
-        key = (digest, style.size, size, config.style_layers, config.pooling)
+        key = (digest, style.size, size, config.style_layers, config.pooling, self.precision)
 
         def make() -> dict[str, Tensor]:
             features = self._open_features(size, config.style_layers, config, forward_only=True)
-            features.image.copy_(images.to_tensor(images.resize(style, size)))
-            features.forward()
-            grams = {}
-            for layer in config.style_layers:
-                flat = features.features[layer].flatten(2)[0]
-                grams[layer] = kernels.gram(flat, torch.empty(len(flat), len(flat), device=flat.device))
-            return grams
+            with features.use():
+                features.image.copy_(images.to_tensor(images.resize(style, size)))
+                features.forward()
+                flat = {layer: features.features[layer].flatten(2)[0] for layer in config.style_layers}
+                return {layer: kernels.gram(each, features.products) for layer, each in flat.items()}
 
         return self._cached(self._grams, key, _STYLES, make)
 
     def _features(self, size: tuple[int, int], config: Config) -> Features:
-        key = (size, config.layers, config.pooling)
+        key = (size, config.layers, config.pooling, self.precision)
         return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, config.layers, config))
 
     def _open_features(
         self, size: tuple[int, int], layers: tuple[str, ...], config: Config, forward_only: bool = False
     ) -> Features:
-        blocked = self.device == "onnxruntime" and self.precision == "fp32"
-        spec = vgg.Spec(size[1], size[0], layers, config.pooling, self.precision, blocked)
+        precision = self.precision
+        blocked = self.device == "onnxruntime" and precision == "fp32"
+        nhwc = self.device in provider.GPUS and precision != "fp32"
+        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
         return self._network(config.layers)[1](spec, forward_only=forward_only)
 
     def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
@@ -262,6 +282,16 @@ def _load_styles(style: Any) -> list[images.Picture]:
     if not sources:
         raise ValueError("give at least one style")
     return [images.load(source) for source in sources]
+
+
+def _within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
+    """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
+    while True:
+        with network.use():
+            iterate = next(iterates, None)
+        if iterate is None:
+            return
+        yield iterate
 
 
 def _first_pixels(content: images.Picture, start: images.Picture | None, config: Config) -> Tensor:

@@ -50,8 +50,8 @@ class Features:
     """
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
-        self.spec, self._network, self._threads = spec, network, network.threads
-        self._lock = threading.Lock()
+        self.spec, self.products = spec, network.threads
+        self._network, self._lock = network, threading.RLock()
         self.image = torch.zeros(1, 3, spec.height, spec.width)
         shapes = spec.shapes
         kept = [name for name in shapes if name in spec.layers or not forward_only]
@@ -77,11 +77,11 @@ class Features:
 
     def forward(self) -> None:
         """image -> features."""
-        self._threads.run(self._forward, self._scratch)
+        self.products.run(self._forward, self._scratch)
 
     def vjp(self) -> None:
         """features, cotangents -> gradient."""
-        self._threads.run(self._vjp, self._scratch)
+        self.products.run(self._vjp, self._scratch)
 
     def _nhwc(self, shape: tuple[int, int, int, int]) -> Tensor:
         """Memory for (1, C, H, W) in NHWC order, with room for a vector of positions to be read past its end."""
@@ -153,7 +153,7 @@ class Features:
         tiles = -(-step["height"] // 4) * -(-step["width"] // 4)
         block = min(_BLOCKS[step["c_in"]], -(-tiles // winograd.TILES) * winograd.TILES)
         blocks, groups = -(-tiles // block), 1
-        while blocks * groups < 2 * self._threads.count and step["c_out"] % (2 * groups * winograd.BLOCK) == 0:
+        while blocks * groups < 2 * self.products.count and step["c_out"] % (2 * groups * winograd.BLOCK) == 0:
             groups *= 2
         return {"tasks": blocks * groups, "tiles": block, "groups": groups}
 

@@ -27,6 +27,7 @@ from .weights import Weights
 OPSET = 18
 IR_VERSION = 10
 DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16}
+_TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 _ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 
 
@@ -112,6 +113,7 @@ def offsets(spec: vgg.Spec) -> dict[str, tuple[int, int]]:
 def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = None) -> onnx.ModelProto:
     """The forward graph; `outputs` are the ReLU outputs to hand over, all of them (which the VJP needs) by default."""
     build = _Builder(spec, weights)
+    wanted = outputs if outputs is not None else tuple(spec.shapes)
     mean = build.constant("mean", np.array(weights.mean, np.float32).reshape(1, 3, 1, 1))
     x = build.node("Sub", ["image", mean], "centred")
     if spec.precision != "fp32":
@@ -123,26 +125,29 @@ def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = 
         kernel = build.external(f"{conv.name}.weight", conv.out_channels, conv.in_channels, 3, 3)
         bias = build.external(f"{conv.name}.bias", conv.out_channels)
         x = build.node("Conv", [x, kernel, bias], conv.name, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
-        x = build.node("Relu", [x], conv.relu)
+        x = build.node("Relu", [x], _inside(spec, conv.relu))
+        if spec.nhwc and conv.relu in wanted:
+            build.node("Transpose", [x], conv.relu, perm=_TO_NHWC)
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, spec.height, spec.width))
-    wanted = outputs if outputs is not None else tuple(spec.shapes)
-    infos = [helper.make_tensor_value_info(name, _ELEMENTS[spec.precision], spec.shapes[name]) for name in wanted]
-    return build.model("vgg19_forward", [image], infos)
+    return build.model("vgg19_forward", [image], [_info(spec, name) for name in wanted])
 
 
 def vjp(spec: vgg.Spec, weights: Weights) -> onnx.ModelProto:
     """The VJP graph: `cotangent.<layer>` for each loss layer and `<relu>` for each ReLU -> `gradient`."""
-    build, shapes = _Builder(spec, weights), spec.shapes
-    element = _ELEMENTS[spec.precision]
+    build = _Builder(spec, weights)
     inputs: list[onnx.ValueInfoProto] = []
+    for conv in reversed(spec.convs):
+        own = ["cotangent.", ""] if conv.relu in spec.layers else [""]
+        inputs += [_info(spec, conv.relu, prefix) for prefix in own]
+    if spec.nhwc:
+        for info in inputs:
+            build.node("Transpose", [info.name], _inside(spec, info.name), perm=_TO_NCHW)
     cotangent = ""
     for conv in reversed(spec.convs):
         relu = conv.relu
         if relu in spec.layers:
-            own = f"cotangent.{relu}"
-            inputs.append(helper.make_tensor_value_info(own, element, shapes[relu]))
-            cotangent = build.node("Add", [cotangent, own], f"sum.{relu}") if cotangent else own
-        inputs.append(helper.make_tensor_value_info(relu, element, shapes[relu]))
+            own_cotangent = _inside(spec, f"cotangent.{relu}")
+            cotangent = build.node("Add", [cotangent, own_cotangent], f"sum.{relu}") if cotangent else own_cotangent
         cotangent = _mask(build, spec, cotangent, relu, conv.out_channels)
         kernel = build.external(f"{conv.name}.vjp", conv.in_channels, conv.out_channels, 3, 3)
         out = f"{conv.name}.cotangent"
@@ -156,6 +161,18 @@ def vjp(spec: vgg.Spec, weights: Weights) -> onnx.ModelProto:
     return build.model("vgg19_vjp", inputs, [gradient])
 
 
+def _info(spec: vgg.Spec, relu: str, prefix: str = "") -> onnx.ValueInfoProto:
+    """Name, type and shape of a ReLU output, or of its cotangent, as it is handed over."""
+    one, channels, height, width = spec.shapes[relu]
+    shape = (one, height, width, channels) if spec.nhwc else (one, channels, height, width)
+    return helper.make_tensor_value_info(prefix + relu, _ELEMENTS[spec.precision], shape)
+
+
+def _inside(spec: vgg.Spec, name: str) -> str:
+    """What an input or output `name` is called in the graph, where it is (1, C, H, W)."""
+    return f"{name}.nchw" if spec.nhwc else name
+
+
 def _mask(build: _Builder, spec: vgg.Spec, cotangent: str, relu: str, channels: int) -> str:
     """cotangent * (a > 0)."""
     if spec.blocked:  # min(a * 3e38, 1) is 1 for every normal a > 0 and 0 for a = 0
@@ -163,12 +180,14 @@ def _mask(build: _Builder, spec: vgg.Spec, cotangent: str, relu: str, channels: 
         ramp = build.node("Conv", [relu, steep], f"ramp.{relu}", kernel_shape=[1, 1], group=channels)
         mask = build.node("Clip", [ramp, build.scalar("zero", 0), build.scalar("one", 1)], f"mask.{relu}")
         return build.node("Mul", [cotangent, mask], f"masked.{relu}")
-    positive = build.node("Greater", [relu, build.scalar("zero", 0)], f"mask.{relu}")
+    positive = build.node("Greater", [_inside(spec, relu), build.scalar("zero", 0)], f"mask.{relu}")
     return build.node("Where", [positive, cotangent, build.scalar("zero", 0)], f"masked.{relu}")
 
 
 def _unpool_average(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Conv) -> str:
     """Nearest upsampling; the factor 1/4 is in the weights."""
+    if spec.nhwc:
+        return _restore_odd(build, spec, _unpool_average_nhwc(build, spec, cotangent, below), below)
     scales = build.constant("double", np.array([1, 1, 2, 2], np.float32))
     up = build.node(
         "Resize",
@@ -181,11 +200,26 @@ def _unpool_average(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.
     return _restore_odd(build, spec, up, below)
 
 
+def _unpool_average_nhwc(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Conv) -> str:
+    """The same in NHWC order, where the CUDA provider has no Resize; both transpositions cancel with its own."""
+    _, channels, height, width = spec.shapes[below.relu]
+    h, w, name = height // 2, width // 2, f"unpool{below.block}"
+    x = build.node("Transpose", [cotangent], f"{name}.nhwc", perm=_TO_NHWC)
+    for op, shape in (
+        ("Reshape", (1, h, 1, w, 1, channels)),
+        ("Expand", (1, h, 2, w, 2, channels)),
+        ("Reshape", (1, 2 * h, 2 * w, channels)),
+    ):
+        to = "x".join(map(str, shape))
+        x = build.node(op, [x, build.constant(f"shape.{to}", np.array(shape, np.int64))], f"{name}.{to}")
+    return build.node("Transpose", [x], name, perm=_TO_NCHW)
+
+
 def _unpool_max(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Conv) -> str:
     """Route each cotangent to the first position of its 2x2 window that holds the maximum (row by row)."""
     block, channels = below.block, below.out_channels
     _, _, height, width = spec.shapes[below.relu]
-    features = below.relu
+    features = _inside(spec, below.relu)
     if height % 2 or width % 2:
         ends = build.constant(f"even{block}", np.array([height // 2 * 2, width // 2 * 2], np.int64))
         starts, axes = (

@@ -130,6 +130,8 @@ class Spec:
 
     `blocked` writes masks and odd borders as depthwise convolutions. ONNX Runtime's CPU provider then keeps the whole
     VJP in its blocked channel layout; a comparison would reorder the cotangent twice at each layer. float32 only.
+    `nhwc` hands features and cotangents over as (1, H, W, C): a provider that works in this order, as CUDA's does in
+    16 bits, then has nothing to reorder.
     """
 
     height: int
@@ -138,6 +140,7 @@ class Spec:
     pooling: str = "avg"
     precision: str = "fp32"
     blocked: bool = False
+    nhwc: bool = False
 
     def __post_init__(self) -> None:
         unknown = [layer for layer in self.layers if layer not in LAYERS]
@@ -149,6 +152,8 @@ class Spec:
             raise ValueError(f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, fp32 or fp16")
         if self.blocked and self.precision != "fp32":
             raise ValueError("blocked masks need fp32")
+        if self.blocked and self.nhwc:
+            raise ValueError("a graph is blocked or nhwc")
 
     @property
     def convs(self) -> tuple[Conv, ...]:

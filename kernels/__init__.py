@@ -1,13 +1,14 @@
-"""Gram matrices and losses, each with its gradient.
+"""The arithmetic between the two graphs: Gram matrices, losses with their gradients, and the optimisers.
 
-Every operation takes torch tensors: on the CPU it runs through BLAS, on a GPU through the CUDA source beside it, on the
+Everything takes torch tensors: on the CPU it runs through BLAS, on a GPU through the CUDA sources beside it, on the
 current stream and without a host synchronisation. `<operation>_reference` is the same formula in NumPy, in the dtype
 of its input, and serves as the oracle.
 """
 
-from .content import content_gradient, content_loss
-from .gram import gram
-from .style import style_gradient, style_loss
-from .total_variation import total_variation
+from ._cuda import Recorded
+from .adam import Adam
+from .layers import Layer, Layers, Products, gram
+from .lbfgs import Lbfgs
+from .pixels import Pixels
 
-__all__ = ["content_gradient", "content_loss", "gram", "style_gradient", "style_loss", "total_variation"]
+__all__ = ["Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "gram"]

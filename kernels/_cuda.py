@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
+import re
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -10,28 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+NAMES = ("gram", "losses", "gradients", "pixels", "adam", "lbfgs")
 THREADS = 256  # of every block
-MAX_BLOCKS = 1024  # of a kernel that strides over its input, hence the length of a buffer of partial sums
-ELEMENTS = {torch.float32: "float", torch.float16: "__half"}
-_TEMPLATES = {
-    "gram": ("gram_partial",),
-    "style": ("style_gradient",),
-    "content": ("content_difference", "content_gradient"),
-    "total_variation": (),
-}
-_PLAIN = {"gram": ("gram_reduce",), "style": ("style_difference",), "content": (), "total_variation": ("tv_gradient",)}
+MAX_BLOCKS = 1024  # of a kernel that strides over its input
+ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+_CHOICES = {"typename T": tuple(ELEMENTS.values()), "bool NHWC": ("false", "true")}
 
 
-def source(name: str) -> str:
-    """The CUDA source of `name`, its common part first."""
-    folder = resources.files(__package__)
-    return (folder / "common.cuh").read_text() + (folder / f"{name}.cu").read_text()
+def text(file: str) -> str:
+    """The text of a CUDA file, with the files that it includes in quotes in their place."""
+    found = (resources.files(__package__) / file).read_text()
+    return re.sub(r'#include "(.+)"\n', lambda include: text(include[1]), found)
 
 
+@functools.cache
 def expressions(name: str) -> tuple[str, ...]:
-    """The C++ names of all kernels that `name` instantiates."""
-    typed = tuple(f"{template}<{element}>" for template in _TEMPLATES[name] for element in ELEMENTS.values())
-    return (*typed, *_PLAIN[name], "sum_partials")
+    """The C++ names of all kernels of `name`.cu, templates with each of their arguments."""
+    found = []
+    pattern = r"(?:template <(.+)>\n)?__global__ void (?:__launch_bounds__\(.+?\) )?(\w+)\("
+    for parameters, kernel in re.findall(pattern, text(f"{name}.cu")):
+        choices = [_CHOICES[parameter] for parameter in parameters.split(", ") if parameter]
+        found += [f"{kernel}<{', '.join(each)}>" if each else kernel for each in itertools.product(*choices)]
+    return tuple(found)
 
 
 @functools.cache
@@ -39,39 +45,103 @@ def _module(name: str, device: int) -> Any:
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source(name), options=("-std=c++17",), name_expressions=expressions(name))
+        return cupy.RawModule(code=text(f"{name}.cu"), options=("-std=c++17",), name_expressions=expressions(name))
 
 
-def launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: Tensor | int | float) -> None:
-    """Launch `kernel` of `name`.cu with THREADS threads a block; the first argument is a tensor on the device.
+@functools.cache
+def _function(name: str, kernel: str, device: int) -> Any:
+    return _module(name, device).get_function(kernel)
 
-    A tensor is passed as its address, an int as a 64-bit, a float as a 32-bit number.
+
+class Table:
+    """Rows of addresses and numbers in device memory, 64 bits each; it keeps the tensors that it points to.
+
+    None stands for a null pointer.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Tensor | int | None]], device: torch.device) -> None:
+        self.rows = rows
+        numbers = [[cell.data_ptr() if isinstance(cell, Tensor) else cell or 0 for cell in row] for row in rows]
+        self.tensor = torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
+class _Stream:
+    """torch's current stream for CuPy: torch's own object speaks the protocol in its later versions only."""
+
+    def __init__(self, device: int) -> None:
+        self._address = torch.cuda.current_stream(device).cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
+Argument = Tensor | Table | int | float | None
+
+
+def launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: Argument) -> None:
+    """Launch `kernel` of `name`.cu with THREADS threads a block; one of the arguments at least is on the device.
+
+    A tensor or a table is passed as its address, None as the null pointer, an int as a 64-bit, a float as a 32-bit
+    number.
     """
     import cupy
 
-    first = arguments[0]
-    assert isinstance(first, Tensor)
-    device = first.device.index
-    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
-    function = _module(name, device).get_function(kernel)
+    places = (each.tensor if isinstance(each, Table) else each for each in arguments)
+    device = next(each.device.index for each in places if isinstance(each, Tensor))
+    stream = cupy.cuda.Stream.from_external(_Stream(device))
     with cupy.cuda.Device(device), stream:
-        function(grid, (THREADS,), tuple(_native(argument) for argument in arguments))
+        _function(name, kernel, device)(grid, (THREADS,), tuple(_native(argument) for argument in arguments))
 
 
-def _native(argument: Tensor | int | float) -> np.generic:
+def _native(argument: Argument) -> np.generic:
+    if isinstance(argument, Table):
+        argument = argument.tensor
     if isinstance(argument, Tensor):
         return np.uint64(argument.data_ptr())
+    if argument is None:
+        return np.uint64(0)
     return np.int64(argument) if isinstance(argument, int) else np.float32(argument)
 
 
-def partial_sums(like: Tensor, count: int) -> tuple[int, Tensor]:
-    """Blocks for `count` elements, and a buffer for one fp32 sum a block."""
-    blocks = min(MAX_BLOCKS, -(-count // THREADS))
-    return blocks, torch.empty(blocks, dtype=torch.float32, device=like.device)
+def blocks(count: int) -> int:
+    """Blocks of a kernel that strides over `count` elements."""
+    return min(MAX_BLOCKS, -(-count // THREADS))
 
 
-def finish_sum(name: str, partials: Tensor, factor: float) -> Tensor:
-    """factor * sum(partials) as a 0-dim fp32 tensor, added in a fixed order."""
-    result = torch.empty((), dtype=torch.float32, device=partials.device)
-    launch(name, "sum_partials", (1,), partials, len(partials), factor, result)
-    return result
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Recorded:
+    """A fixed sequence of launches: made one by one at first, then replayed as a CUDA graph.
+
+    The launches have to use the same memory each time, and to need nothing from the host. On a CPU, and where they
+    cannot be captured, they are always made one by one.
+    """
+
+    WARM_UP = 2  # calls before the capture: they compile the kernels
+
+    def __init__(self, device: torch.device) -> None:
+        self._calls_to_capture = self.WARM_UP if device.type == "cuda" else -1
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, launches: Callable[[], None]) -> None:
+        """Make the `launches`, which are the same each time."""
+        if self._calls_to_capture == 0:
+            self._capture(launches)
+        self._calls_to_capture -= 1
+        if self._graph is None:
+            launches()
+        else:
+            self._graph.replay()
+
+    def _capture(self, launches: Callable[[], None]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:  # other threads may go on using the device meanwhile
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                launches()
+        except RuntimeError as error:
+            log.info("no CUDA graph, kernels are launched one by one: %s", error)
+            return
+        self._graph = graph

@@ -1,32 +1,47 @@
 // Shared by all kernels: element types, and sums whose order never changes, so that every run gives the same bits.
-// Every kernel runs with THREADS threads a block and accumulates in fp32.
+// Every kernel runs with THREADS threads a block and accumulates in fp32 or fp64.
 
-#include <cuda_fp16.h>
+#include "ptx.cuh"
 
 constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline void store(float* p, float x) { *p = x; }
 __device__ inline void store(__half* p, float x) { *p = __float2half_rn(x); }
+__device__ inline void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+// Sum of `value` over the warp, in every lane.
+__device__ inline double warp_sum(double value) {
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    return value;
+}
 
 // Sum of `value` over the block; valid in thread 0.
-__device__ inline float block_sum(float value) {
-    __shared__ float lane[THREADS];
-    lane[threadIdx.x] = value;
+__device__ inline double block_sum(double value) {
+    __shared__ double warps[WARPS];
+    value = warp_sum(value);
+    __syncthreads();  // an earlier sum may still be being read
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
     __syncthreads();
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) lane[threadIdx.x] += lane[threadIdx.x + half];
-        __syncthreads();
+    double sum = 0;
+    for (int warp = 0; warp < WARPS; ++warp) sum += warps[warp];
+    return sum;
+}
+
+// Whether this is the last of all blocks to come here, which then sees what the others wrote before (if it reads that
+// as volatile). *arrived is zero between launches.
+__device__ inline bool last_block(unsigned* arrived) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1u) + 1 == gridDim.x * gridDim.y;
+        if (last) *arrived = 0;
+        __threadfence();
     }
-    return lane[0];
+    __syncthreads();
+    return last;
 }
-
-// *result = factor * sum of partials (count,). One block.
-__global__ void sum_partials(const float* partials, long long count, float factor, float* result) {
-    float sum = 0;
-    for (long long i = threadIdx.x; i < count; i += THREADS) sum += partials[i];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) *result = factor * sum;
-}
-

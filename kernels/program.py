@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+from torch import Tensor
 
 from . import nhwc, products, winograd
 
@@ -31,13 +32,16 @@ _PATIENCE = 200  # looks at a counter before the processor is offered to others
 
 
 class Threads:
-    """`count` threads, the caller's own among them, that run programs; they sleep in between."""
+    """`count` threads, the caller's own among them, that run programs; they sleep in between.
+
+    They are `layers.Products` too, for fp32 features in NHWC order whose channels are a multiple of BLOCK.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._others = ThreadPoolExecutor(count - 1, "stylize") if count > 1 else None
 
-    def run(self, table: NDArray[Any], scratch: list[torch.Tensor]) -> None:
+    def run(self, table: NDArray[Any], scratch: list[Tensor]) -> None:
         """Run the program; `scratch` is memory for each thread, as much as its steps need."""
         taken, done = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
         places = [each.data_ptr() for each in scratch]
@@ -45,6 +49,35 @@ class Threads:
         _work(table, taken, done, places[0])
         for other in others:
             other.result()
+
+    def gram(self, features: Tensor, out: Tensor) -> Tensor:
+        """Write F F^T / M into `out` (C, C) and return it."""
+        channels, positions = features.shape
+        shares = products.gram_shares(positions, channels)
+        partial = torch.empty(shares, channels, channels)
+        shared = {"width": positions, "c_out": channels, "groups": shares}
+        tasks = products.gram_tasks(channels, shares)
+        block = {"op": GRAM, "tasks": tasks, "source": features.data_ptr(), "target": partial.data_ptr()}
+        total = {"op": GRAM_SUM, "tasks": channels, "source": partial.data_ptr(), "target": out.data_ptr()}
+        self._run_steps(features, [shared | block, shared | total])
+        return out
+
+    def style_gradient(
+        self, features: Tensor, difference: Tensor, factor: float, out: Tensor, accumulate: bool
+    ) -> None:
+        """Write (or add) factor * (G - A) F into `out` (C, M)."""
+        channels, positions = features.shape
+        matrix = difference * factor
+        step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "extra": int(accumulate)}
+        step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": matrix.data_ptr()}
+        self._run_steps(features, [step | {"width": positions, "c_out": channels}])
+
+    def _run_steps(self, features: Tensor, steps: list[dict[str, int]]) -> None:
+        assert features.dtype == torch.float32
+        assert features.T.is_contiguous()
+        rows = table(steps)
+        floats = scratch_size(rows)
+        self.run(rows, [torch.empty(floats) for _ in range(self.count)])
 
 
 def table(steps: list[dict[str, int]]) -> NDArray[Any]:

@@ -1,42 +1,337 @@
-// Runs a CUDA kernel on the CPU, block after block, one host thread for each CUDA thread: enough of the language for
-// the kernels of this project, and slow. Barriers are real, so a missing __syncthreads() is a data race that the thread
-// sanitizer or a wrong number shows. Out-of-range accesses are shown by the address sanitizer.
+// Runs CUDA kernels on the CPU, block after block: enough of the language for the kernels of this project.
+//
+// Each CUDA thread of a block is a fiber, run until it comes to a barrier or to a warp-wide instruction, where the next
+// fiber has its turn. So the order is always the same, and a missing __syncthreads() shows as a wrong number in at least
+// one of the two orders, ascending and descending, that `main` can be asked for. Barriers that not all threads reach
+// end the program. This file stands in for ptx.cuh: the tensor-core instructions below work on the registers of all
+// lanes, laid out as the PTX ISA says, and independently of how the kernels fill them.
+//
+// `main` reads a request file (arguments and the bytes of all buffers), allocates every buffer with its exact size, so
+// that the address sanitizer sees any access outside, runs the kernel and writes the buffers to the answer file.
 #pragma once
-#include <barrier>
-#include <thread>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #define __global__
 #define __device__
 #define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+
+using std::isfinite;
 
 struct Dim {
     unsigned x = 1, y = 1, z = 1;
 };
-inline thread_local Dim threadIdx, blockIdx;
-inline Dim gridDim;
-inline std::barrier<>* block_barrier = nullptr;
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 using __half = _Float16;
-inline float __half2float(__half x) { return (float)x; }
-inline __half __float2half_rn(float x) { return (__half)x; }
+inline float __half2float(__half x) { return static_cast<float>(x); }
+inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 x) {
+    const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    if (x != x) return {0x7fff};
+    return {static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16)};
+}
 
-template <typename Kernel>
-void run_grid(Dim grid, unsigned threads, Kernel kernel) {
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "%s\n", what);
+    std::abort();
+}
+
+// --- Fibers -----------------------------------------------------------------------------------------------------------
+
+inline Dim threadIdx, blockIdx, gridDim;
+
+struct Barrier {
+    int expected = 0, arrived = 0;
+    long generation = 0;
+    void release_if_complete() {
+        if (arrived < expected || expected == 0) return;
+        arrived = 0;
+        ++generation;
+    }
+};
+
+struct Fiber {
+    ucontext_t context;
+    void* fake_stack = nullptr;  // of the address sanitizer
+    bool done = false;
+};
+
+constexpr int BLOCK = 256;
+constexpr size_t STACK = 128 << 10;
+inline Fiber fibers[BLOCK], scheduler;
+inline char (*stacks)[STACK] = new char[BLOCK][STACK];
+inline const void* main_stack;
+inline size_t main_stack_size;
+inline Barrier block_barrier, warp_barriers[BLOCK / 32];
+inline int current, direction = 1, idle;
+inline void (*body)(void*);
+inline void* body_data;
+
+inline void switch_to(Fiber& from, Fiber& to, const void* stack, size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, stack, size);
+#endif
+    swapcontext(&from.context, &to.context);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+// The next fiber has its turn; back to the scheduler if there is none.
+inline void yield() {
+    const int own = current;
+    int next = own;
+    do next = (next + direction + BLOCK) % BLOCK;
+    while (fibers[next].done && next != own);
+    if (fibers[next].done) {
+        switch_to(fibers[own], scheduler, main_stack, main_stack_size);
+    } else if (next != own) {
+        current = next;
+        threadIdx.x = next;
+        switch_to(fibers[own], fibers[next], stacks[next], STACK);
+    }
+    current = own;
+    threadIdx.x = own;
+}
+
+inline void wait_at(Barrier& barrier) {
+    const long generation = barrier.generation;
+    ++barrier.arrived;
+    barrier.release_if_complete();
+    idle = 0;
+    while (barrier.generation == generation) {
+        if (++idle > 4 * BLOCK) fail("a barrier is not reached by all threads");
+        yield();
+    }
+    idle = 0;
+}
+
+inline void run_fiber() {
+#ifdef __SANITIZE_ADDRESS__
+    const void* from;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &from, &size);
+    if (main_stack == nullptr) main_stack = from, main_stack_size = size;
+#endif
+    body(body_data);
+    fibers[current].done = true;
+    idle = 0;
+    for (Barrier* barrier : {&block_barrier, &warp_barriers[current / 32]}) {
+        --barrier->expected;  // a thread that has returned holds nobody up
+        barrier->release_if_complete();
+    }
+    yield();
+}
+
+template <typename Body>
+void run_grid(Dim grid, Body kernel) {
     gridDim = grid;
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                std::barrier<> barrier(threads);
-                block_barrier = &barrier;
-                std::vector<std::jthread> pool;
-                for (unsigned t = 0; t < threads; ++t)
-                    pool.emplace_back([=, &barrier] {
-                        threadIdx = {t, 0, 0};
-                        blockIdx = {x, y, z};
-                        kernel();
-                        barrier.arrive_and_drop();  // a thread that returns early must not hold the others up
-                    });
-            }
+    body = [](void* data) { (*static_cast<Body*>(data))(); };
+    body_data = &kernel;
+    const unsigned blocks = grid.x * grid.y * grid.z;
+    for (unsigned i = 0; i < blocks; ++i) {
+        const unsigned block = direction > 0 ? i : blocks - 1 - i;
+        blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+        block_barrier = {BLOCK};
+        for (Barrier& barrier : warp_barriers) barrier = {32};
+        for (int t = 0; t < BLOCK; ++t) {
+            fibers[t].done = false;
+            getcontext(&fibers[t].context);
+            fibers[t].context.uc_stack = {stacks[t], 0, STACK};
+            fibers[t].context.uc_link = nullptr;
+            makecontext(&fibers[t].context, run_fiber, 0);
+        }
+        current = threadIdx.x = direction > 0 ? 0 : BLOCK - 1;
+        idle = 0;
+        switch_to(scheduler, fibers[current], stacks[current], STACK);
+    }
+}
+
+inline void __syncthreads() { wait_at(block_barrier); }
+inline void __syncwarp() { wait_at(warp_barriers[threadIdx.x / 32]); }
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
+
+// --- Warp-wide instructions -------------------------------------------------------------------------------------------
+
+// What each lane of the warp brings. Two sets in turn: a lane can be one instruction ahead of another, not two.
+template <typename T>
+const T* exchange(const T& own) {
+    static_assert(sizeof(T) <= 32);
+    alignas(16) static char slots[2][BLOCK / 32][32][32];
+    static unsigned char turn[BLOCK];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp_barriers[warp].expected != 32) fail("a lane has left before a warp-wide instruction");
+    T* set = reinterpret_cast<T*>(slots[turn[threadIdx.x] ^= 1][warp]);
+    set[lane] = own;
+    wait_at(warp_barriers[warp]);
+    return set;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+    return exchange(value)[(threadIdx.x % 32) ^ offset];
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+    return exchange(value)[lane % 32];
+}
+inline float __uint_as_float(unsigned word) {
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+template <bool TRANSPOSED>
+void load_matrices(unsigned (&q)[4], const void* row) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix needs addresses that are multiples of 16");
+    const void* const* rows = exchange(row);
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+        const auto at = [&](int r, int c) -> unsigned { return static_cast<const uint16_t*>(rows[8 * i + r])[c]; };
+        q[i] = TRANSPOSED ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+    }
+}
+
+template <typename T>
+float half_of(unsigned word, int which) {
+    const uint16_t bits = which ? word >> 16 : word;
+    T value;
+    std::memcpy(&value, &bits, 2);
+    if constexpr (std::is_same_v<T, __half>) return __half2float(value);
+    else return __bfloat162float(value);
+}
+
+template <typename T>
+void mma(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct Registers {
+        unsigned a[4], b[2];
+    };
+    const Registers* warp = exchange(Registers{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    const int lane = threadIdx.x % 32;
+    for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        for (int k = 0; k < 16; ++k) {
+            const float left = half_of<T>(warp[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2);
+            sum[e] += left * half_of<T>(warp[column * 4 + k % 8 / 2].b[k / 8], k % 2);
+        }
+    }
+}
+
+// --- Requests ---------------------------------------------------------------------------------------------------------
+
+struct Argument {
+    char kind;     // 'i', 'f', 'n' for null, or the type of what the pointer points to
+    int64_t value;  // number, bits of the float, or buffer
+    int64_t offset;  // bytes into the buffer
+};
+
+struct Request {
+    Dim grid;
+    std::vector<char*> buffers;
+    std::vector<Argument> arguments;
+
+    template <typename P>
+    P get(size_t i) const {
+        const Argument& given = arguments.at(i);
+        if constexpr (std::is_pointer_v<P>) {
+            using E = std::remove_cv_t<std::remove_pointer_t<P>>;
+            const char wanted = std::is_same_v<E, float>      ? 'F'
+                                : std::is_same_v<E, double>   ? 'D'
+                                : std::is_same_v<E, unsigned> ? 'U'
+                                                              : 'S';  // a structure
+            if (given.kind == 'n') return nullptr;
+            if (given.kind != wanted && !(wanted == 'S' && given.kind == 'D')) fail("an argument of another type");
+            return reinterpret_cast<P>(buffers.at(given.value) + given.offset);
+        } else if constexpr (std::is_same_v<P, float>) {
+            if (given.kind != 'f') fail("not a float");
+            float value;
+            std::memcpy(&value, &given.value, 4);
+            return value;
+        } else {
+            static_assert(std::is_same_v<P, long long>);
+            if (given.kind != 'i') fail("not an integer");
+            return given.value;
+        }
+    }
+};
+
+template <typename... P>
+void call(void (*kernel)(P...), const Request& request) {
+    if (request.arguments.size() != sizeof...(P)) fail("not as many arguments as parameters");
+    [&]<size_t... I>(std::index_sequence<I...>) {
+        const std::tuple<P...> values{request.get<P>(I)...};
+        run_grid(request.grid, [&] { std::apply(kernel, values); });
+    }(std::index_sequence_for<P...>{});
+}
+
+inline int64_t number(FILE* file) {
+    int64_t value;
+    if (std::fread(&value, 8, 1, file) != 1) fail("the request is too short");
+    return value;
+}
+
+// arguments of the program: request, answer
+inline int serve(char** names, void (*const* entries)(const Request&)) {
+    FILE* file = std::fopen(names[1], "rb");
+    const int64_t entry = number(file);
+    direction = number(file);
+    Request request;
+    for (unsigned* side : {&request.grid.x, &request.grid.y, &request.grid.z}) *side = number(file);
+    std::vector<size_t> sizes(number(file));
+    for (size_t& size : sizes) {
+        void* memory = nullptr;
+        size = number(file);
+        if (posix_memalign(&memory, 256, size)) fail("no memory");
+        if (std::fread(memory, 1, size, file) != size) fail("the request is too short");
+        request.buffers.push_back(static_cast<char*>(memory));
+    }
+    for (int64_t count = number(file); count > 0; --count) {  // addresses inside buffers: where, and of what
+        char* where = request.buffers.at(number(file));
+        where += number(file);
+        char* address = request.buffers.at(number(file));
+        address += number(file);
+        std::memcpy(where, &address, 8);
+    }
+    request.arguments.resize(number(file));
+    for (Argument& argument : request.arguments) {
+        argument.kind = number(file);
+        argument.value = number(file);
+        argument.offset = number(file);
+    }
+    std::fclose(file);
+    entries[entry](request);
+    file = std::fopen(names[2], "wb");
+    for (size_t i = 0; i < sizes.size(); ++i) std::fwrite(request.buffers[i], 1, sizes[i], file);
+    std::fclose(file);
+    return 0;
 }

@@ -1,30 +1,31 @@
-"""The CUDA sources without a GPU: compiled by NVRTC for every architecture, and executed on the CPU.
+"""The CUDA sources without a GPU: compiled by NVRTC for every architecture, and executed on the CPU (`cuda_host`).
 
-For execution g++ compiles a source together with `cuda_host.h`; the Python launchers run unchanged, with `launch`
-replaced by a call into that library.
+The classes of `engine.kernels` run unchanged, with `launch` replaced; so what they pass is tested as well.
 """
 
-import ctypes
 import re
 import shutil
-import subprocess
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_host import Host, Shifted
 
 from engine import kernels
-from engine.kernels import _cuda
+from engine.kernels import _cuda, lbfgs
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
+from engine.kernels.layers import Layer, Layers
+from engine.kernels.pixels import Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
-from engine.kernels.total_variation import total_variation_reference
 
-NAMES = ("gram", "style", "content", "total_variation")
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-HALF, SINGLE = torch.float16, torch.float32
+SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+ROUNDING = {SINGLE: 1e-6, HALF: 5e-4, BRAIN: 4e-3}  # of one number, relative
+# Two blocks of 256 threads have 128 registers a thread and, on the smallest chip, 48 kB of static shared memory.
+REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 200, 80: 64, 86: 64, 89: 64}
 
 
 def include_folder() -> str:
@@ -38,194 +39,297 @@ def include_folder() -> str:
 
 def test_every_source_is_compiled_here():
     files = {
-        path.name.removesuffix(".cu") for path in resources.files("engine.kernels").iterdir() if path.suffix == ".cu"
+        path.name.removesuffix(".cu") for path in resources.files("engine.kernels").iterdir() if ".cu" in path.name[-3:]
     }
-    assert files == set(NAMES)
-    for name in NAMES:
-        declared = set(re.findall(r"__global__ void (\w+)\(", _cuda.source(name)))
+    assert files == set(_cuda.NAMES)
+    for name in _cuda.NAMES:
+        declared = set(re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", _cuda.text(f"{name}.cu")))
         assert declared == {expression.split("<")[0] for expression in _cuda.expressions(name)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", _cuda.NAMES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles(name, architecture):
+def test_compiles_within_its_budget(name, architecture):
     from cuda.bindings import nvrtc
 
     def call(result, *values):
         assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, result
         return values[0] if values else None
 
-    program = call(*nvrtc.nvrtcCreateProgram(_cuda.source(name).encode(), f"{name}.cu".encode(), 0, [], []))
+    program = call(*nvrtc.nvrtcCreateProgram(_cuda.text(f"{name}.cu").encode(), f"{name}.cu".encode(), 0, [], []))
     for expression in _cuda.expressions(name):
         call(*nvrtc.nvrtcAddNameExpression(program, expression.encode()))
     options = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{include_folder()}", "-Werror=all-warnings"]
+    options.append("--ptxas-options=-v")
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * call(*nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
     assert call(*nvrtc.nvrtcGetCUBINSize(program)) > 1000
-
-
-class Host:
-    """`_cuda.launch` on the CPU."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.libraries: dict[str, ctypes.CDLL] = {}
-
-    def library(self, name: str) -> ctypes.CDLL:
-        if name not in self.libraries:
-            (self.folder / "cuda_fp16.h").write_text("")  # cuda_host.h stands in for it
-            entries = []
-            for i, expression in enumerate(_cuda.expressions(name)):
-                parameters = self.parameters(name, expression)
-                names = [f"p{k}" for k in range(len(parameters))]
-                signature = ", ".join(f"{kind} {p}" for kind, p in zip(parameters, names, strict=True))
-                call = f"{expression}({', '.join(names)})"
-                entries.append(
-                    f'extern "C" void entry{i}(unsigned x, unsigned y, unsigned z, {signature}) '
-                    f"{{ run_grid({{x, y, z}}, THREADS, [=] {{ {call}; }}); }}"
-                )
-            code = self.folder / f"{name}.cpp"
-            code.write_text('#include "cuda_host.h"\n' + _cuda.source(name) + "\n".join(entries))
-            target = self.folder / f"{name}.so"
-            include = [f"-I{self.folder}", f"-I{Path(__file__).parent}"]
-            flags = ["-std=c++20", "-O1", "-g", "-fsanitize=undefined", "-fno-sanitize-recover", "-shared", "-fPIC"]
-            build = ["g++", *flags, "-pthread", *include, str(code), "-o", str(target)]
-            subprocess.run(build, check=True, capture_output=True, text=True)
-            self.libraries[name] = ctypes.CDLL(str(target))
-        return self.libraries[name]
-
-    @staticmethod
-    def parameters(name: str, expression: str) -> list[str]:
-        kernel, _, element = expression.rstrip(">").partition("<")
-        found = re.search(rf"__global__ void {kernel}\(([^)]*)\)", _cuda.source(name))
-        assert found
-        kinds = [" ".join(part.split()[:-1]) for part in found[1].split(",")]
-        return [kind.replace("T*", f"{element}*") for kind in kinds]
-
-    def launch(self, name, kernel, grid, *arguments):
-        index = _cuda.expressions(name).index(kernel)
-        kinds = self.parameters(name, kernel)
-        assert len(kinds) == len(arguments)
-        values = []
-        for kind, argument in zip(kinds, arguments, strict=True):
-            if isinstance(argument, torch.Tensor):
-                assert kind.endswith("*")
-                assert argument.is_contiguous()
-                element = {SINGLE: "float", HALF: "__half"}[argument.dtype]
-                assert element in kind
-                values.append(ctypes.c_void_p(argument.data_ptr()))
-            elif isinstance(argument, int):
-                assert kind == "long long"
-                values.append(ctypes.c_longlong(argument))
-            else:
-                assert kind == "float"
-                values.append(ctypes.c_float(argument))
-        entry = getattr(self.library(name), f"entry{index}")
-        entry(*(*grid, 1, 1)[:3], *values)
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+    used = re.findall(pattern, log.decode(), re.DOTALL)
+    assert len(used) == len(_cuda.expressions(name))
+    for kernel, spills, registers, shared in used:
+        assert int(registers) <= REGISTERS, kernel
+        assert int(shared or 0) <= SHARED, kernel
+        assert int(spills) <= SPILLS.get(architecture, 0), kernel
 
 
 @pytest.fixture(scope="module")
-def library_folder(tmp_path_factory):
+def programs(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed: the CUDA sources cannot be executed on this CPU")
     return Host(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture
-def host(library_folder, monkeypatch):
-    """Tensors on the CPU that the launchers take for CUDA tensors."""
-    monkeypatch.setattr(_cuda, "launch", library_folder.launch)
+def host(programs, monkeypatch):
+    """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
+    monkeypatch.setattr(_cuda, "launch", programs.launch)
+    monkeypatch.setattr(_cuda, "processors", lambda device: 3)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    return library_folder
+    return programs
 
 
 def random(*shape, seed=0, dtype=SINGLE):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
 
 
+def features(channels, positions, seed=0, dtype=SINGLE, nhwc=False):
+    found = random(channels, positions, seed=seed, dtype=dtype)
+    return found.T.contiguous().T if nhwc else found
+
+
+def numbers(tensor):
+    return tensor.double().numpy()
+
+
 def error(value, truth):
-    return np.linalg.norm(value.double().numpy() - truth) / max(np.linalg.norm(truth), 1e-30)
+    return np.linalg.norm(numbers(value) - truth) / max(np.linalg.norm(truth), 1e-30)
 
 
-GRAM_SHAPES = [(1, 1), (3, 5), (64, 64), (65, 70), (130, 33)]
+SHAPES = [(1, 1), (3, 5), (65, 70), (130, 33), (136, 200), (64, 1000)]
 
 
-@pytest.mark.parametrize("shape", GRAM_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_gram(host, shape, dtype, nhwc):
+    given = features(*shape, dtype=dtype, nhwc=nhwc)
+    found = kernels.gram(given)
+    assert error(found, gram_reference(numbers(given))) < 1e-6
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_gram_of_the_loudest_features_is_finite(host, dtype):
+    loudest = 65504.0 if dtype == HALF else 1e18
+    assert torch.isfinite(kernels.gram(torch.full((2, 300), loudest, dtype=dtype))).all()
+
+
+STYLE, CONTENT, BOTH = (True, False), (False, True), (True, True)
+GROUPS = {
+    "one pixel": {(1, 1): BOTH},
+    "odd": {(3, 5): STYLE, (65, 71): BOTH, (5, 9001): CONTENT},
+    "tiles": {(64, 300): STYLE, (128, 128): BOTH, (136, 8): STYLE, (200, 264): CONTENT},
+}
+WEIGHTS = (0.7, 30.0)  # content, style
+
+
+def group(name, dtype, nhwc):
+    """The `Layers` of a group, and what each is made of in float64."""
+    layers, truth = {}, []
+    for i, (shape, (style, content)) in enumerate(GROUPS[name].items()):
+        f, p, a = (features(*shape, seed=3 * i + k, dtype=dtype, nhwc=nhwc) for k in range(3))
+        target = torch.from_numpy(gram_reference(numbers(a))).float() if style else None
+        layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target)
+        truth.append((numbers(f), numbers(p) if content else None, numbers(target) if style else None))
+    return Layers(layers, *WEIGHTS), list(layers.values()), truth
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_losses_and_gradients_of_all_layers(host, name, dtype, nhwc):
+    layers, given, truth = group(name, dtype, nhwc)
+    layers.losses()
+    layers.gradients()
+    contents = [content_loss_reference(f, p) for f, p, _ in truth if p is not None]
+    styles = [0 if a is None else style_loss_reference(gram_reference(f), a) for f, _, a in truth]
+    total = WEIGHTS[0] * sum(contents) + WEIGHTS[1] * sum(styles)
+    assert numbers(layers.terms) == pytest.approx([total, sum(contents), 0, *styles], rel=1e-5)
+    scale = float(layers.scale)
+    loudest = 0
+    for layer, (f, p, a) in zip(given, truth, strict=True):
+        gradient = np.zeros_like(f)
+        if p is not None:
+            gradient += WEIGHTS[0] * content_gradient_reference(f, p)
+        if a is not None:
+            gradient += WEIGHTS[1] * style_gradient_reference(f, gram_reference(f), a)
+        assert error(layer.cotangent, scale * gradient) < max(1e-5, 2 * ROUNDING[dtype])
+        loudest = max(loudest, scale * np.sqrt(np.mean(gradient**2)))
+    assert scale == 1 if dtype == SINGLE else 0.02 < loudest < 2
+    assert scale == 2 ** round(np.log2(scale))
+
+
+def test_the_same_features_give_the_same_bits_and_no_memory_is_left_in_use(host):
+    layers, given, _ = group("odd", HALF, True)
+    found = []
+    for _ in range(2):
+        layers.losses()
+        layers.gradients()
+        found.append([layers.terms.clone(), *(layer.cotangent.clone() for layer in given)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
-def test_gram_runs(host, shape, dtype):
-    features = random(*shape, dtype=dtype)
-    out = kernels.gram(features, torch.full((shape[0], shape[0]), torch.nan))
-    assert error(out, gram_reference(features.double().numpy())) < 1e-6
-    assert torch.equal(out, out.T)
+def test_offsets_beyond_32_bits(host, dtype):
+    """The last share of a layer with more than 2^32 elements; only its memory exists, the pointers are moved."""
+
+    class Moved(_cuda.Table):
+        def __init__(self, row):
+            self.rows, self.tensor = [row], torch.zeros(1, len(row), dtype=torch.int64)
+            for i, cell in enumerate(row):
+                if isinstance(cell, int):
+                    self.tensor[0, i] = cell
+
+    channels, share, tile = 8, 64, {SINGLE: 64, HALF: 128}[dtype]
+    before = 2**29 // share * share  # positions, of eight channels
+    f = features(channels, share, dtype=dtype, nhwc=True)
+    partial, cotangent, difference = torch.empty(8, 8), torch.full_like(f, torch.nan), random(8, 8)
+    difference += difference.T.clone()
+    size = f.element_size()
+    pointers = [Shifted(f, -before * channels * size), 0, Shifted(cotangent, -before * channels * size), difference]
+    pointers += [difference, Shifted(partial, -(before // share) * channels**2 * 4)]
+    blocks = (-(before // share), 0, -(before // tile))
+    row = (channels, before + share, *pointers, before // share + 1, share, 32, 8192, *blocks)
+    element = _cuda.ELEMENTS[dtype]
+    _cuda.launch("gram", f"gram<{element}, true>", (1,), Moved(row), 1)
+    _cuda.launch("gradients", f"layer_gradients<{element}, true>", (1,), Moved(row), 1, torch.tensor([1.0, 1, 1, 0]))
+    assert error(partial.triu(), np.triu(share * gram_reference(numbers(f)))) < 1e-6
+    assert error(cotangent, numbers(difference) @ numbers(f)) < max(1e-5, 2 * ROUNDING[dtype])
 
 
-def test_gram_does_not_overflow_in_half_precision(host):
-    features = torch.full((2, 300), 65504.0, dtype=HALF)
-    assert torch.isfinite(kernels.gram(features, torch.empty(2, 2))).all()
-
-
-def test_gram_gives_the_same_bits_again(host):
-    features = random(70, 200)
-    first, second = (kernels.gram(features, torch.empty(70, 70)) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("shape", GRAM_SHAPES)
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_style_runs(host, shape, dtype, accumulate):
-    features = random(*shape, dtype=dtype)
-    matrix = gram_reference(features.double().numpy())
-    target = gram_reference(random(*shape, seed=1).double().numpy())
-    difference = torch.full(matrix.shape, torch.nan)
-    loss = kernels.style_loss(torch.from_numpy(matrix).float(), torch.from_numpy(target).float(), difference)
-    assert error(loss, style_loss_reference(matrix, target)) < 1e-5
-    out = torch.ones(shape, dtype=dtype) if accumulate else torch.full(shape, torch.nan, dtype=dtype)
-    factor = 2.0 * shape[0] ** 2 * shape[1]
-    kernels.style_gradient(features, difference, torch.tensor(factor), out, accumulate)
-    truth = factor * style_gradient_reference(features.double().numpy(), matrix, target)
-    assert error(out, truth + (1 if accumulate else 0)) < (1e-5 if dtype == SINGLE else 2e-3)
-
-
-@pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
-def test_content_runs(host, count, dtype):
-    features, target = random(1, count, dtype=dtype), random(1, count, seed=1, dtype=dtype)
-    difference = torch.full_like(features, torch.nan)
-    f, p = features.double().numpy(), target.double().numpy()
-    assert error(kernels.content_loss(features, target, difference), content_loss_reference(f, p)) < 1e-5
-    kernels.content_gradient(difference, torch.tensor(0.5 * count))
-    truth = 0.5 * count * content_gradient_reference(f, p)
-    assert error(difference, truth) < (1e-6 if dtype == SINGLE else 1e-3)
+@pytest.mark.parametrize("factor", [1e-3, 300.0])
+def test_gradients_of_faint_and_loud_features(host, dtype, factor):
+    """The scale and the lift of G - A bring everything into fp16's range."""
+    f, a = (factor * random(40, 50, seed=seed) for seed in (0, 1))
+    f = f.to(dtype)
+    target = torch.from_numpy(gram_reference(numbers(a))).float()
+    layer = Layer(f, torch.empty_like(f), None, target)
+    layers = Layers({"only": layer}, 0, 1e-6)
+    layers.losses()
+    layers.gradients()
+    truth = (
+        1e-6 * float(layers.scale) * style_gradient_reference(numbers(f), gram_reference(numbers(f)), numbers(target))
+    )
+    assert error(layer.cotangent, truth) < 2 * max(ROUNDING[dtype], 1e-5)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31)])
-def test_total_variation_runs(host, size):
-    pixels, gradient = random(1, 3, *size), random(1, 3, *size, seed=1)
-    truth, slope = total_variation_reference(pixels[0].double().numpy())
-    expected = gradient[0].double().numpy() + 7 * slope
-    loss = kernels.total_variation(pixels, 7.0, gradient)
-    assert error(loss, truth) < 1e-5
-    assert error(gradient[0], expected) < 1e-5
+def test_pixels(host, size):
+    pixels, vjp = random(1, 3, *size), random(1, 3, *size, seed=1)
+    truth, slope = total_variation_reference(numbers(pixels[0]))
+    terms, gradient = torch.tensor([5.0, 1.0, 0.0, 2.0]), torch.full_like(pixels, torch.nan)
+    finish = Pixels(pixels, vjp, torch.tensor(8.0), 7, terms)
+    finish.finish(gradient)
+    assert numbers(terms) == pytest.approx([5 + 7 * truth, 1, truth, 2], rel=1e-6)
+    assert error(gradient[0], numbers(vjp[0]) / 8 + 7 * slope) < 1e-6
+    finish.finish(None)
+    assert numbers(terms)[0] == pytest.approx(5 + 14 * truth, rel=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
-def test_kernels_on_a_gpu(dtype):
-    """The launchers and CuPy themselves, against the same references."""
-    features, target = random(130, 1000, dtype=dtype).cuda(), random(130, 1000, seed=1, dtype=dtype).cuda()
-    f, p = features.double().cpu().numpy(), target.double().cpu().numpy()
-    tolerance = 1e-5 if dtype == SINGLE else 2e-3
-    matrix = kernels.gram(features, torch.empty(130, 130, device="cuda"))
-    wanted = kernels.gram(target, torch.empty(130, 130, device="cuda"))
-    assert error(matrix.cpu(), gram_reference(f)) < 1e-5
-    difference, out = torch.empty_like(matrix), torch.empty_like(features)
-    loss = kernels.style_loss(matrix, wanted, difference)
-    assert error(loss.cpu(), style_loss_reference(gram_reference(f), gram_reference(p))) < 1e-4
-    factor = torch.tensor(130.0**2 * 1000, device="cuda")
-    kernels.style_gradient(features, difference, factor, out)
-    truth = float(factor) * style_gradient_reference(f, gram_reference(f), gram_reference(p))
-    assert error(out.cpu(), truth) < 10 * tolerance
-    assert error(kernels.content_loss(features, target, out).cpu(), content_loss_reference(f, p)) < 1e-4
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_makes_the_loss_nan(host, value):
+    vjp, terms = random(1, 3, 20, 30), torch.ones(3)
+    vjp[0, 2, 19, 29] = value
+    Pixels(random(1, 3, 20, 30), vjp, torch.tensor(1.0), 0, terms).finish(torch.empty_like(vjp))
+    assert torch.isnan(terms[0])
+
+
+def optimisers(make, losses, count=700, gradients=None):
+    """A run on a CPU and one of the CUDA source, fed the same losses and gradients: images and best after each step."""
+    found = []
+    for cuda in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", property(lambda self, cuda=cuda: cuda))
+            image, gradient, loss = random(count), torch.empty(count), torch.zeros(())
+            runner, trace = make(image, gradient, loss), []
+            for i, value in enumerate(losses):
+                # of a quadratic with its own curvature for each element
+                gradient.copy_((1 + torch.arange(count) / count * 5) * image * 100 + 0.1 * random(count, seed=i))
+                loss.fill_(value)
+                runner.step()
+                trace.append((image.clone(), runner.best.clone()))
+        found.append(trace)
+    return found
+
+
+# Falls; diverges and comes back; diverges for good, which starts afresh; is not finite.
+FALL = [100.0 - i for i in range(24)]
+TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torch.nan, torch.inf]
+
+
+@pytest.mark.parametrize("losses", [FALL, TROUBLE])
+@pytest.mark.parametrize(("make", "tolerance"), [(lbfgs.Lbfgs, 1e-4), (kernels.Adam, 1e-6)])
+def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
+    on_cpu, on_cuda = optimisers(make, losses)
+    for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
+        torch.testing.assert_close(cuda_image, image, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(cuda_best, best, rtol=tolerance, atol=tolerance)
+
+
+def test_the_plan_is_that_of_the_reference(host):
+    """The state after each step of a long history, field by field, from the same dot products in fp64."""
+    generator = np.random.default_rng(0)
+    state = lbfgs.initial_state()
+    device = torch.from_numpy(state.copy().reshape(1).view("f8"))
+    for step in range(30):
+        vectors = generator.standard_normal((lbfgs._ROWS, 60))
+        dots = vectors @ vectors[lbfgs._CHANGE :].T
+        made = int(state["to"])
+        dots[2 * made, 0] = abs(dots[2 * made, 0]) if step != 7 else -1  # one pair is refused
+        sums = torch.from_numpy(np.stack([0.25 * dots, 0.75 * dots]))
+        loss = 1.0 - step / 100
+        _cuda.launch(
+            "lbfgs", "lbfgs_plan", (1,), device, torch.tensor(loss), sums, 2, 60, lbfgs.DIVERGED, lbfgs.HALVINGS
+        )
+        if lbfgs.decide(state, float(torch.tensor(loss))) == lbfgs.STEP:
+            lbfgs.plan(state, dots, 60)
+        found = device.numpy().view(lbfgs.STATE)[0]
+        for name in lbfgs.STATE.names:
+            np.testing.assert_allclose(found[name], state[name], rtol=1e-7, atol=1e-9, err_msg=f"{name} {step}")
+    assert found["pairs"] == 28
+
+
+PROBE = """
+namespace fallback {
+template <typename T> void mma(float (&)[4], const unsigned (&)[4], unsigned, unsigned);
+FALLBACK
+}
+__global__ void probe(const float* left, const float* right, float* plain, float* shuffled) {
+    if (threadIdx.x >= 32) return;
+    const int lane = threadIdx.x;
+    unsigned a[4], b[2];
+    for (int i = 0; i < 4; ++i) std::memcpy(&a[i], left + 4 * lane + i, 4);
+    for (int i = 0; i < 2; ++i) std::memcpy(&b[i], right + 2 * lane + i, 4);
+    float one[4] = {}, other[4] = {};
+    mma<__nv_bfloat16>(one, a, b[0], b[1]);
+    fallback::mma<__nv_bfloat16>(other, a, b[0], b[1]);
+    for (int i = 0; i < 4; ++i) plain[4 * lane + i] = one[i], shuffled[4 * lane + i] = other[i];
+}
+"""
+
+
+def test_bf16_products_without_tensor_cores(programs):
+    """The detour of the oldest architecture gives each lane the same elements as the instruction does."""
+    functions = _cuda.text("ptx.cuh")
+    bf16 = functions[functions.index("template <>\n__device__ inline void mma<__nv_bfloat16>") :]
+    bf16 = re.sub(r"#if .*?#else.*?\n", "", bf16, flags=re.DOTALL).replace("#endif", "")
+    programs.extra["probe"] = (functions + PROBE.replace("FALLBACK", bf16), ("probe",))
+    left, right = (random(count, seed=count).to(BRAIN).view(SINGLE) for count in (256, 128))
+    plain, shuffled = torch.empty(128), torch.empty(128)
+    programs.launch("probe", "probe", (1,), left, right, plain, shuffled)
+    torch.testing.assert_close(plain, shuffled, rtol=1e-5, atol=1e-5)
+    assert plain.abs().min() > 0

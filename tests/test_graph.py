@@ -32,6 +32,23 @@ def test_pair_agrees_with_float64(net, pooling, precision, blocked):
     assert errors.vjp < (2e-6 if precision == "fp32" else 2e-3)
 
 
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_nhwc_hands_the_same_over_in_another_order(net, pooling, precision):
+    plain, turned = (vgg.Spec(61, 47, STYLE_AND_CONTENT, pooling, precision, nhwc=nhwc) for nhwc in (False, True))
+    image = validate.picture(61, 47, seed=1).numpy().astype(np.float32)
+    generator = np.random.default_rng(0)
+    dtype = graph.DTYPES[precision]
+    cotangents = {layer: generator.standard_normal(plain.shapes[layer]).astype(dtype) for layer in plain.layers}
+    features, gradient = run_pair(plain, net, image, cotangents)
+    swapped = {layer: np.ascontiguousarray(value.transpose(0, 2, 3, 1)) for layer, value in cotangents.items()}
+    turned_features, turned_gradient = run_pair(turned, net, image, swapped)
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    for layer, value in features.items():
+        np.testing.assert_allclose(turned_features[layer].transpose(0, 3, 1, 2), value, rtol=tolerance, atol=tolerance)
+    assert np.linalg.norm(turned_gradient - gradient) < tolerance * np.linalg.norm(gradient)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     height=st.integers(32, 70),

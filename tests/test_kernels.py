@@ -1,3 +1,5 @@
+"""The operations on a CPU against their references, and the references against their own derivatives."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,21 @@ from hypothesis import strategies as st
 from engine import kernels
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
+from engine.kernels.layers import Layer, Layers
+from engine.kernels.pixels import Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
-from engine.kernels.total_variation import total_variation_reference
 
 SHAPES = [(1, 1), (3, 7), (64, 100), (65, 63), (128, 1021)]
-DTYPES = [(torch.float32, 1e-5), (torch.float16, 2e-3)]
+DTYPES = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]
 
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
+
+
+def features(*shape, seed=0, dtype=torch.float32, nhwc=False):
+    found = torch.from_numpy(random(*shape, seed=seed)).to(dtype)
+    return found.T.contiguous().T if nhwc else found
 
 
 def error(value, truth):
@@ -35,83 +43,99 @@ def numeric_gradient(function, x, step=1e-5):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_gram(shape, dtype, tolerance):
-    features = torch.from_numpy(random(*shape)).to(dtype)
-    out = torch.full((shape[0], shape[0]), torch.nan)
-    assert kernels.gram(features, out) is out
-    assert error(out, gram_reference(features.double().numpy())) < tolerance
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_gram(shape, dtype, tolerance, nhwc):
+    given = features(*shape, dtype=dtype, nhwc=nhwc)
+    found = kernels.gram(given)
+    assert found.shape == (shape[0], shape[0])
+    assert error(found, gram_reference(given.double().numpy())) < 1e-5
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_gram_invariants(channels, positions, seed):
-    features = torch.from_numpy(random(channels, positions, seed=seed)).float()
-    matrix = kernels.gram(features, torch.empty(channels, channels))
+    given = features(channels, positions, seed=seed)
+    matrix = kernels.gram(given)
     torch.testing.assert_close(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix.double()).min() > -1e-5  # positive semidefinite
-    shuffled = features[:, torch.randperm(positions, generator=torch.Generator().manual_seed(0))].contiguous()
-    torch.testing.assert_close(matrix, kernels.gram(shuffled, torch.empty_like(matrix)), rtol=1e-4, atol=1e-5)
-    tiled = features.repeat(1, 3)  # the same picture three times as large: scale free
-    torch.testing.assert_close(matrix, kernels.gram(tiled, torch.empty_like(matrix)), rtol=1e-4, atol=1e-5)
+    shuffled = given[:, torch.randperm(positions, generator=torch.Generator().manual_seed(0))].contiguous()
+    torch.testing.assert_close(matrix, kernels.gram(shuffled), rtol=1e-4, atol=1e-5)
+    tiled = given.repeat(1, 3)  # the same picture three times as large: scale free
+    torch.testing.assert_close(matrix, kernels.gram(tiled), rtol=1e-4, atol=1e-5)
 
 
 def test_gram_of_the_loudest_fp16_features_is_finite():
-    features = torch.full((4, 5000), torch.finfo(torch.float16).max, dtype=torch.float16)
-    matrix = kernels.gram(features, torch.empty(4, 4))
-    assert torch.isfinite(matrix).all()
+    matrix = kernels.gram(torch.full((4, 5000), torch.finfo(torch.float16).max, dtype=torch.float16))
     torch.testing.assert_close(matrix, torch.full((4, 4), 65504.0**2))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_style_loss_and_gradient(shape, dtype, tolerance, accumulate):
-    features = torch.from_numpy(random(*shape)).to(dtype)
-    matrix = gram_reference(features.double().numpy())
-    target = gram_reference(random(*shape, seed=1))
-    difference = torch.full(matrix.shape, torch.nan)
-    loss = kernels.style_loss(torch.from_numpy(matrix).float(), torch.from_numpy(target).float(), difference)
-    assert error(loss, style_loss_reference(matrix, target)) < 1e-4
-    out = torch.ones(shape, dtype=dtype) if accumulate else torch.full(shape, torch.nan, dtype=dtype)
-    factor = 5.0 * shape[0] ** 2 * shape[1]  # brings the result near one, as the fp16 scale does
-    kernels.style_gradient(features, difference, torch.tensor(factor), out, accumulate)
-    truth = factor * style_gradient_reference(features.double().numpy(), matrix, target)
-    assert error(out, truth + (1 if accumulate else 0)) < 3 * tolerance
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_losses_and_gradients(shape, dtype, tolerance, nhwc):
+    """A style layer, a content layer and one that is both, with weights that bring the loss near one."""
+    f, p, a = (features(*shape, seed=seed, dtype=dtype, nhwc=nhwc) for seed in range(3))
+    target = torch.from_numpy(gram_reference(a.double().numpy())).float()
+    kinds = {"style": (None, target), "content": (p, None), "both": (p, target)}
+    given = {name: Layer(f, torch.full_like(f, torch.nan), *kind) for name, kind in kinds.items()}
+    layers = Layers(given, 2.0, 5.0)
+    layers.losses()
+    layers.gradients()
+    x, y, wanted = f.double().numpy(), p.double().numpy(), target.double().numpy()
+    content = content_loss_reference(x, y)
+    style = style_loss_reference(gram_reference(x), wanted)
+    total = 2 * 2 * content + 5 * 2 * style
+    assert layers.names == ("style", "content", "both")
+    assert layers.terms.tolist() == pytest.approx(
+        [total, 2 * content, 0, style, 0, style], rel=max(1e-4, tolerance / 4)
+    )
+    slopes = {
+        "style": 5 * style_gradient_reference(x, gram_reference(x), wanted),
+        "content": 2 * content_gradient_reference(x, y),
+    }
+    slopes["both"] = slopes["style"] + slopes["content"]
+    for name, layer in given.items():
+        assert error(layer.cotangent, float(layers.scale) * slopes[name]) < 3 * tolerance
+    if dtype != torch.float32:
+        assert all(float(layer.cotangent.double().square().mean().sqrt()) < 2 for layer in given.values())
+
+
+def test_losses_alone_need_no_cotangents():
+    f, p = features(3, 5), features(3, 5, seed=1)
+    layers = Layers({"content": Layer(f, None, p, None)}, 1, 1)
+    layers.losses()
+    assert float(layers.terms[0]) == pytest.approx(content_loss_reference(f.numpy(), p.numpy()), rel=1e-5)
 
 
 def test_style_gradient_is_the_derivative_of_the_loss():
-    features, target = random(3, 5), gram_reference(random(3, 4, seed=1))
-    numeric = numeric_gradient(lambda f: style_loss_reference(gram_reference(f), target), features)
-    assert error(style_gradient_reference(features, gram_reference(features), target), numeric) < 1e-7
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_content_loss_and_gradient(shape, dtype, tolerance):
-    features, target = (torch.from_numpy(random(*shape, seed=seed)).to(dtype) for seed in (0, 1))
-    difference = torch.full(shape, torch.nan, dtype=dtype)
-    loss = kernels.content_loss(features, target, difference)
-    f, p = features.double().numpy(), target.double().numpy()
-    assert error(loss, content_loss_reference(f, p)) < tolerance
-    kernels.content_gradient(difference, torch.tensor(0.5 * features.numel()))
-    truth = 0.5 * features.numel() * content_gradient_reference(f, p)
-    assert error(difference, truth) < tolerance
+    f, target = random(3, 5), gram_reference(random(3, 4, seed=1))
+    numeric = numeric_gradient(lambda x: style_loss_reference(gram_reference(x), target), f)
+    assert error(style_gradient_reference(f, gram_reference(f), target), numeric) < 1e-7
 
 
 def test_content_gradient_is_the_derivative_of_the_loss():
-    features, target = random(3, 5), random(3, 5, seed=1)
-    numeric = numeric_gradient(lambda f: content_loss_reference(f, target), features)
-    assert error(content_gradient_reference(features, target), numeric) < 1e-7
+    f, target = random(3, 5), random(3, 5, seed=1)
+    numeric = numeric_gradient(lambda x: content_loss_reference(x, target), f)
+    assert error(content_gradient_reference(f, target), numeric) < 1e-7
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 9), (31, 17)])
-def test_total_variation(size):
-    pixels, before = random(3, *size), random(3, *size, seed=1)
-    truth, slope = total_variation_reference(pixels)
-    gradient = torch.from_numpy(before)[None].float()
-    loss = kernels.total_variation(torch.from_numpy(pixels)[None].float(), 7.0, gradient)
-    assert error(loss, truth) < 1e-6
-    assert error(gradient[0], before + 7 * slope) < 1e-6
+def test_pixels(size):
+    x, vjp = random(3, *size), random(3, *size, seed=1)
+    truth, slope = total_variation_reference(x)
+    terms, gradient = torch.tensor([5.0, 1.0, 0.0]), torch.full((1, 3, *size), torch.nan)
+    pixels = Pixels(torch.from_numpy(x)[None].float(), torch.from_numpy(vjp)[None].float(), torch.tensor(4.0), 7, terms)
+    pixels.finish(gradient)
+    assert terms.tolist() == pytest.approx([5 + 7 * truth, 1, truth], rel=1e-6)
+    assert error(gradient[0], vjp / 4 + 7 * slope) < 1e-6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_makes_the_loss_nan(value):
+    vjp, terms = torch.zeros(1, 3, 8, 8), torch.ones(3)
+    vjp[0, 1, 2, 3] = value
+    Pixels(torch.rand(1, 3, 8, 8), vjp, torch.tensor(1.0), 0, terms).finish(torch.empty_like(vjp))
+    assert torch.isnan(terms[0])
 
 
 def test_total_variation_gradient_is_the_derivative_of_the_loss():
@@ -121,6 +145,7 @@ def test_total_variation_gradient_is_the_derivative_of_the_loss():
 
 
 def test_total_variation_of_a_flat_picture_is_zero():
-    gradient = torch.zeros(1, 3, 8, 8)
-    assert kernels.total_variation(torch.full((1, 3, 8, 8), 0.3), 1.0, gradient) == 0
+    flat, terms, gradient = torch.full((1, 3, 8, 8), 0.3), torch.zeros(3), torch.ones(1, 3, 8, 8)
+    Pixels(flat, torch.zeros_like(flat), torch.tensor(1.0), 1, terms).finish(gradient)
+    assert not terms.any()
     assert not gradient.any()

@@ -4,6 +4,7 @@ import sys
 import time
 from importlib import metadata
 
+import onnx
 import pytest
 
 from engine import BackendError, Stylizer, provider
@@ -109,6 +110,74 @@ def test_unknown_names(arguments, words):
 def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision):
     with pytest.raises(BackendError, match=precision):
         provider.resolve("cpu", precision)
+
+
+def test_a_graph_that_cannot_be_captured_runs_launch_by_launch(monkeypatch, caplog):
+    """ONNX Runtime refuses the first attempt: the second one is taken, and both are told apart at INFO."""
+    from engine import session
+
+    tried = []
+
+    class Runtime:
+        SessionOptions, OrtValue = ort.onnxruntime().SessionOptions, ort.onnxruntime().OrtValue
+
+        @staticmethod
+        def InferenceSession(content, options, providers):  # noqa: N802  # ONNX Runtime's name
+            ((name, settings),) = providers
+            tried.append((name, settings["prefer_nhwc"], settings.get("enable_cuda_graph")))
+            if len(tried) < failures:
+                raise RuntimeError("no graph here")
+            return "session"
+
+    monkeypatch.setattr(session, "onnxruntime", lambda: Runtime)
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "net", [], []))
+    failures = 2
+    with caplog.at_level("INFO", logger="engine"):
+        assert session._open(model, {}, "cuda", "fp16", 1, 77) == "session"
+    assert tried == [("CUDAExecutionProvider", "1", "1"), ("CUDAExecutionProvider", "1", None)]
+    assert "no graph here" in caplog.text
+    failures = 9
+    with pytest.raises(BackendError, match="device cuda: ONNX Runtime cannot open net"):
+        session._open(model, {}, "cuda", "fp16", 1, 77)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU A")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    return monkeypatch
+
+
+def test_engines_are_kept_apart_by_graph_and_gpu(fake_gpu, own_cache):
+    import torch
+
+    folder = provider._engine_folder(b"graph")
+    assert folder.is_relative_to(own_cache)
+    assert provider._engine_folder(b"graph") == folder != provider._engine_folder(b"another")
+    fake_gpu.setattr(torch.cuda, "get_device_name", lambda index: "GPU B")
+    assert provider._engine_folder(b"graph") != folder
+
+
+def test_a_corrupt_engine_is_thrown_away(fake_gpu):
+    folder = provider._engine_folder(b"graph")
+    assert len(list(provider.attempts("tensorrt", "fp16", 5, b"graph"))) == 1  # nothing to throw away
+    folder.mkdir(parents=True)
+    (folder / "own.engine").write_text("corrupt")
+    attempts = provider.attempts("tensorrt", "fp16", 5, b"graph")
+    first = next(attempts)
+    assert (folder / "own.engine").exists()
+    second = next(attempts)
+    assert first == second
+    assert second["user_compute_stream"] == "5"
+    assert not list(folder.iterdir())
+
+
+def test_precision_auto_is_half_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(provider, "check", lambda device: None)
+    assert provider.resolve("cuda", "auto") == ("cuda", "fp16")
+    assert provider.resolve("cuda", "fp32") == ("cuda", "fp32")
 
 
 def test_a_session_on_another_provider_is_refused():

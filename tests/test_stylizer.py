@@ -147,8 +147,8 @@ def test_steps_are_lazy_and_an_early_leave_stops(stylizer, pictures, monkeypatch
     from engine import losses
 
     calls = []
-    evaluate = losses.Objective.evaluate
-    monkeypatch.setattr(losses.Objective, "evaluate", lambda *a, **k: (calls.append(1), evaluate(*a, **k))[1])
+    write = losses.Objective.write
+    monkeypatch.setattr(losses.Objective, "write", lambda *a, **k: (calls.append(1), write(*a, **k))[1])
     steps = stylizer.steps(pictures["content"], pictures["style"], TINY)
     assert not calls
     for step in steps:
@@ -165,6 +165,28 @@ def test_a_step_keeps_its_picture_after_the_run_moved_on(stylizer, pictures):
     last = list(steps)[-1]
     assert first.image.tobytes() == before
     assert last.image.tobytes() != before
+
+
+def test_a_run_that_fp16_cannot_hold_goes_on_in_fp32(pictures, monkeypatch, caplog):
+    from engine import losses, provider
+
+    write = losses.Objective.write
+
+    def breaks(self, *arguments):
+        broken = self.network.spec.precision == "fp16"
+        return write(self, *arguments) * (float("nan") if broken else 1)
+
+    monkeypatch.setattr(losses.Objective, "write", breaks)
+    monkeypatch.setattr(provider, "resolve", lambda device, precision: ("onnxruntime", "fp16"))
+    own = Stylizer(weights="embedded", precision="auto")
+    with caplog.at_level("INFO", logger="engine"):
+        result = own(pictures["content"], pictures["style"], TINY)
+    assert "fp32 from here on" in caplog.text
+    assert own.precision == "fp32"
+    assert len(result.trace) == TINY.iterations
+    named = Stylizer(weights="embedded", precision="fp16")
+    with pytest.raises(FloatingPointError):
+        named(pictures["content"], pictures["style"], TINY)
 
 
 def test_mistakes_are_raised_by_the_call_not_by_the_first_step(stylizer, pictures):

@@ -14,6 +14,7 @@ from engine import Config, Stylizer, winograd
 from engine.export import validate, vgg, weights
 from engine.kernels import nhwc, vector
 from engine.kernels import winograd as kernel
+from engine.kernels.program import Threads
 
 DEFAULT = Config().layers
 
@@ -160,6 +161,34 @@ def test_pooling_and_its_vjp(largest, size, with_own):
         place = address(own) if with_own else 0
         nhwc.unpool(address(cotangent), address(a), place, *size, 64, largest, row, address(scratch))
     np.testing.assert_allclose(a, gradient[0].permute(1, 2, 0).numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 48, 257, 3000])
+@pytest.mark.parametrize("channels", [64, 128, 256])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gram(positions, channels, threads):
+    features = torch.randn(positions, channels, generator=torch.Generator().manual_seed(0)).T
+    out = torch.full((channels, channels), torch.nan)
+    assert Threads(threads).gram(features, out) is out
+    assert error(out, features.double() @ features.double().T / positions) < 1e-6
+    assert torch.equal(out, out.T)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 48, 257])
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_style_gradient(positions, channels, accumulate):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(positions, channels, generator=generator).T
+    matrix = torch.randn(channels, channels, generator=generator)
+    matrix = matrix + matrix.T
+    guarded = torch.full((positions + 1, channels), 3.0)
+    if not accumulate:
+        guarded[:positions] = torch.nan
+    Threads(2).style_gradient(features, matrix, 0.5, guarded[:positions].T, accumulate)
+    truth = 0.5 * matrix.double() @ features.double() + (3 if accumulate else 0)
+    assert error(guarded[:positions].T, truth) < 1e-6
+    assert (guarded[positions] == 3).all()
 
 
 def test_the_number_of_threads_does_not_change_a_bit(net):

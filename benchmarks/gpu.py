@@ -1,0 +1,120 @@
+"""`python -m benchmarks.gpu --out DIR`: everything that only a GPU can show, in one table of checks and some of times.
+
+The sections of `gpu_sections` run one after the other, each in a process and with a time limit of its own: what fails,
+or is not installed, is named, and the rest goes on. DIR gets a JSON file for each section, whose rows are written as
+they are found, and `report.json` with all of them. Exit 0 if all checks that could run have passed, 1 if one failed, 2
+without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+MINUTES = 8.0  # for all of it
+LIMITS = {  # seconds for each section, in order of value
+    "environment": 60,
+    "kernels": 60,
+    "providers": 120,
+    "loop": 60,
+    "kernel-times": 60,
+    "iteration-512": 60,
+    "runs": 90,
+    "iteration-256": 60,
+    "iteration-1024": 60,
+    "iteration-2048": 90,
+    "compiled-512": 180,
+}
+
+
+class Rows:
+    """The rows of a section: each is printed and written as soon as it is known."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, passed: bool | None = None, **values: Any) -> None:
+        """A row; `passed` is None for a measurement, and False fails the section."""
+        self.rows.append({"name": name, "passed": passed, **values})
+        self._file.write_text(json.dumps(self.rows, indent=1) + "\n")
+        verdict = {None: "", True: "ok", False: "FAILED"}[passed]
+        shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
+        print(f"  {name:<34}{verdict:<7}{shown}", flush=True)
+
+    def skip(self, name: str, reason: str) -> None:
+        """A row that cannot be found here."""
+        self.add(name, skipped=reason)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--sections", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="NAME", help="some only")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process of one section
+    args = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"no GPU: torch {torch.__version__} finds no CUDA device, nothing to check here", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.inside:
+        from . import gpu_sections
+
+        (name,) = args.sections
+        rows = Rows(args.out / f"{name}.json")
+        with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be captured
+            gpu_sections.SECTIONS[name](rows, "cuda")
+        return int(any(row["passed"] is False for row in rows.rows))
+    return run(args.sections, args.out)
+
+
+def run(sections: Sequence[str], out: Path) -> int:
+    """Run the sections, each in a process, and write the report; returns the exit status."""
+    end = time.monotonic() + 60 * MINUTES
+    report: dict[str, Any] = {"commit": machine.commit(), "sections": {}}
+    for name in sections:
+        limit = min(LIMITS[name], end - time.monotonic())
+        file = out / f"{name}.json"
+        file.unlink(missing_ok=True)
+        print(f"{name}", flush=True)
+        begin = time.monotonic()
+        status = process(name, out, limit) if limit > 5 else "no time left"
+        rows = json.loads(file.read_text()) if file.exists() else []
+        report["sections"][name] = {"status": status, "seconds": time.monotonic() - begin, "rows": rows}
+        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        if status != "ok":
+            print(f"  {name}: {status}", flush=True)
+    failed = [name for name, section in report["sections"].items() if section["status"] not in ("ok", "no time left")]
+    print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
+    return int(bool(failed))
+
+
+def process(name: str, out: Path, limit: float) -> str:
+    """Run one section in a process of its own: `ok`, or what became of it."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--sections", name, "--out", str(out)]
+    try:
+        done = subprocess.run(command, cwd=machine.ROOT, stderr=subprocess.PIPE, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit:.0f} s"
+    if done.returncode == 0:
+        return "ok"
+    last = (done.stderr.strip().splitlines() or ["a check failed"])[-1]
+    return f"exit {done.returncode}: {last}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""The sections of `benchmarks.gpu`. Each takes the rows to fill in and the device, which tests set to the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from engine import BackendError, kernels, provider
+from engine.export import vgg
+from engine.kernels.lbfgs import HISTORY
+from engine.optimize import State, minimise
+from engine.stylizer import Stylizer, _within
+
+from . import cases, machine, timing, torch_network
+from .gpu import Rows
+
+WHEELS = ("torch", "cupy-cuda13x", "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13", "nvidia-cudnn-cu13")
+GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if device in provider.GPUS)
+TORCH_ENGINES = {f"{torch_network.NAME}, {precision}": precision for precision in ("fp32", "fp16")}
+STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2}  # relative, of the pixels, against float64
+ROUNDING = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}  # relative, of cotangents
+LOSS_ERROR = 0.01  # relative, of the end of a run against fp32
+TIMED = ("eager", "autocast", "engine-cuda-fp16", "engine-tensorrt-fp16")
+# What the host does to wait or to allocate; an event that is asked whether it has come is none of these.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
+ALLOCATIONS = ("cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaFreeAsync", "cudaHostAlloc", "cuMemAlloc_v2")
+
+
+def environment(rows: Rows, device: str) -> None:
+    """What is installed and what the device can do at most."""
+    rows.add("device", model=machine.device_name(device))
+    for wheel in WHEELS:
+        try:
+            rows.add(wheel, version=metadata.version(wheel))
+        except metadata.PackageNotFoundError:
+            rows.skip(wheel, "not installed")
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        properties = torch.cuda.get_device_properties(0)
+        rows.add("capability", value=f"{major}.{minor}")
+        rows.add("processors", value=properties.multi_processor_count)
+        rows.add("memory", gib=properties.total_memory / 2**30)
+    for name, value in ceilings(device).items():
+        rows.add(name, value=value)
+
+
+def ceilings(device: str, side: int = 4096) -> dict[str, float]:
+    """Measured: GB/s of a copy (read and written), TFLOP/s of matrix products."""
+    found = {}
+    if device == "cpu":
+        side //= 16
+    source = torch.rand(8 * side * side, device=device)
+    target = torch.empty_like(source)
+    found["copy GB/s"] = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
+    for name, dtype in DTYPES.items():
+        a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
+        found[f"{name} products TFLOP/s"] = 2 * side**3 / seconds(partial(torch.mm, a, b), device) / 1e12
+    return found
+
+
+def seconds(work: Callable[[], object], device: str, repeats: int = 5, calls: int = 10) -> float:
+    """Median time of one call, of several that are queued together, after a warm-up."""
+    times = []
+    for _ in range(3):
+        work()
+    for _ in range(repeats):
+        begin = machine.now(device)
+        for _ in range(calls):
+            work()
+        times.append((machine.now(device) - begin) / calls)
+    return statistics.median(times)
+
+
+def needs_cupy(rows: Rows, device: str) -> bool:
+    """Whether the kernels can be launched; says so if not."""
+    if device == "cpu" or importlib.util.find_spec("cupy"):
+        return True
+    rows.skip("all", "cupy is not installed")
+    return False
+
+
+def layer_group(size: int, dtype: torch.dtype, nhwc: bool, device: str) -> dict[str, kernels.Layer]:
+    """Random layers with the shapes of a square picture of this size."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(channels: int, positions: int) -> Tensor:
+        found = torch.rand(channels, positions, generator=generator, device=device).to(dtype)
+        return found.T.contiguous().T if nhwc else found
+
+    layers = {}
+    for name, (_, channels, height, width) in vgg.shapes(vgg.CONVS, size, size).items():
+        if name not in STYLE + CONTENT:
+            continue
+        f, p, a = (random(channels, height * width) for _ in range(3))
+        target = (a.double() @ a.double().T / a.shape[1]).float() if name in STYLE else None
+        layers[name] = kernels.Layer(f, torch.empty_like(f), p if name in CONTENT else None, target)
+    return layers
+
+
+def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)) -> None:
+    """Losses, cotangents, total variation and L-BFGS of the device against float64."""
+    if not needs_cupy(rows, device):
+        return
+    for size in sizes:
+        for precision, dtype in DTYPES.items():
+            for nhwc in (False, True):
+                given = layer_group(size, dtype, nhwc, device)
+                layers = kernels.Layers(given, 1.0, 100.0)
+                layers.losses()
+                layers.gradients()
+                loss, worst = layer_errors(layers, given)
+                passed = loss < 1e-4 and worst < ROUNDING[precision]
+                order = "NHWC" if nhwc else "NCHW"
+                rows.add(f"layers {size} {precision} {order}", passed, loss_error=loss, cotangent_error=worst)
+    difference = lbfgs_error(device)
+    rows.add("L-BFGS against the CPU's", difference < 1e-3, image_error=difference)
+
+
+def layer_errors(layers: kernels.Layers, given: dict[str, kernels.Layer]) -> tuple[float, float]:
+    """Relative errors of the losses, at most, and of the cotangents, at most."""
+    losses, worst = [], 0.0
+    for i, layer in enumerate(given.values()):
+        f, elements, channels = layer.features.double(), layer.features.numel(), len(layer.features)
+        truth = torch.zeros_like(f)
+        if layer.content is not None:
+            difference = f - layer.content.double()
+            losses.append((layers.terms[1], difference.square().mean()))
+            truth += 2 / elements * difference
+        if layer.target is not None:
+            difference = f @ f.T / f.shape[1] - layer.target.double()
+            losses.append((layers.terms[3 + i], difference.square().sum() / (4 * channels**2)))
+            truth += 100 / (channels * elements) * (difference @ f)
+        assert layer.cotangent is not None
+        truth *= layers.scale.double()
+        worst = max(worst, float((layer.cotangent.double() - truth).norm() / truth.norm()))
+    return max(float((found - truth).abs() / truth) for found, truth in losses), worst
+
+
+def lbfgs_error(device: str, steps: int = 30) -> float:
+    """Relative difference of the images after some steps on a quadratic, the device's and the CPU's."""
+    ends = []
+    for place in ("cpu", device):
+        generator = torch.Generator().manual_seed(1)
+        start, curvature = torch.rand(2, 1, 3, 40, 50, generator=generator).to(place)
+        curvature = 10 ** (2 * curvature)
+
+        def evaluate(pixels: Tensor, gradient: Tensor, curvature: Tensor = curvature) -> Tensor:
+            torch.mul(curvature, pixels, out=gradient)
+            return (pixels * gradient).sum() / 2
+
+        *_, last = minimise(evaluate, start, "lbfgs", steps, State())
+        ends.append(last.best.cpu())
+    return float((ends[1] - ends[0]).norm() / ends[0].norm())
+
+
+def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
+    """Each launch at its shapes: time, GB/s of what has to be moved, TFLOP/s, and the time of torch's own route."""
+    if not needs_cupy(rows, device):
+        return
+    ours_us = dict.fromkeys(("fp32", "fp16"), 0.0)  # of one iteration with L-BFGS, but for the pixels' pass
+    for precision in ours_us:
+        dtype = DTYPES[precision]
+        given = layer_group(size, dtype, precision == "fp16", device)
+        layers = kernels.Layers(given, 1.0, 100.0)
+        styles = [layer for layer in given.values() if layer.target is not None]
+        moved = sum(layer.features.nbytes for layer in given.values())
+        flop = sum(2 * len(layer.features) * layer.features.numel() for layer in styles)
+        grams = [layer.target.to(dtype) for layer in styles if layer.target is not None]
+
+        def torchs_grams(styles: list[kernels.Layer] = styles) -> None:
+            for layer in styles:
+                torch.mm(layer.features, layer.features.T)
+
+        def torchs_gradients(styles: list[kernels.Layer] = styles, grams: list[Tensor] = grams) -> None:
+            for layer, gram in zip(styles, grams, strict=True):
+                assert layer.cotangent is not None
+                layer.cotangent.copy_(gram @ layer.features)
+
+        for name, work, theirs, traffic in (
+            ("Gram and losses", layers.losses, torchs_grams, moved),
+            ("cotangents", layers.gradients, torchs_gradients, 2 * moved),
+        ):
+            ours, other = seconds(work, device), seconds(theirs, device)
+            rates = {"gb_per_s": traffic / ours / 1e9, "tflop_per_s": flop / ours / 1e12}
+            rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
+            ours_us[precision] += 1e6 * ours
+    image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
+    gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
+    runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
+        "L-BFGS": (kernels.Lbfgs(image, gradient, loss), 4 * HISTORY + 8),
+        "Adam": (kernels.Adam(image, gradient, loss), 7),
+    }
+    for name, (runner, vectors) in runners.items():
+        for _ in range(HISTORY + 2):  # a full history
+            torch.mul(curvature, image, out=gradient)
+            runner.step()
+        taken = seconds(runner.step, device)
+        rows.add(name, us=1e6 * taken, gb_per_s=vectors * image.nbytes / taken / 1e9)
+        if name == "L-BFGS":
+            for precision, already in ours_us.items():
+                rows.add(f"our part of an iteration {precision}", us=already + 1e6 * taken)
+
+
+def build(name: str, problem: cases.Problem) -> cases.Loop:
+    """The loop `name` of `cases`, or of torch_network."""
+    if name in TORCH_ENGINES:
+        if problem.device == "cuda" and importlib.util.find_spec("cupy") is None:
+            raise BackendError("cupy is not installed")
+        return torch_network.Engine(problem, TORCH_ENGINES[name])
+    return cases.build(name, problem)
+
+
+def providers(
+    rows: Rows, device: str, engines: Iterable[str] = (*GPU_ENGINES, *TORCH_ENGINES), size: int = 128
+) -> None:
+    """Each engine opens where it was asked to, and its losses and gradient are those of float64."""
+    problem = cases.load(size, device=device)
+    point = problem.point(0)
+    oracle = cases.build("float64", problem)
+    truth, slope = oracle.loss_and_gradient(point)
+    for name in engines:
+        own_device, precision = ("torch", TORCH_ENGINES[name]) if name in TORCH_ENGINES else cases.ENGINES[name]
+        try:
+            loop = build(name, problem)
+        except BackendError as error:
+            rows.skip(name, str(error))
+            continue
+        loss, gradient = loop.loss_and_gradient(point)
+        errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
+        limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
+        passed = errors["gradient_error"] < limit and errors["loss_error"] < 0.1 * limit
+        if precision == "fp32" and name in cases.ENGINES:
+            errors["strict_error"] = cases.strict_error(name, problem)
+            passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
+        rows.add(name, passed, provider=provider.PROVIDERS.get(own_device, own_device), **errors)
+
+
+def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Iterator[object]:
+    """The loop of an engine, whose losses nobody reads."""
+    engine = build(name, problem)
+    assert isinstance(engine, cases.Engine)
+    objective = engine._objective
+    start = problem.start.to(objective.network.image.device)
+    return _within(objective.network, minimise(objective.write, start, optimizer, 10**4, State()))
+
+
+def loop(
+    rows: Rows, device: str, engines: Iterable[str] = (*GPU_ENGINES, *TORCH_ENGINES), size: int = 256, count: int = 10
+) -> None:
+    """After the warm-up an iteration makes the host wait for nothing and allocates nothing on the device."""
+    problem = cases.load(size, device=device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for name in engines:
+        try:
+            running = iterates(name, problem)
+        except BackendError as error:
+            rows.skip(name, str(error))
+            continue
+        for _ in islice(running, 8):  # sessions and kernels are captured in the third
+            pass
+        machine.now(device)
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in islice(running, count):
+                pass
+        calls = Counter(event.name for event in profile.events())
+        machine.now(device)
+        found = {"waits": total(calls, WAITS), "allocations": total(calls, ALLOCATIONS)}
+        launches = (calls["cudaLaunchKernel"] + calls["cuLaunchKernel"] + calls["cudaGraphLaunch"]) / count
+        rows.add(name, not any(found.values()), **found, launches_per_iteration=launches)
+
+
+def total(calls: Counter[str], names: Iterable[str]) -> int:
+    """How often any of these was called."""
+    return sum(calls[name] for name in names)
+
+
+def iteration(rows: Rows, device: str, size: int, names: Iterable[str] = TIMED, rounds: int = 3) -> None:
+    """One iteration of the rivals and of ours in turns: iterations per second, ratio to eager, memory."""
+    problem = cases.load(size, device=device)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = True  # eager fp32 as a good user runs it
+    found = {name: {"variant": name} for name in names}
+    loops = timing.start(found, problem, strict=False)
+    rate, _ = timing.in_turns(found, loops, problem, rounds)
+    for name, row in found.items():
+        if "failed" in row:
+            rows.skip(name, row["failed"])
+            continue
+        kept = {key: row[key] for key in ("iterations_per_s", "ratio", "gflop_per_s", "error", "first_s")}
+        rows.add(name, **kept, share_of_fp32_products=row["gflop_per_s"] / rate)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        rows.add("memory of all", device_mib=machine.device_mib(), torch_peak_mib=peak)
+
+
+def runs(rows: Rows, device: str, size: int = 256, iterations: int = 100, engines: Iterable[str] = GPU_ENGINES) -> None:
+    """Whole runs end at the loss of fp32, and how long the engine takes to eager's loss after many iterations."""
+    problem = cases.load(size, device=device)
+    config = replace(problem.config, iterations=iterations)
+    reference = None
+    for name in engines:
+        try:
+            stylizer = Stylizer(problem.weights, *cases.ENGINES[name])
+        except BackendError as error:
+            rows.skip(name, str(error))
+            continue
+        result = stylizer(problem.content, problem.style, config)
+        lowest = min(loss for scale, loss, _ in result.trace if scale == size)
+        reference = reference or lowest  # the first is fp32
+        rows.add(name, abs(lowest / reference - 1) < LOSS_ERROR, loss=lowest, seconds=result.trace[-1][2])
+    for name in engines:
+        if "fp16" in name and "skipped" not in next(row for row in rows.rows if row["name"] == name):
+            found = timing.equal_loss(problem, name, 5 * iterations, 2 * iterations)
+            times = {key: found[key] for key in ("baseline_s", "engine_s", "ratio")}
+            rows.add(f"{name} to eager's loss", **times)
+
+
+SECTIONS: dict[str, Callable[[Rows, str], None]] = {
+    "environment": environment,
+    "kernels": check_kernels,
+    "providers": providers,
+    "loop": loop,
+    "kernel-times": kernel_times,
+    "runs": runs,
+    **{f"iteration-{size}": partial(iteration, size=size) for size in (256, 512, 1024, 2048)},
+    "compiled-512": partial(iteration, size=512, names=("eager", "compile-autocast", "engine-cuda-fp16")),
+}

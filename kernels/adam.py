@@ -1,0 +1,60 @@
+"""Adam (Kingma, Ba 2015) on pixels, which it keeps in [0, 1]. The arithmetic is torch's.
+
+A loss that is not finite stops it: the image does not change any more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _cuda
+
+RATE, BETAS, EPSILON = 0.03, (0.9, 0.99), 1e-8
+
+
+class Adam:
+    """Moves `image` by what `gradient` and `loss` hold after each evaluation.
+
+    Image and gradient are fp32 of one shape, contiguous, the loss is a 0-dim fp32 tensor; all are kept and used again.
+    `best` is the image of the lowest loss so far. `moments`, the first and the second of the gradient, may be started
+    from those of a run of `steps` steps.
+    """
+
+    def __init__(
+        self, image: Tensor, gradient: Tensor, loss: Tensor, moments: Sequence[Tensor] = (), steps: int = 0
+    ) -> None:
+        self.best = image.clone()
+        self.moments = [each.contiguous() for each in moments] or [torch.zeros_like(image) for _ in range(2)]
+        self.steps = steps
+        self._image, self._gradient, self._loss = image, gradient, loss
+        self._lowest = math.inf
+        if image.is_cuda:
+            powers = [math.inf, *(beta**steps for beta in BETAS)]
+            self._state = torch.tensor(powers, dtype=torch.float64, device=image.device)
+            self._arrived = torch.zeros(1, dtype=torch.int32, device=image.device)
+
+    def step(self) -> None:
+        """Move on from the evaluation."""
+        self.steps += 1
+        if not self._image.is_cuda:
+            self._step_cpu(float(self._loss))
+            return
+        vectors = (self._image, self._gradient, *self.moments, self.best)
+        scalars = (self._loss, self._state, self._arrived, self._image.numel(), RATE, *BETAS, EPSILON)
+        _cuda.launch("adam", "adam_step", (_cuda.blocks(self._image.numel()),), *vectors, *scalars)
+
+    def _step_cpu(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if loss < self._lowest:
+            self._lowest = loss
+            self.best.copy_(self._image)
+        gradient, (first, second), (rate1, rate2) = self._gradient, self.moments, BETAS
+        first.lerp_(gradient, 1 - rate1)
+        second.mul_(rate2).addcmul_(gradient, gradient, value=1 - rate2)
+        root = (second.sqrt() / math.sqrt(1 - rate2**self.steps)).add_(EPSILON)
+        self._image.addcdiv_(first, root, value=-RATE / (1 - rate1**self.steps)).clamp_(0, 1)

@@ -1,0 +1,207 @@
+"""Style and content losses of all layers of a network and their gradients, computed together.
+
+On a GPU every step is one launch for all layers: the blocks look their layer up in a table. The Gram products run on
+the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so the same features give
+the same bits.
+
+16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
+follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
+|(G - A) F|^2 <= |G - A|^2 |F|^2 with |F|^2 = M trace(G) bounds the style cotangent w / (C^2 M) (G - A) F. No element of
+a cotangent below two in the root mean square overflows fp16 as long as C M < 2^30.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import _cuda
+from .content import content_loss_blas
+from .gram import gram_blas
+from .style import style_gradient_blas
+
+_CHUNK = 32  # positions that a block of the Gram kernel takes at a time
+_WAVES = 2  # blocks of the Gram launch for each multiprocessor
+_SPAN = 8192  # elements of F that one block of the losses covers
+_TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
+_FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
+
+
+class Products(Protocol):
+    """The matrix products of a layer on a CPU: (C, M) features, (C, C) fp32 matrices; see `gram` and `style`."""
+
+    def gram(self, features: Tensor, out: Tensor) -> Tensor:
+        """Write F F^T / M into `out` and return it."""
+
+    def style_gradient(
+        self, features: Tensor, difference: Tensor, factor: float, out: Tensor, accumulate: bool
+    ) -> None:
+        """Write (or add) factor * (G - A) F into `out`."""
+
+
+class Blas:
+    """`Products` by torch's BLAS, for any layout and precision."""
+
+    gram = staticmethod(gram_blas)
+    style_gradient = staticmethod(style_gradient_blas)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer works on.
+
+    `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
+    fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). `target` A is (C, C) fp32,
+    None unless it is a style layer.
+    """
+
+    features: Tensor
+    cotangent: Tensor | None
+    content: Tensor | None
+    target: Tensor | None
+
+
+class Layers:
+    """The losses of `layers`, for the weights of the content loss and of each layer's style loss.
+
+    `products` computes the matrix products on a CPU, by default BLAS.
+
+    `losses` reads the features and writes `terms`, fp32: the weighted total (without total variation), the sum of the
+    content losses, a place for the total variation, then the style loss of each layer (0 if it has none), the last
+    three unweighted. `gradients` writes the cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both
+    use the same memory each time and leave the host out.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        content_weight: float,
+        style_weight: float,
+        products: Products | None = None,
+    ) -> None:
+        self.names = tuple(layers)
+        self._layers = tuple(layers.values())
+        self._content_weight, self._style_weight = float(content_weight), float(style_weight)
+        self._products = products or Blas()
+        first = self._layers[0].features
+        self._dtype, device = first.dtype, first.device
+        self.terms = torch.zeros(3 + len(layers), device=device)
+        self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
+        self.scale = self._factors[0]
+        self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
+        if first.is_cuda:
+            self._plan_launches(device)
+        else:
+            self._content_losses = [0.0] * len(layers)
+
+    def losses(self) -> None:
+        """features -> terms, scale."""
+        if not self.terms.is_cuda:
+            self._losses_cpu()
+            return
+        count = len(self._layers)
+        element = _cuda.ELEMENTS[self._dtype]
+        if self._gram_blocks:
+            _cuda.launch("gram", f"gram<{element}, {self._nhwc}>", (self._gram_blocks,), self._table, count)
+        scratch = (self._table, count, self._sums, self._arrived)
+        options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
+        outputs = (self.terms, self._factors)
+        _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), *scratch, *options, *outputs)
+
+    def gradients(self) -> None:
+        """features, and what `losses` has found -> cotangents."""
+        if not self.terms.is_cuda:
+            self._gradients_cpu()
+            return
+        kernel = f"layer_gradients<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
+        _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
+
+    def _plan_launches(self, device: torch.device) -> None:
+        """The table of layers.cuh, and the number of blocks of each launch."""
+        tile = _TILES[self._dtype]
+        self._nhwc = "true" if self._layers[0].features.stride(0) == 1 else "false"
+        pairs = []
+        for layer in self._layers:
+            across = -(-len(layer.features) // tile)
+            pairs.append(across * (across + 1) // 2 if layer.target is not None else 0)
+        # All blocks of the Gram launch get the same number of positions, and together they fill the device.
+        work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
+        share = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
+        rows = []
+        self._gram_blocks = self._loss_blocks = self._gradient_blocks = 0
+        for layer, difference, count in zip(self._layers, self._differences, pairs, strict=True):
+            channels, positions = layer.features.shape
+            begins = (self._gram_blocks, self._loss_blocks, self._gradient_blocks)
+            shares = -(-positions // share)
+            # 32 elements of G at a time, and fewer of them the more shares each has.
+            span = 32 * max(1, min(32, 256 // shares))
+            partial = None
+            spans = -(-channels * positions // _SPAN)
+            if layer.target is not None:
+                partial = torch.empty((shares, channels, channels), device=device)
+                self._gram_blocks += count * shares
+                self._loss_blocks += -(-(channels**2) // span)
+                self._gradient_blocks += -(-channels // tile) * -(-positions // tile)
+            else:
+                self._gradient_blocks += spans
+            self._loss_blocks += spans if layer.content is not None else 0
+            tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
+            # 16 bytes at a time are read from these, and whole rows of fp32 in between
+            assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins))
+        self._table = _cuda.Table(rows, device)
+        self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _losses_cpu(self) -> None:
+        """F - P goes into the cotangent, G - A has memory of its own."""
+        self.terms.zero_()
+        loudest = 1e-30
+        for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
+            channels, elements = len(layer.features), layer.features.numel()
+            loudness = 0.0
+            if layer.content is not None:
+                room = torch.empty_like(layer.features) if layer.cotangent is None else layer.cotangent
+                loss = content_loss_blas(layer.features, layer.content, room)
+                self.terms[1] += loss
+                loudness += 2 * self._content_weight / elements * math.sqrt(loss)
+            if layer.target is not None:
+                assert difference is not None
+                trace = float(self._products.gram(layer.features, difference).trace())
+                difference -= layer.target
+                flat = difference.flatten()
+                square = torch.dot(flat, flat)
+                self.terms[3 + i] = square / (4 * channels**2)
+                loudness += self._style_weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
+            loudest = max(loudest, loudness)
+        self.terms[0] = self._style_weight * self.terms[3:].sum() + self._content_weight * self.terms[1]
+        if self._dtype != torch.float32 and math.isfinite(loudest):
+            self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
+
+    def _gradients_cpu(self) -> None:
+        scale = float(self.scale)
+        for layer, difference in zip(self._layers, self._differences, strict=True):
+            assert layer.cotangent is not None
+            channels, elements = len(layer.features), layer.features.numel()
+            if layer.content is not None:
+                layer.cotangent.mul_(2 * scale * self._content_weight / elements)
+            if difference is not None:
+                factor = scale * self._style_weight / (channels * elements)
+                self._products.style_gradient(
+                    layer.features, difference, factor, layer.cotangent, layer.content is not None
+                )
+
+
+def gram(features: Tensor, products: Products | None = None) -> Tensor:
+    """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
+    target = torch.zeros(len(features), len(features), device=features.device)
+    alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
+    alone.losses()
+    (difference,) = alone._differences
+    assert difference is not None
+    return difference

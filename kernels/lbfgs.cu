@@ -1,0 +1,168 @@
+// Vector-free L-BFGS (Chen, Wang, Zhou, NIPS 2014) in three launches: dot products, a plan made of scalars, the move.
+// The arithmetic of the plan, and what its fields mean, is explained in lbfgs.py.
+
+#include "common.cuh"
+
+constexpr int SLOTS = 21;               // pairs of the history, and one being made
+constexpr int CHANGE = 2 * SLOTS;       // row of y among the dot products
+constexpr int GRADIENT = CHANGE + 1;    // and of g
+constexpr int ROWS = GRADIENT + 1;
+constexpr int GROUP = 11;               // rows that one block multiplies
+enum { HALT, STEP, HALVE, RESTART };
+
+struct State {
+    double unit, first_step, lowest, pairs, halvings, moved;
+    double improved, action, accepted, from, to, of_gradient;
+    double of_history[2 * SLOTS];
+    double products[SLOTS][SLOTS];  // s_i y_j
+    double squares[SLOTS][SLOTS];   // y_i y_j
+};
+
+// Rows of the history that hold something.
+__device__ inline int rows_in_use(const State& state) {
+    const double slots = state.pairs + 1 < SLOTS ? state.pairs + 1 : SLOTS;
+    return state.moved ? 2 * slots : 0;
+}
+
+// sums (gridDim.x, ROWS, 2): shares of the dot products of each row with y = g + history[2 from + 1] and g = unit *
+// gradient. The blocks of a column share out the elements, those of a row the rows. history (2 SLOTS, count).
+__global__ void lbfgs_dots(const float* history, const float* gradient, const State* state, long long count,
+                           double* sums) {
+    __shared__ double warps[WARPS][2 * GROUP];
+    const int first = blockIdx.y * GROUP, rows = rows_in_use(*state);
+    const float unit = state->unit;
+    const float* previous = history + (2 * (long long)state->to + 1) * count;
+    float sum[GROUP][2] = {};
+    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
+        const float g = unit * gradient[i], y = rows ? g + previous[i] : 0.f;
+        for (int r = 0; r < GROUP; ++r) {
+            const int row = first + r;
+            const float x = row == CHANGE ? y : row == GRADIENT ? g : row < rows ? history[row * count + i] : 0.f;
+            sum[r][0] += x * y;
+            sum[r][1] += x * g;
+        }
+    }
+    for (int v = 0; v < 2 * GROUP; ++v) {
+        const double value = warp_sum(sum[v / 2][v % 2]);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][v] = value;
+    }
+    __syncthreads();
+    if (threadIdx.x < 2 * GROUP) {
+        double value = 0;
+        for (int warp = 0; warp < WARPS; ++warp) value += warps[warp][threadIdx.x];
+        sums[((long long)blockIdx.x * ROWS + first) * 2 + threadIdx.x] = value;
+    }
+}
+
+// -H g as coefficients of the history, by the two loops on dot products: lane i holds the i-th oldest pair.
+__device__ inline void two_loops(State& state, const double (*dots)[2], long long pairs, int newest) {
+    const int lane = threadIdx.x, held = pairs < SLOTS - 1 ? pairs : SLOTS - 1;
+    const auto slot_of = [=](int age) { return static_cast<int>((pairs - held + age) % SLOTS); };
+    const int slot = lane < held ? slot_of(lane) : newest;
+    const double curvature = state.products[slot][slot];
+    double along = -dots[2 * slot][1];  // s_i q
+    double across = -dots[slot == newest && state.accepted ? CHANGE : 2 * slot + 1][1];  // y_i q
+    double share = 0, alpha = 0;
+    for (int j = held - 1; j >= 0; --j) {
+        const double a = __shfl_sync(0xffffffffu, along / curvature, j);
+        if (lane == j) alpha = a;
+        along -= a * state.products[slot][slot_of(j)];
+        across -= a * state.squares[slot][slot_of(j)];
+    }
+    const int last = held ? slot_of(held - 1) : 0;
+    const double gamma = held ? state.products[last][last] / state.squares[last][last] : 1;
+    across *= gamma;
+    for (int j = 0; j < held; ++j) {
+        const double b = __shfl_sync(0xffffffffu, alpha - across / curvature, j);
+        if (lane == j) share = b;
+        across += b * state.products[slot_of(j)][slot];
+    }
+    if (lane < held) {
+        state.of_history[2 * slot] = share;
+        state.of_history[2 * slot + 1] = -gamma * alpha;
+    }
+    if (lane == 0) state.of_gradient = -gamma;
+}
+
+// One block. sums (chunks, ROWS, 2) from lbfgs_dots over `count` elements.
+__global__ void lbfgs_plan(State* shared_state, const float* loss, const double* sums, long long chunks,
+                           long long count, float diverged, long long halvings) {
+    __shared__ double dots[ROWS][2];
+    for (int v = threadIdx.x; v < 2 * ROWS; v += THREADS) {
+        double sum = 0;
+        for (long long chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * 2 * ROWS + v];
+        dots[v / 2][v % 2] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    State& state = *shared_state;
+    const int lane = threadIdx.x, made = state.to;
+    const bool finite = isfinite(*loss), improved = finite && *loss < state.lowest, moved = state.moved;
+    const bool far = finite && !improved && *loss > diverged * state.lowest;
+    const bool halve = far && state.halvings < halvings, restart = far && !halve, step = finite && !far;
+    const bool accepted = step && moved && dots[2 * made][0] > 1e-10;
+    const long long pairs = accepted ? state.pairs + 1 : state.pairs;
+    __syncwarp();  // all lanes have read the state
+    for (int row = lane; row < 2 * SLOTS; row += 32) state.of_history[row] = 0;
+    if (accepted && lane < SLOTS) {
+        state.products[lane][made] = dots[2 * lane][0];
+        state.squares[lane][made] = state.squares[made][lane] = dots[lane == made ? CHANGE : 2 * lane + 1][0];
+    }
+    if (lane == 0) {
+        state.improved = improved;
+        if (improved) state.lowest = *loss;
+        state.action = step ? STEP : halve ? HALVE : restart ? RESTART : HALT;
+        state.accepted = accepted;
+        state.from = made;
+        if (halve) state.halvings += 1;
+        if (step) {
+            state.halvings = 0;
+            state.moved = 1;
+            state.pairs = pairs;
+            state.to = pairs % SLOTS;
+        }
+        if (step && !moved) {
+            const double size = sqrt(dots[GRADIENT][1] / count);
+            state.unit = size > 0 ? 1 / size : 1;
+            state.of_gradient = -state.first_step;
+        }
+        if (restart) {
+            state.first_step /= 4;
+            state.unit = 1;
+            state.pairs = state.moved = state.halvings = state.to = 0;
+        }
+    }
+    __syncwarp();
+    if (step && moved) two_loops(state, dots, pairs, made);
+}
+
+// Does what the plan says; image, gradient, best (count,), history (2 SLOTS, count).
+__global__ void lbfgs_move(float* image, const float* gradient, float* best, float* history, const State* state,
+                           long long count) {
+    __shared__ float of_history[2 * SLOTS];
+    if (threadIdx.x < 2 * SLOTS) of_history[threadIdx.x] = state->of_history[threadIdx.x];
+    __syncthreads();
+    const int action = state->action;
+    const bool improved = state->improved, accepted = state->accepted;
+    const float unit = state->unit, of_gradient = state->of_gradient;
+    float *made = history + 2 * (long long)state->from * count, *next = history + 2 * (long long)state->to * count;
+    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
+        const float x = image[i];
+        if (improved) best[i] = x;
+        if (action == STEP) {
+            const float g = unit * gradient[i];
+            if (accepted) made[count + i] += g;
+            float move = of_gradient * g;
+            for (int row = 0; row < 2 * SLOTS; ++row)
+                if (of_history[row] != 0) move += of_history[row] * history[row * count + i];
+            next[i] = move;
+            next[count + i] = -g;
+            image[i] = x + move;
+        } else if (action == HALVE) {
+            made[i] /= 2;
+            image[i] = x - made[i];
+        } else if (action == RESTART) {
+            image[i] = best[i];
+        }
+    }
+}

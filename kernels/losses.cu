@@ -1,0 +1,113 @@
+// Style and content losses of all layers, G - A, and the factors of their gradients.
+
+#include "layers.cuh"
+
+constexpr int SHARE_LANES = WARPS;  // threads that add the shares of one element of G
+constexpr int MAX_LAYERS = 32;
+
+__device__ inline double power_of_two_below(double x) { return exp2(floor(log2(x))); }
+
+// Style: G of the elements from `begin` to `end`, G - A, its weighted squares and the trace of G.
+__device__ inline void style_part(const Layer& layer, long long begin, long long end, double& squares, double& trace) {
+    __shared__ float sums[SHARE_LANES][32];
+    const long long C = layer.channels;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (long long first = begin; first < end; first += 32) {
+        const long long index = first + lane, row = index / C, column = index % C;
+        const bool upper = index < end && row <= column;
+        float sum = 0;
+        if (upper)
+            for (long long s = warp; s < layer.shares; s += SHARE_LANES) sum += layer.partial[s * C * C + index];
+        sums[warp][lane] = sum;
+        __syncthreads();
+        if (warp == 0 && upper) {
+            for (int other = 1; other < SHARE_LANES; ++other) sum += sums[other][lane];
+            const float gram = sum / layer.positions, d = gram - layer.target[index];
+            layer.difference[index] = layer.difference[column * C + row] = d;
+            squares += (row == column ? 1. : 2.) * d * d;
+            if (row == column) trace += gram;
+        }
+        __syncthreads();
+    }
+}
+
+// sums (blocks, 2) are scratch. style_weight is that of each layer. Writes
+//   terms    total without total variation, content, 0, then the style loss of each layer (0 if it is none), unweighted
+//   factors  see layers.cuh; the scale is 1 unless `scaled`, which brings the root mean square of the loudest cotangent
+//            under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no
+//            element can overflow, as it is at most sqrt(C M) < 65504.
+template <typename T>
+__global__ void layer_losses(const Layer* layers, long long count, double* sums, unsigned* arrived, float style_weight,
+                             float content_weight, long long scaled, float* terms, float* factors) {
+    const Layer layer = layers[locate(layers, count, &Layer::loss_block)];
+    const long long C = layer.channels, M = layer.positions;
+    const long long local = blockIdx.x - layer.loss_block;
+    const long long style_blocks = layer.target ? divide_up(C * C, layer.span) : 0;
+    double squares = 0, trace = 0;
+    if (local < style_blocks) {
+        style_part(layer, local * layer.span, smaller((local + 1) * layer.span, C * C), squares, trace);
+    } else {
+        const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
+        const long long begin = (local - style_blocks) * layer.content_span;
+        const long long end = smaller(begin + layer.content_span, C * M);
+        for (long long i = begin + threadIdx.x; i < end; i += THREADS) {
+            const float d = to_float(features[i]) - to_float(content[i]);
+            squares += d * d;
+        }
+    }
+    squares = block_sum(squares);
+    trace = block_sum(trace);
+    if (threadIdx.x == 0) {
+        sums[2 * blockIdx.x] = squares;
+        sums[2 * blockIdx.x + 1] = trace;
+    }
+    if (!last_block(arrived)) return;
+
+    __shared__ double style[MAX_LAYERS], content[MAX_LAYERS], norm[MAX_LAYERS], loudest[MAX_LAYERS];
+    const volatile double* written = sums;
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < count; i += WARPS) {
+        const double channels = layers[i].channels, elements = channels * layers[i].positions;
+        const long long begin = layers[i].loss_block;
+        const long long end = i + 1 < count ? layers[i + 1].loss_block : (long long)gridDim.x;
+        const long long styles = layers[i].target ? divide_up(layers[i].channels * layers[i].channels, layers[i].span) : 0;
+        double difference = 0, loudness = 0, distance = 0;
+        for (long long b = begin + lane; b < end; b += 32) {
+            (b - begin < styles ? difference : distance) += written[2 * b];
+            loudness += written[2 * b + 1];
+        }
+        difference = warp_sum(difference);
+        loudness = warp_sum(loudness);
+        distance = warp_sum(distance);
+        if (lane == 0) {
+            norm[i] = sqrt(difference);
+            style[i] = difference / (4 * channels * channels);
+            content[i] = distance / elements;
+            loudest[i] = style_weight / (channels * elements) * sqrt(difference * loudness / channels) +
+                         2 * content_weight / elements * sqrt(content[i]);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    double styles = 0, contents = 0, loud = 1e-30;
+    for (int i = 0; i < count; ++i) {
+        styles += style[i];
+        contents += content[i];
+        loud = loudest[i] > loud ? loudest[i] : loud;
+        terms[3 + i] = style[i];
+    }
+    terms[0] = style_weight * styles + content_weight * contents;
+    terms[1] = contents;
+    terms[2] = 0;
+    const double scale = scaled ? 1 / power_of_two_below(loud) : 1;
+    factors[0] = scale;
+    for (int i = 0; i < count; ++i) {
+        const double channels = layers[i].channels, elements = channels * layers[i].positions;
+        // G - A is at most its norm, so it fits fp16 at this size and loses no small elements.
+        const double lift = norm[i] > 0 ? 16384 / power_of_two_below(norm[i]) : 1;
+        float* own = factors_of(factors, i);
+        own[LIFT] = lift;
+        own[STYLE] = scale * style_weight / (channels * elements) / lift;
+        own[CONTENT] = 2 * scale * content_weight / elements;
+    }
+}

@@ -1,0 +1,113 @@
+"""`benchmarks.gpu`, as far as it runs without a GPU: its sections on the CPU, and what holds them together."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_sections
+
+ROOT = gpu.machine.ROOT
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return gpu.Rows(tmp_path / "rows.json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("no GPU: torch ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_section_has_a_limit():
+    assert set(gpu.LIMITS) == set(gpu_sections.SECTIONS)
+
+
+def test_a_section_that_breaks_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def process(name, out, limit):
+        gpu.Rows(out / f"{name}.json").add("check", name != "loop", value=1.0)
+        return "exit 1: it broke" if name == "loop" else "ok"
+
+    monkeypatch.setattr(gpu, "process", process)
+    assert gpu.run(["kernels", "loop", "runs"], tmp_path) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [section["status"] for section in report["sections"].values()] == ["ok", "exit 1: it broke", "ok"]
+    assert report["sections"]["runs"]["rows"][0]["passed"]
+    assert "failed: loop" in capsys.readouterr().out
+    assert gpu.run(["kernels"], tmp_path) == 0
+    monkeypatch.setattr(gpu, "MINUTES", 0)
+    assert gpu.run(["kernels"], tmp_path) == 0
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_a_section_is_a_process_whose_end_is_reported(tmp_path):
+    if not torch.cuda.is_available():
+        assert gpu.process("kernels", tmp_path, 60).startswith("exit 2: no GPU")
+    assert gpu.process("kernels", tmp_path, 0.01) == "stopped after 0 s"
+
+
+def test_kernels_agree_with_float64(rows):
+    gpu_sections.check_kernels(rows, "cpu", sizes=(33,))
+    assert len(rows.rows) == 7
+    assert all(row["passed"] for row in rows.rows)
+
+
+def test_a_wrong_gradient_is_seen():
+    given = gpu_sections.layer_group(32, torch.float32, True, "cpu")
+    layers = gpu_sections.kernels.Layers(given, 1.0, 100.0)
+    layers.losses()
+    layers.gradients()
+    given["relu4_1"].cotangent[3, 2] *= -1
+    layers.terms[1] *= 1.01
+    loss, worst = gpu_sections.layer_errors(layers, given)
+    assert loss > 0.009
+    assert worst > 1e-4
+
+
+def test_engines_are_checked_and_their_runs_compared(rows):
+    gpu_sections.providers(rows, "cpu", ["engine-cpu", *gpu_sections.TORCH_ENGINES, "engine-cuda"], size=48)
+    *ours, cuda = rows.rows
+    assert all(row["passed"] for row in ours), ours
+    if not torch.cuda.is_available():
+        assert "device cuda" in cuda["skipped"]
+
+
+def test_the_loop_is_profiled(rows):
+    gpu_sections.loop(rows, "cpu", ["engine-cpu", "our loop on torch, fp32"], size=48, count=2)
+    assert all(row["passed"] for row in rows.rows)
+    calls = Counter({"cudaEventSynchronize": 2, "cudaEventQuery": 9, "cudaMalloc": 1})
+    assert gpu_sections.total(calls, gpu_sections.WAITS) == 2
+    assert gpu_sections.total(calls, gpu_sections.ALLOCATIONS) == 1
+
+
+def test_times_are_taken(rows):
+    gpu_sections.kernel_times(rows, "cpu", size=32)
+    gpu_sections.iteration(rows, "cpu", 48, ["eager", "engine-cpu", "engine-cuda"], rounds=1)
+    found = {row["name"]: row for row in rows.rows}
+    assert found["L-BFGS"]["us"] > 0
+    assert found["engine-cpu"]["ratio"] > 0
+    assert found["eager"]["ratio"] == 1
+    gpu_sections.environment(rows, "cpu")
+    assert "value" in rows.rows[-1]
+
+
+@pytest.mark.slow
+def test_whole_runs_are_compared(rows):
+    gpu_sections.runs(rows, "cpu", 48, 10, ["engine-onnxruntime", "engine-cpu"])
+    assert [row["name"] for row in rows.rows] == ["engine-onnxruntime", "engine-cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("section", ["environment", "kernels", "providers", "loop", "runs"])
+def test_on_a_gpu(section, tmp_path):
+    assert gpu.process(section, tmp_path, 300) == "ok", (tmp_path / f"{section}.json").read_text()
