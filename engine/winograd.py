@@ -1,46 +1,31 @@
-"""VGG-19 features and their VJP on a CPU: a program of Winograd convolutions, run by a few threads without locks.
+"""VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions.
 
-Activations stand in NHWC order, fp32. The program is a table of steps, each a number of independent tasks: every thread
-takes the next task of a step until none is left, waits until all of them are done, and goes on to the next step. So a
-thread that the system holds up delays the others by one task at most. The VJP works in place: it turns each ReLU output
-into its own masked cotangent, and stores nothing else but the cotangents of the loss layers.
+Activations stand in NHWC order, fp32. The VJP works in place: it turns each ReLU output into its own masked cotangent,
+and stores nothing else but the cotangents of the loss layers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .export import vgg
 from .export.weights import Weights
-from .kernels import nhwc, winograd
-
-FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST = range(6)  # what a step does
-_STEP = np.dtype(
-    [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
-    + [(name, np.int64) for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest")]
-)
-_PATIENCE = 200  # looks at a counter before the processor is offered to others
+from .kernels import nhwc, program, vector, winograd
+from .kernels.program import CONVOLVE, FIRST, LAST, MASK, POOL, UNPOOL
 
 
 class Network:
     """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and its threads."""
 
     def __init__(self, weights: Weights, layers: tuple[str, ...], threads: int) -> None:
-        self.threads = threads
-        self.workers = ThreadPoolExecutor(threads - 1, "stylize") if threads > 1 else None
+        self.threads = program.Threads(threads)
         self.arrays: dict[str, NDArray[np.float32]] = {"mean": np.array(weights.mean, np.float32)}
         for conv in vgg.cut(layers):
             kernel = weights.kernel(conv)
@@ -65,7 +50,7 @@ class Features:
     """
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
-        self.spec, self._network = spec, network
+        self.spec, self._network, self._threads = spec, network, network.threads
         self._lock = threading.RLock()
         self.image = torch.zeros(1, 3, spec.height, spec.width)
         shapes = spec.shapes
@@ -75,18 +60,14 @@ class Features:
         self._spare = [torch.zeros(largest) for _ in range(2 if largest else 0)]
         pooled = [_count(shapes[conv.relu]) // 4 for conv in spec.convs]
         self._pooled = torch.zeros(max(pooled))
-        self._forward = self._table(self._forward_steps())
-        self._vjp = self._table([])
+        self._forward = program.table(self._forward_steps())
+        self._vjp = program.table([])
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = {name: self._nhwc(shapes[name]) for name in spec.layers}
-            self._vjp = self._table(self._vjp_steps())
-        needed = [nhwc.scratch_size(spec.width)]
-        for table in (self._forward, self._vjp):
-            for step in table[table["op"] == CONVOLVE]:
-                wide = step["c_out"] // step["groups"]
-                needed.append(winograd.scratch_size(int(step["c_in"]), int(wide), int(step["tiles"])))
-        self._scratch = [torch.zeros(max(needed)) for _ in range(network.threads)]
+            self._vjp = program.table(self._vjp_steps())
+        floats = max(program.scratch_size(table) for table in (self._forward, self._vjp))
+        self._scratch = [torch.zeros(floats) for _ in range(network.threads.count)]
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -96,25 +77,17 @@ class Features:
 
     def forward(self) -> None:
         """image -> features."""
-        self._run(self._forward)
+        self._threads.run(self._forward, self._scratch)
 
     def vjp(self) -> None:
         """features, cotangents -> gradient."""
-        self._run(self._vjp)
-
-    def _run(self, table: NDArray[Any]) -> None:
-        taken, done = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
-        workers, scratch = self._network.workers, [each.data_ptr() for each in self._scratch]
-        others = [workers.submit(_work, table, taken, done, each) for each in scratch[1:]] if workers else []
-        _work(table, taken, done, scratch[0])
-        for other in others:
-            other.result()
+        self._threads.run(self._vjp, self._scratch)
 
     def _nhwc(self, shape: tuple[int, int, int, int]) -> Tensor:
         """Memory for (1, C, H, W) in NHWC order, with room for a vector of positions to be read past its end."""
         _, channels, height, width = shape
         count = channels * height * width
-        flat = torch.zeros(count + nhwc.ROUND * channels)
+        flat = torch.zeros(count + vector.ROWS * channels)
         return flat[:count].view(1, height, width, channels).permute(0, 3, 1, 2)
 
     def _forward_steps(self) -> list[dict[str, int]]:
@@ -133,7 +106,7 @@ class Features:
             step = {"source": source, "target": target, "height": height, "width": width, "c_out": channels}
             step["extra"] = network.address(f"{conv.name}.bias")
             if conv.in_channels == 3:
-                step |= {"op": FIRST, "tasks": -(-height // nhwc.ROWS), "mean": network.address("mean")}
+                step |= {"op": FIRST, "tasks": -(-height // nhwc.BAND), "mean": network.address("mean")}
                 step["weights"] = network.address("first")
             else:
                 step |= {"op": CONVOLVE, "c_in": conv.in_channels, "ending": winograd.RELU}
@@ -152,7 +125,7 @@ class Features:
             _, channels, height, width = spec.shapes[conv.relu]
             step = {"source": source, "height": height, "width": width, "c_in": channels}
             if conv.in_channels == 3:
-                step |= {"op": LAST, "tasks": -(-height // nhwc.ROWS), "target": self.gradient.data_ptr()}
+                step |= {"op": LAST, "tasks": -(-height // nhwc.BAND), "target": self.gradient.data_ptr()}
                 steps.append(step | {"weights": network.address("last")})
                 break
             below = spec.convs[i - 1]
@@ -180,17 +153,9 @@ class Features:
         tiles = -(-step["height"] // 4) * -(-step["width"] // 4)
         block = min(_BLOCKS[step["c_in"]], -(-tiles // winograd.TILES) * winograd.TILES)
         blocks, groups = -(-tiles // block), 1
-        while blocks * groups < 2 * self._network.threads and step["c_out"] % (2 * groups * winograd.BLOCK) == 0:
+        while blocks * groups < 2 * self._threads.count and step["c_out"] % (2 * groups * winograd.BLOCK) == 0:
             groups *= 2
         return {"tasks": blocks * groups, "tiles": block, "groups": groups}
-
-    @staticmethod
-    def _table(steps: list[dict[str, int]]) -> NDArray[Any]:
-        table = np.zeros(len(steps), _STEP)
-        for row, step in zip(table, steps, strict=True):
-            for name, value in step.items():
-                row[name] = value
-        return table
 
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.
@@ -199,84 +164,3 @@ _BLOCKS = {64: 48, 128: 24, 256: 24, 512: 48}
 
 def _count(shape: tuple[int, int, int, int]) -> int:
     return shape[1] * shape[2] * shape[3]
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _take(context, counters, index):  # type: ignore[no-untyped-def]
-    """Atomically add one to a counter; its value before."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.gep(_data(context, builder, signature, arguments), [arguments[1]])
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
-
-    return types.int64(counters, types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _look(context, counters, index):  # type: ignore[no-untyped-def]
-    """Atomically read a counter."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.gep(_data(context, builder, signature, arguments), [arguments[1]])
-        return builder.load_atomic(place, "seq_cst", 8)
-
-    return types.int64(counters, types.int64), codegen
-
-
-def _data(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    return context.make_array(signature.args[0])(context, builder, arguments[0]).data
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _offer(context):  # type: ignore[no-untyped-def]
-    """Offer the processor to another thread."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _work(table, taken, done, scratch):  # type: ignore[no-untyped-def]
-    """Do tasks of the program until it is finished."""
-    for i in range(len(table)):
-        step = table[i]
-        while True:
-            task = _take(taken, i)
-            if task >= step.tasks:
-                break
-            _do(step, task, scratch)
-            _take(done, i)
-        looks = 0
-        while _look(done, i) < step.tasks:
-            looks += 1
-            if looks > _PATIENCE:
-                _offer()
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _do(step, task, scratch):  # type: ignore[no-untyped-def]
-    source, target, height, width = step.source, step.target, step.height, step.width
-    channels, weights, extra = step.c_out, step.weights, step.extra
-    if step.op == CONVOLVE:
-        first = task // step.groups * step.tiles
-        tiles = ((height + 3) // 4) * ((width + 3) // 4)
-        count = min(step.tiles, tiles - first)
-        winograd.convolve(
-            source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
-            first, count, task % step.groups, step.groups, scratch,
-        )  # fmt: skip
-    elif step.op == FIRST:
-        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, task, scratch)
-    elif step.op == POOL:
-        nhwc.pool(source, target, height, width, channels, step.largest, task)
-    elif step.op == UNPOOL:
-        nhwc.unpool(source, target, extra, height, width, channels, step.largest, task, scratch)
-    elif step.op == MASK:
-        nhwc.mask(source, target, width, channels, task)
-    else:
-        nhwc.last(source, target, height, width, step.c_in, weights, task, scratch)

@@ -5,25 +5,19 @@ Arrays are fp32 (height, width, channels) at addresses in bytes, as in `winograd
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
-from .winograd import BLOCK, multiply
+from .vector import BLOCK, ROWS, array, multiply
 
 PATCH = 27  # inputs of one position of conv1_1: kernel row, kernel column, colour
-DEPTH = 32  # the same, filled up with zeros to what `multiply` takes
-ROWS = 4  # rows of the picture in one task of `first` and `last`
-ROUND = 6  # positions that `multiply` takes at a time
-_CACHED = {"nogil": True, "cache": True, "error_model": "numpy"}
+BAND = 4  # rows of the picture in one task of `first` and `last`
 
 
 def first_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(DEPTH, C) of a kernel (C, 3, 3, 3), for `first`; the rows past PATCH are zero."""
-    return np.pad(kernel.transpose(2, 3, 1, 0).reshape(PATCH, -1), ((0, DEPTH - PATCH), (0, 0)))
+    """(PATCH, C) of a kernel (C, 3, 3, 3), for `first`."""
+    return np.ascontiguousarray(kernel.transpose(2, 3, 1, 0).reshape(PATCH, -1))
 
 
 def last_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -33,34 +27,18 @@ def last_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def scratch_size(width: int) -> int:
     """Floats that `first` and `last` need to themselves."""
-    return (ROWS + 2) * (width + ROUND) * BLOCK
+    return (BAND + 2) * (width + ROWS) * BLOCK
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(context, address):  # type: ignore[no-untyped-def]
-    """An address as a pointer to float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), codegen
-
-
-@njit(**_CACHED)
-def _array(address, shape):  # type: ignore[no-untyped-def]
-    return carray(_pointer(address), shape)
-
-
-@njit(**_CACHED)
+@njit(nogil=True, error_model="numpy")
 def first(image, mean, target, height, width, channels, weights, bias, task, scratch):  # type: ignore[no-untyped-def]
     """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,)."""
-    pixels, means = _array(image, (3, height, width)), _array(mean, (3,))
-    results, biases = _array(target, (height, width, channels)), _array(bias, (channels,))
-    patches = _array(scratch, (width + ROUND, DEPTH))
-    patches[:, PATCH:] = 0
-    sums = scratch + 4 * (width + ROUND) * DEPTH
-    found = _array(sums, (width + ROUND, channels))
-    for y in range(task * ROWS, min(height, (task + 1) * ROWS)):
+    pixels, means = array(image, (3, height, width)), array(mean, (3,))
+    results, biases = array(target, (height, width, channels)), array(bias, (channels,))
+    patches = array(scratch, (width + ROWS, PATCH))
+    sums = scratch + 4 * (width + ROWS) * PATCH
+    found = array(sums, (width + ROWS, channels))
+    for y in range(task * BAND, min(height, (task + 1) * BAND)):
         for i in range(3):
             for j in range(3):
                 low, high = max(0, 1 - j), min(width, width + 1 - j)
@@ -76,26 +54,26 @@ def first(image, mean, target, height, width, channels, weights, bias, task, scr
                     else:
                         for x in range(width):
                             patches[x, k] = 0
-        for x in range(0, width, ROUND):
-            rows, result = scratch + 4 * x * DEPTH, sums + 4 * x * channels
+        for x in range(0, width, ROWS):
+            rows, result = scratch + 4 * x * PATCH, sums + 4 * x * channels
             for n in range(0, channels, BLOCK):
-                multiply(rows, DEPTH, weights + 4 * n * DEPTH, DEPTH, result + 4 * n, channels)
+                multiply(rows, PATCH, 1, weights + 4 * n, channels, PATCH, result + 4 * n, channels)
         for x in range(width):
             for c in range(channels):
                 results[y, x, c] = max(found[x, c] + biases[c], np.float32(0))
 
 
-@njit(**_CACHED)
+@njit(nogil=True, error_model="numpy")
 def last(source, target, height, width, channels, weights, task, scratch):  # type: ignore[no-untyped-def]
     """Gradient (3, height, width) of the image from the masked cotangent (height, width, channels) of relu1_1."""
-    gradient = _array(target, (3, height, width))
-    padded = width + ROUND
-    shares = _array(scratch, (ROWS + 2, padded, BLOCK))
-    top, end = task * ROWS, min(height, (task + 1) * ROWS)
+    gradient = array(target, (3, height, width))
+    padded = width + ROWS
+    shares = array(scratch, (BAND + 2, padded, BLOCK))
+    top, end = task * BAND, min(height, (task + 1) * BAND)
     for y in range(max(0, top - 1), min(height, end + 1)):
-        for x in range(0, width, ROUND):
+        for x in range(0, width, ROWS):
             rows, result = source + 4 * (y * width + x) * channels, scratch + 4 * ((y - top + 1) * padded + x) * BLOCK
-            multiply(rows, channels, weights, channels, result, BLOCK)
+            multiply(rows, channels, 1, weights, BLOCK, channels, result, BLOCK)
     for y in range(top, end):
         for x in range(width):
             red = green = blue = np.float32(0)
@@ -111,11 +89,11 @@ def last(source, target, height, width, channels, weights, task, scratch):  # ty
             gradient[0, y, x], gradient[1, y, x], gradient[2, y, x] = red, green, blue
 
 
-@njit(**_CACHED)
+@njit(nogil=True, error_model="numpy")
 def pool(source, target, height, width, channels, largest, row):  # type: ignore[no-untyped-def]
     """One row of the 2x2 pooling of (height, width, channels): maximum if `largest`, else mean; odd sides floor."""
-    a = _array(source, (height, width, channels))
-    result = _array(target, (height // 2, width // 2, channels))
+    a = array(source, (height, width, channels))
+    result = array(target, (height // 2, width // 2, channels))
     for x in range(width // 2):
         corner00, corner01 = a[2 * row, 2 * x], a[2 * row, 2 * x + 1]
         corner10, corner11 = a[2 * row + 1, 2 * x], a[2 * row + 1, 2 * x + 1]
@@ -128,7 +106,7 @@ def pool(source, target, height, width, channels, largest, row):  # type: ignore
                 pooled[c] = np.float32(0.25) * (corner00[c] + corner01[c] + corner10[c] + corner11[c])
 
 
-@njit(**_CACHED)
+@njit(nogil=True, error_model="numpy")
 def unpool(source, target, own, height, width, channels, largest, row, scratch):  # type: ignore[no-untyped-def]
     """Rows 2 row and 2 row + 1 of the VJP of `pool` and of the ReLU below it, in place of that ReLU's output `target`.
 
@@ -137,11 +115,11 @@ def unpool(source, target, own, height, width, channels, largest, row, scratch):
     is a row of windows of its own.
     """
     zero, quarter = np.float32(0), np.float32(0.25)
-    nothing = _array(scratch, (channels,))
+    nothing = array(scratch, (channels,))
     nothing[:] = zero
-    a = _array(target, (height, width, channels))
-    cotangent = _array(source, (height // 2, width // 2, channels))
-    added = _array(own if own else target, (height, width, channels))
+    a = array(target, (height, width, channels))
+    cotangent = array(source, (height // 2, width // 2, channels))
+    added = array(own if own else target, (height, width, channels))
     for x in range(0, width, 2):
         whole = 2 * row + 1 < height and x + 1 < width
         share = cotangent[row, x // 2] if whole else nothing
@@ -170,11 +148,11 @@ def unpool(source, target, own, height, width, channels, largest, row, scratch):
                     value[c] = (quarter * share[c] + extra[c]) if value[c] > zero else zero
 
 
-@njit(**_CACHED)
+@njit(nogil=True, error_model="numpy")
 def mask(cotangent, target, width, channels, row):  # type: ignore[no-untyped-def]
     """One row of target = cotangent [target > 0], both (height, width, channels)."""
     zero = np.float32(0)
     offset = 4 * row * width * channels
-    found, value = _array(cotangent + offset, (width * channels,)), _array(target + offset, (width * channels,))
+    found, value = array(cotangent + offset, (width * channels,)), array(target + offset, (width * channels,))
     for i in range(width * channels):
         value[i] = found[i] if value[i] > zero else zero

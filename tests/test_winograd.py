@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from engine import Config, Stylizer, winograd
 from engine.export import validate, vgg, weights
-from engine.kernels import nhwc
+from engine.kernels import nhwc, vector
 from engine.kernels import winograd as kernel
 
 DEFAULT = Config().layers
@@ -139,7 +139,7 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (3, 2)])
 @pytest.mark.parametrize("with_own", [False, True])
 def test_pooling_and_its_vjp(largest, size, with_own):
-    """Values from a handful of numbers, so that ties are common: the first in row-major order takes all, as in torch."""
+    """Values from a handful of numbers, so that ties are common: the first of them takes all, as in torch."""
     generator = np.random.default_rng(0)
     a = generator.integers(0, 3, (*size, 64)).astype(np.float32)
     own = generator.standard_normal(a.shape, np.float32)
@@ -181,8 +181,7 @@ def test_forward_only_gives_the_same_features(network):
 
 
 def test_scratch_rows_cover_the_rows_that_multiply_takes():
-    assert kernel.TILES % kernel._ROWS == kernel.TILES % kernel._SQUARE == 0
-    assert nhwc.ROUND == kernel._ROWS
+    assert kernel.TILES % vector.ROWS == kernel.TILES % vector.SQUARE == 0
 
 
 def test_no_thread_works_on_after_a_call(pictures):

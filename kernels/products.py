@@ -1,0 +1,94 @@
+"""Gram matrices and style gradients of features in NHWC order on a CPU, as tasks of a program.
+
+Features F are fp32 (positions, channels) at an address in bytes, channels a multiple of BLOCK; see `gram` and `style`
+for the formulas, `vector` for the products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .vector import BLOCK, ROWS, SQUARE, array, clear, copy, multiply, multiply_add, multiply_add_square
+
+STRETCH = 48  # positions of one task of `style_gradient`
+_STRIP = 64  # positions that `gram` holds in the first cache
+
+
+def gram_shares(positions: int, channels: int) -> int:
+    """Into how many parts the positions are cut, each with a partial Gram matrix: more where it has few blocks."""
+    blocks = channels // BLOCK
+    return max(1, min(positions // (4 * _STRIP), 32 // (blocks * (blocks + 1))))
+
+
+def gram_tasks(channels: int, shares: int) -> int:
+    """Tasks of `gram`: the blocks on and above the diagonal, of every share."""
+    blocks = channels // BLOCK
+    return blocks * (blocks + 1) // 2 * shares
+
+
+def scratch_size(channels: int) -> int:
+    """Floats that `style_gradient` needs to itself."""
+    return ROWS * (channels + BLOCK)
+
+
+@njit(nogil=True, error_model="numpy")
+def gram(features, partial, positions, channels, shares, task):  # type: ignore[no-untyped-def]
+    """One BLOCK x BLOCK block of one share's F^T F, in partial (shares, channels, channels)."""
+    share, pair = task % shares, task // shares
+    row = 0
+    while pair > row:  # the blocks (0, 0), (0, 1), (1, 1), (0, 2), ...: column by column
+        pair -= row + 1
+        row += 1
+    column = row * BLOCK
+    row = pair * BLOCK
+    begin, end = share * positions // shares, (share + 1) * positions // shares
+    block = partial + 4 * ((share * channels + row) * channels + column)
+    for i in range(BLOCK):
+        clear(block + 4 * i * channels, BLOCK)
+    for k in range(begin, end, _STRIP):
+        left, right = features + 4 * (k * channels + row), features + 4 * (k * channels + column)
+        depth = min(_STRIP, end - k)
+        for i in range(0, BLOCK, SQUARE):
+            target = block + 4 * i * channels
+            multiply_add_square(left + 4 * i, 1, channels, right, channels, depth, target, channels)
+
+
+@njit(nogil=True, error_model="numpy")
+def gram_sum(partial, target, positions, channels, shares, row):  # type: ignore[no-untyped-def]
+    """One row of G = F^T F / positions and its mirror image, from what `gram` has left."""
+    parts, result = array(partial, (shares, channels, channels)), array(target, (channels, channels))
+    factor = np.float32(1 / positions)
+    for column in range(row // BLOCK * BLOCK, channels):
+        total = np.float32(0)
+        for share in range(shares):
+            total += parts[share, row, column]
+        result[row, column] = total * factor
+        if column // BLOCK > row // BLOCK:
+            result[column, row] = total * factor
+
+
+@njit(nogil=True, error_model="numpy")
+def style_gradient(features, matrix, target, positions, channels, adds, task, scratch):  # type: ignore[no-untyped-def]
+    """STRETCH rows of target = F matrix (channels, channels), or of target += F matrix if `adds`."""
+    first, last = task * STRETCH, min(positions, (task + 1) * STRETCH)
+    for t in range(first, last, ROWS):
+        source, result, stride = features + 4 * t * channels, target + 4 * t * channels, channels
+        whole = t + ROWS <= last
+        if not whole:  # nothing past the last position is read or written
+            copy(source, scratch, (last - t) * channels)
+            source = scratch
+        for n in range(0, channels, BLOCK):
+            place = result + 4 * n
+            if not whole:
+                place, stride = scratch + 4 * ROWS * channels, BLOCK
+            if adds and whole:
+                multiply_add(source, channels, 1, matrix + 4 * n, channels, channels, place, stride)
+            else:
+                multiply(source, channels, 1, matrix + 4 * n, channels, channels, place, stride)
+            if not whole:
+                rows = array(place, (ROWS, BLOCK))
+                values = array(result, (last - t, channels))
+                for i in range(last - t):
+                    for c in range(BLOCK):
+                        values[i, n + c] = rows[i, c] + values[i, n + c] if adds else rows[i, c]

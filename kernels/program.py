@@ -1,0 +1,177 @@
+"""Programs for a few threads of a CPU: tables of steps, each of which is a number of independent tasks.
+
+Every thread takes the next task of a step until none is left, waits until all of them are done, and goes on to the next
+step. So a thread that the system holds up delays the others by one task at most. What a task writes does not depend on
+the thread, nor on how many there are.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from . import nhwc, products, winograd
+
+FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST, GRAM, GRAM_SUM, STYLE = range(9)  # what a step does
+_STEP = np.dtype(
+    [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
+    + [(name, np.int64) for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest")]
+)
+_PATIENCE = 200  # looks at a counter before the processor is offered to others
+
+
+class Threads:
+    """`count` threads, the caller's own among them, that run programs; they sleep in between."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._others = ThreadPoolExecutor(count - 1, "stylize") if count > 1 else None
+
+    def run(self, table: NDArray[Any], scratch: list[torch.Tensor]) -> None:
+        """Run the program; `scratch` is memory for each thread, as much as its steps need."""
+        taken, done = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
+        places = [each.data_ptr() for each in scratch]
+        others = [self._others.submit(_work, table, taken, done, place) for place in places[1:]] if self._others else []
+        _work(table, taken, done, places[0])
+        for other in others:
+            other.result()
+
+
+def table(steps: list[dict[str, int]]) -> NDArray[Any]:
+    """The program of these steps; what a step leaves out is zero."""
+    rows = np.zeros(len(steps), _STEP)
+    for row, step in zip(rows, steps, strict=True):
+        for name, value in step.items():
+            row[name] = value
+    return rows
+
+
+def scratch_size(rows: NDArray[Any]) -> int:
+    """Floats of scratch memory that each thread needs for the program."""
+    needed = [1]
+    for step in rows:
+        op, wide = step["op"], int(step["c_out"])
+        if op == CONVOLVE:
+            wide //= int(step["groups"])
+            needed.append(winograd.scratch_size(int(step["c_in"]), wide, int(step["tiles"])))
+        elif op in (FIRST, LAST):
+            needed.append(nhwc.scratch_size(int(step["width"])))
+        elif op == STYLE:
+            needed.append(products.scratch_size(wide))
+        else:
+            needed.append(wide)
+    return max(needed)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _take(context, counters, index):  # type: ignore[no-untyped-def]
+    """Atomically add one to a counter; its value before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(_data(context, builder, signature, arguments), [arguments[1]])
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(counters, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _look(context, counters, index):  # type: ignore[no-untyped-def]
+    """Atomically read a counter."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(_data(context, builder, signature, arguments), [arguments[1]])
+        return builder.load_atomic(place, "seq_cst", 8)
+
+    return types.int64(counters, types.int64), codegen
+
+
+def _data(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _offer(context):  # type: ignore[no-untyped-def]
+    """Offer the processor to another thread."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def _do(step, task, scratch):  # type: ignore[no-untyped-def]
+    source, target, height, width = step.source, step.target, step.height, step.width
+    channels, weights, extra = step.c_out, step.weights, step.extra
+    if step.op == CONVOLVE:
+        first = task // step.groups * step.tiles
+        tiles = ((height + 3) // 4) * ((width + 3) // 4)
+        count = min(step.tiles, tiles - first)
+        winograd.convolve(
+            source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
+            first, count, task % step.groups, step.groups, scratch,
+        )  # fmt: skip
+    elif step.op == FIRST:
+        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, task, scratch)
+    elif step.op == POOL:
+        nhwc.pool(source, target, height, width, channels, step.largest, task)
+    elif step.op == UNPOOL:
+        nhwc.unpool(source, target, extra, height, width, channels, step.largest, task, scratch)
+    elif step.op == MASK:
+        nhwc.mask(source, target, width, channels, task)
+    elif step.op == GRAM:
+        products.gram(source, target, width, channels, step.groups, task)
+    elif step.op == GRAM_SUM:
+        products.gram_sum(source, target, width, channels, step.groups, task)
+    elif step.op == STYLE:
+        products.style_gradient(source, weights, target, width, channels, extra, task, scratch)
+    else:
+        nhwc.last(source, target, height, width, step.c_in, weights, task, scratch)
+
+
+def _compile(sources: int) -> Any:
+    """The entry. numba caches machine code by file and closure of a function; `sources` stands for the other files."""
+
+    @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def work(table, taken, done, scratch):  # type: ignore[no-untyped-def]
+        """Do tasks of the program until it is finished."""
+        if sources < 0:
+            return
+        for i in range(len(table)):
+            step = table[i]
+            while True:
+                task = _take(taken, i)
+                if task >= step.tasks:
+                    break
+                _do(step, task, scratch)
+                _take(done, i)
+            looks = 0
+            while _look(done, i) < step.tasks:
+                looks += 1
+                if looks > _PATIENCE:
+                    _offer()
+
+    return work
+
+
+def _sources() -> int:
+    """A checksum of the code that goes into `work`."""
+    folder = resources.files(__package__)
+    names = ("vector", "winograd", "nhwc", "products", "program")
+    return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))
+
+
+_work = _compile(_sources())

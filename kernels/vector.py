@@ -1,0 +1,255 @@
+"""Vector code for CPUs, written with LLVM's builder and called from compiled functions as if it were numba's own.
+
+Addresses are integers in bytes, strides are counted in floats; nothing checks a bound. Vectors have `LANES` floats, and
+LLVM splits them where the processor's registers are shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+LANES = 16
+BLOCK = 64  # columns that the products work on at a time
+ROWS, SQUARE = 6, 4  # rows of one result of `multiply`; rows and columns of one of `multiply_transposed`
+_COLUMNS = BLOCK // LANES
+_CHUNK = 32  # products added up on their own: the rounding of long sums would come to more than that of the products
+
+FLOAT, _I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, LANES)
+ZERO = ir.Constant(VECTOR, None)
+_PREFETCH = "llvm.prefetch.p0"
+
+
+def _lane_list(lanes: Sequence[int]) -> Any:
+    return ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
+
+
+class Code:
+    """Emits the body of an intrinsic: addresses are i64, vectors are <LANES x float>."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.b = builder
+        name = f"llvm.fma.v{LANES}f32"
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+        self._fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def offset(self, address: Any, index: Any, scale: int = 4) -> Any:
+        """address + scale * index, for an index in Python or in the program."""
+        index = ir.Constant(I64, index) if isinstance(index, int) else index
+        return self.b.add(address, self.b.mul(index, ir.Constant(I64, scale)))
+
+    def load(self, address: Any, kind: ir.Type = VECTOR) -> Any:
+        """The vector, or another kind of value, at an address."""
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at `address`, which need not exist."""
+        place = self.b.inttoptr(address, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        function = self.b.module.globals.get(_PREFETCH) or ir.Function(self.b.module, kind, _PREFETCH)
+        self.b.call(function, [place, *(ir.Constant(_I32, value) for value in (0, 2, 1))])  # read, into L2, data
+
+    def store(self, value: Any, address: Any) -> None:
+        """Write a value to an address."""
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def times(self, stride: Any, count: int) -> Any:
+        """stride * count."""
+        return self.b.mul(stride, ir.Constant(I64, count))
+
+    def step(self, address: Any, stride: Any, count: int) -> Any:
+        """address + count strides."""
+        return self.offset(address, self.times(stride, count))
+
+    def inside(self, index: int, count: Any) -> Any:
+        """A block that runs if index < count."""
+        return self.b.if_then(self.b.icmp_signed("<", ir.Constant(I64, index), count), likely=True)
+
+    def lanes(self, value: Any, first: int, count: int) -> Any:
+        """A short vector of some lanes."""
+        return self.b.shuffle_vector(value, value, _lane_list(range(first, first + count)))
+
+    def every_second(self, x: Any, y: Any, first: int) -> Any:
+        """Lanes first, first + 2, ... of x, then of y."""
+        return self.b.shuffle_vector(x, y, _lane_list(range(first, 2 * LANES, 2)))
+
+    def splat(self, value: Any) -> Any:
+        """A vector of one value."""
+        if isinstance(value, int | float):
+            return ir.Constant(VECTOR, [value] * LANES)
+        one = self.b.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(_I32, 0))
+        zeros = ir.Constant(ir.VectorType(_I32, LANES), None)
+        return self.b.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), zeros)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x y + z, where x may be a number."""
+        return self.b.call(self._fma, [self.splat(x) if isinstance(x, int | float) else x, y, z])
+
+    def scaled(self, factor: float, x: Any) -> Any:
+        """factor x."""
+        return x if factor == 1 else self.b.fmul(self.splat(factor), x)
+
+    def add(self, x: Any, y: Any) -> Any:
+        """x + y."""
+        return self.b.fadd(x, y)
+
+    def sub(self, x: Any, y: Any) -> Any:
+        """x - y."""
+        return self.b.fsub(x, y)
+
+    def where_positive(self, condition: Any, value: Any) -> Any:
+        """value where condition > 0, else 0."""
+        return self.b.select(self.b.fcmp_ordered(">", condition, ZERO), value, ZERO)
+
+    def loop(self, count: Any, carried: Sequence[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+        """Run body(index, values) -> values for index in 0 .. count - 1, count >= 1; returns the last values."""
+        before = self.b.block
+        inside, after = self.b.append_basic_block("loop"), self.b.append_basic_block("after")
+        self.b.branch(inside)
+        self.b.position_at_end(inside)
+        index = self.b.phi(I64)
+        index.add_incoming(ir.Constant(I64, 0), before)
+        values = [self.b.phi(value.type) for value in carried]
+        for phi, value in zip(values, carried, strict=True):
+            phi.add_incoming(value, before)
+        results = body(index, values)
+        end, following = self.b.block, self.b.add(index, ir.Constant(I64, 1))
+        index.add_incoming(following, end)
+        for phi, value in zip(values, results, strict=True):
+            phi.add_incoming(value, end)
+        self.b.cbranch(self.b.icmp_signed("<", following, count), inside, after)
+        self.b.position_at_end(after)
+        return results
+
+
+def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[..., Any]]:
+    """Signature and code of an intrinsic whose `count` arguments are i64."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        emit(Code(builder), *values)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * count), codegen
+
+
+def _product(rows: int, adds: bool) -> Any:
+    def emit(code: Code, v: Any, row: Any, column: Any, u: Any, line: Any, depth: Any, m: Any, m_row: Any) -> None:
+        starts = [code.step(v, row, i) for i in range(rows)]
+        places = [[code.offset(code.step(m, m_row, i), LANES * j) for j in range(_COLUMNS)] for i in range(rows)]
+        places = [place for part in places for place in part]
+
+        def add(k: Any, sums: list[Any]) -> list[Any]:
+            panel, across = code.offset(u, code.b.mul(k, line)), code.b.mul(k, column)
+            columns = [code.load(code.offset(panel, LANES * j)) for j in range(_COLUMNS)]
+            # A panel of U that streams from memory is asked for while the one before it is at work.
+            following = code.offset(panel, code.b.mul(depth, line))
+            for j in range(_COLUMNS):
+                code.prefetch(code.offset(following, LANES * j))
+            result = []
+            for i, start in enumerate(starts):
+                value = code.splat(code.load(code.offset(start, across), FLOAT))
+                result += [code.fma(value, each, sums[i * _COLUMNS + j]) for j, each in enumerate(columns)]
+            return result
+
+        def chunk(index: Any, totals: list[Any]) -> list[Any]:
+            begin = code.times(index, _CHUNK)
+            left = code.b.sub(depth, begin)
+            whole = ir.Constant(I64, _CHUNK)
+            count = code.b.select(code.b.icmp_signed("<", left, whole), left, whole)
+            zeros = [ZERO] * len(totals)
+            sums = code.loop(count, zeros, lambda k, sums: add(code.b.add(begin, k), sums))
+            return [code.add(x, y) for x, y in zip(totals, sums, strict=True)]
+
+        chunks = code.b.sdiv(code.b.add(depth, ir.Constant(I64, _CHUNK - 1)), ir.Constant(I64, _CHUNK))
+        before = [code.load(place) if adds else ZERO for place in places]
+        for total, place in zip(code.loop(chunks, before, chunk), places, strict=True):
+            code.store(total, place)
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def product(context, v, row, column, u, line, depth, m, m_row):  # type: ignore[no-untyped-def]
+        return procedure(8, emit)
+
+    return product
+
+
+# (v, row, column, u, line, depth, m, m_row): m = V U, or m + V U, for a few rows of V (depth long, `row` floats from
+# row to row, `column` from element to element) and U (depth, BLOCK), whose lines are `line` floats apart.
+multiply, multiply_add, multiply_add_square = _product(ROWS, False), _product(ROWS, True), _product(SQUARE, True)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  # type: ignore[no-untyped-def]
+    """SQUARE rows of m, SQUARE wide = rows of v (panels * BLOCK long) times SQUARE rows of U, transposed.
+
+    `u` is the first of the rows in the first panel, `panel` the floats from there to the next panel.
+    """
+
+    def emit(code: Code, v: Any, v_stride: Any, u: Any, panel: Any, panels: Any, m: Any, m_stride: Any) -> None:
+        def body(k: Any, sums: list[Any]) -> list[Any]:
+            part, rows = code.offset(v, k, 4 * BLOCK), code.offset(u, code.b.mul(k, panel))
+            for j in range(0, BLOCK, LANES):
+                left = [code.load(code.offset(code.step(part, v_stride, i), j)) for i in range(SQUARE)]
+                right = [code.load(code.offset(rows, BLOCK * i + j)) for i in range(SQUARE)]
+                sums = [code.fma(x, y, sums[i]) for i, (x, y) in enumerate((x, y) for x in left for y in right)]
+            return sums
+
+        sums = code.loop(panels, [ZERO] * SQUARE**2, body)
+        while len(sums) > 1:  # halve the lanes of two sums into one vector, until lane i holds the total of sum i
+            sums = [code.add(code.every_second(x, y, 0), code.every_second(x, y, 1)) for x, y in _pairs(sums)]
+        for i in range(SQUARE):
+            code.store(code.lanes(sums[0], i * SQUARE, SQUARE), code.step(m, m_stride, i))
+
+    return procedure(7, emit)
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy(context, source, target, count):  # type: ignore[no-untyped-def]
+    """Copy `count` floats, a multiple of LANES."""
+
+    def emit(code: Code, source: Any, target: Any, count: Any) -> None:
+        def body(i: Any, values: list[Any]) -> list[Any]:
+            code.store(code.load(code.offset(source, i, 4 * LANES)), code.offset(target, i, 4 * LANES))
+            return []
+
+        code.loop(code.b.sdiv(count, ir.Constant(I64, LANES)), [], body)
+
+    return procedure(3, emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def clear(context, target, count):  # type: ignore[no-untyped-def]
+    """Set `count` floats, a multiple of LANES, to zero."""
+
+    def emit(code: Code, target: Any, count: Any) -> None:
+        def body(i: Any, values: list[Any]) -> list[Any]:
+            code.store(ZERO, code.offset(target, i, 4 * LANES))
+            return []
+
+        code.loop(code.b.sdiv(count, ir.Constant(I64, LANES)), [], body)
+
+    return procedure(2, emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def array(address, shape):  # type: ignore[no-untyped-def]
+    """The memory at an address as a float32 array."""
+    return carray(_pointer(address), shape)
