@@ -167,6 +167,8 @@ class Stylizer:
         network = self._features(size, config)
         objective = self._objective(network, images.resize(images.load(content), size), _load_styles(style), config)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(network.image.device))
+        if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
+            return self.evaluate(picture, content, style, config)
         assert gradient is not None
         return Score(
             float(terms.total),
@@ -207,14 +209,16 @@ class Stylizer:
                         pixels = iterate.best
                         yield Step(scale, iteration, total, iterate, content.alpha)
                 except FloatingPointError as error:
-                    self._fall_back(error)
+                    if not self._fall_back(error):
+                        raise
 
-    def _fall_back(self, error: FloatingPointError) -> None:
-        """Go on in fp32, from the best picture so far, if the precision was ours to choose."""
+    def _fall_back(self, reason: object) -> bool:
+        """Go on in fp32 if the precision was ours to choose: whether it was."""
         if not self._automatic or self.precision == "fp32":
-            raise error
+            return False
+        log.info("precision: fp32 from here on, as fp16 cannot hold this run: %s", reason)
         self.precision = "fp32"
-        log.info("precision: fp32 from here on, as fp16 cannot hold this run: %s", error)
+        return True
 
     def _objective(
         self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config

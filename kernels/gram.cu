@@ -1,5 +1,5 @@
 // F F^T of all style layers. The positions are shared out over the blocks, since C x C alone is too few tiles to fill a
-// chip; layers.cu adds the shares in a fixed order. Only tiles on and above the diagonal are computed.
+// chip; losses.cu adds the shares in a fixed order. Only tiles on and above the diagonal are computed.
 
 #include "tiles.cuh"
 

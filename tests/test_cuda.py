@@ -3,6 +3,7 @@
 The classes of `engine.kernels` run unchanged, with `launch` replaced; so what they pass is tested as well.
 """
 
+import contextlib
 import re
 import shutil
 from importlib import resources
@@ -333,3 +334,38 @@ def test_bf16_products_without_tensor_cores(programs):
     programs.launch("probe", "probe", (1,), left, right, plain, shuffled)
     torch.testing.assert_close(plain, shuffled, rtol=1e-5, atol=1e-5)
     assert plain.abs().min() > 0
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, possible):
+    """With a stand-in for CUDA's graphs: two rounds of launches, one that is recorded, then replays."""
+    seen = []
+
+    class Graph:
+        def replay(self):
+            seen.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, stream, capture_error_mode):
+        if not possible:
+            raise RuntimeError("not on this stream")
+        seen.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    recorded = kernels.Recorded(torch.device("cuda"))
+    with caplog.at_level("INFO", logger="engine"):
+        for _ in range(4):
+            recorded(lambda: seen.append("launch"))
+    if possible:
+        assert seen == ["launch", "launch", "capture", "launch", "replay", "replay"]
+    else:
+        assert seen == ["launch"] * 4
+        assert "launched one by one: not on this stream" in caplog.text
+    on_cpu = kernels.Recorded(torch.device("cpu"))
+    seen.clear()
+    for _ in range(4):
+        on_cpu(lambda: seen.append("launch"))
+    assert seen == ["launch"] * 4

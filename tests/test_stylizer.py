@@ -189,6 +189,24 @@ def test_a_run_that_fp16_cannot_hold_goes_on_in_fp32(pictures, monkeypatch, capl
         named(pictures["content"], pictures["style"], TINY)
 
 
+def test_a_score_that_fp16_cannot_hold_is_taken_in_fp32(pictures, monkeypatch):
+    from engine import losses, provider
+
+    write = losses.Objective.write
+
+    def breaks(self, pixels, gradient):
+        loss = write(self, pixels, gradient)
+        return loss.fill_(float("nan")) if self.network.spec.precision == "fp16" else loss
+
+    monkeypatch.setattr(losses.Objective, "write", breaks)
+    monkeypatch.setattr(provider, "resolve", lambda device, precision: ("onnxruntime", "fp16"))
+    arguments = (pictures["content"], pictures["content"], pictures["style"])
+    own = Stylizer(weights="embedded", precision="auto")
+    assert np.isfinite(own.evaluate(*arguments).loss)
+    assert own.precision == "fp32"
+    assert np.isnan(Stylizer(weights="embedded", precision="fp16").evaluate(*arguments).loss)
+
+
 def test_mistakes_are_raised_by_the_call_not_by_the_first_step(stylizer, pictures):
     with pytest.raises(FileNotFoundError):
         stylizer.steps("missing.png", pictures["style"])
