@@ -45,7 +45,7 @@ def pictures(
 def _photograph(rng: Generator, names: Sequence[str]) -> Image.Image:
     from skimage import data
 
-    image = Image.fromarray(getattr(data, names[rng.integers(len(names))])()).convert("RGB")
+    image = Image.fromarray(getattr(data, names[int(rng.integers(len(names)))])()).convert("RGB")
     crop = _crop(image, rng, 0.55)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.uniform() < 0.5 else crop
 

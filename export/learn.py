@@ -16,8 +16,8 @@ One convolution after another, without labels or gradients, from the pictures of
 4. The filter is rounded to the bits it is stored with; the bias makes the ReLU pass the same share of positions in each
    channel; the length makes what passes have root mean square `RMS`. The next layer learns from the rounded one.
 
-With every channel of every layer at one scale, each Gram matrix contributes alike under equal layer weights. Layers
-past `deepest` are random directions (see `embedded`), calibrated in the same way.
+With every channel of a layer at one scale, all of them have a say in its Gram matrix. Layers past `deepest` are random
+directions (see `embedded`), calibrated in the same way.
 
 Torch runs on one thread: the same seed and the same versions give the same file.
 """
@@ -42,7 +42,9 @@ from . import embedded, vgg
 from .drawings import PHOTOGRAPHS, pictures
 from .weights import IMAGENET_MEAN, IMAGENET_STD
 
-RMS = 0.6  # root mean square of every channel behind its ReLU: the balance of style and content losses depends on it
+# Root mean square of every channel behind its ReLU, by block. The balance of style and content losses depends on it.
+# The first blocks are louder: they know the palette, which would give way to strokes, and grey would stay grey.
+RMS = (0.7, 0.5, 0.4, 0.35, 0.35)
 _CHUNK = 4  # pictures a convolution works on at a time
 
 
@@ -95,7 +97,7 @@ def learn(recipe: Recipe, progress: bool = True) -> dict[str, Tensor]:
         else:
             stored, step = embedded.directions(conv, recipe.seed), torch.ones(conv.out_channels)
         weight = embedded.expand(stored, step, conv)
-        length, bias = _calibration(patches.flatten(1) @ weight.flatten(1).T, recipe.active)
+        length, bias = _calibration(patches.flatten(1) @ weight.flatten(1).T, recipe.active, RMS[conv.block - 1])
         tensors[f"{conv.name}.step"], tensors[f"{conv.name}.bias"] = step * length, bias
         weight = embedded.expand(stored, step * length, conv)
         x = torch.cat([functional.relu(functional.conv2d(part, weight, bias, padding=1)) for part in x.split(_CHUNK)])
@@ -166,11 +168,11 @@ def _spherical_kmeans(vectors: Tensor, count: int, recipe: Recipe, generator: to
     return centroids
 
 
-def _calibration(responses: Tensor, active: float) -> tuple[Tensor, Tensor]:
-    """Lengths and biases (C,) by which filters of these responses (n, C) pass a share `active` at `RMS`."""
+def _calibration(responses: Tensor, active: float, size: float) -> tuple[Tensor, Tensor]:
+    """Lengths and biases (C,) by which filters of these responses (n, C) pass a share `active` at rms `size`."""
     threshold = responses.sort(0).values[int((1 - active) * (len(responses) - 1))]
     passed = functional.relu(responses - threshold).square().mean(0).sqrt()
-    length = RMS / passed.clamp(min=1e-6 * float(passed.max()))
+    length = size / passed.clamp(min=1e-6 * float(passed.max()))
     return length, -threshold * length
 
 
