@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SET_UP := .venv/.set-up
 MARK ?= not slow and not gpu
-# The face of the sample needs a content layer that sees finer things than relu4_2 does at this size.
-DEMO ?= --size 256 --iterations 60 --content-layers relu2_2 --style-weight 4000
+DEMO ?= --size 256 --iterations 60
 
 .PHONY: demo test test-slow lint bench clean
 

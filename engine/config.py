@@ -38,9 +38,10 @@ class Config:
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
     )
     content_weight: float = _option(1.0, "weight of the content loss")
-    style_weight: float = _option(1e4, "weight of the style loss")
+    style_weight: float = _option(3e3, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
-    content_layers: tuple[str, ...] = _option(("relu4_2",), "layers of the content loss")
+    # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
+    content_layers: tuple[str, ...] = _option(("relu2_2",), "layers of the content loss")
     style_layers: tuple[str, ...] = _option(
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "layers of the style loss"
     )

@@ -7,12 +7,14 @@ and stores nothing else but the cotangents of the loss layers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from .export import vgg
@@ -71,8 +73,8 @@ class Features:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        """Own the memory."""
-        with self._lock:
+        """Own the memory, and keep torch to the calling thread: its OpenMP threads would spin on our processors."""
+        with self._lock, _openmp().limit(limits=1, user_api="openmp"):
             yield
 
     def forward(self) -> None:
@@ -160,6 +162,12 @@ class Features:
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.
 _BLOCKS = {64: 48, 128: 24, 256: 24, 512: 48}
+
+
+@functools.cache
+def _openmp() -> ThreadpoolController:
+    """The OpenMP libraries of this process; a limit on their threads holds for the calling thread alone."""
+    return ThreadpoolController()
 
 
 def _count(shape: tuple[int, int, int, int]) -> int:

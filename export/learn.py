@@ -3,17 +3,21 @@
 One convolution after another, without labels or gradients, from the pictures of `drawings`. For the activations x
 (N, C, H, W) that reach a convolution:
 
-1. The channels are rotated to their principal axes, the weakest are dropped and the others brought nearer to each
-   other in deviation. Then the same for 3x3 patches of them: what is left of a patch is a vector of at most a few
-   hundred numbers. Whitening in full would teach the filters noise, and the style loss would paint it; none at all
-   would leave them blind to everything but light and dark. The powers in `Recipe` stand between.
-2. Spherical k-means (Coates, Ng 2012) with one centroid an output channel, on vectors of comparable length. Step 1 is
-   linear, so a filter is its centroid taken back through it.
-3. The filter is rounded to the bits it is stored with; the bias makes the ReLU pass the same share of positions in each
+1. What all channels have in common on average is taken out of each position. So the nine taps of a filter each give
+   nothing for the mean activation, and a neighbour outside the picture, for which the convolution takes zero, counts as
+   an average one: the rim of a picture is painted like the rest of it.
+2. The channels are rotated to their principal axes, the weakest are dropped and the others brought nearer to each
+   other in deviation. Then the same for 3x3 patches of them: what is left of a patch is a vector of some hundreds of
+   numbers; with fewer the deep layers forget where things are, and faces dissolve. Whitening in full would teach the
+   filters noise, and the style loss would paint it; none at all would leave them blind to everything but light and
+   dark. The powers in `Recipe` stand between.
+3. Spherical k-means (Coates, Ng 2012) with one centroid an output channel, on vectors of comparable length. Steps 1
+   and 2 are linear, so a filter is its centroid taken back through them.
+4. The filter is rounded to the bits it is stored with; the bias makes the ReLU pass the same share of positions in each
    channel; the length makes what passes have root mean square `RMS`. The next layer learns from the rounded one.
 
-With every channel of every layer at one scale, each Gram matrix contributes alike under equal layer weights. Layers
-past conv5_1 are random directions (see `embedded`), calibrated in the same way.
+With every channel of a layer at one scale, all of them have a say in its Gram matrix. Layers past `deepest` are random
+directions (see `embedded`), calibrated in the same way.
 
 Torch runs on one thread: the same seed and the same versions give the same file.
 """
@@ -38,8 +42,9 @@ from . import embedded, vgg
 from .drawings import PHOTOGRAPHS, pictures
 from .weights import IMAGENET_MEAN, IMAGENET_STD
 
-RMS = 0.3  # root mean square of every channel behind its ReLU: the balance of style and content losses depends on it
-DEEPEST = "conv5_1"  # the last layer that is learned
+# Root mean square of every channel behind its ReLU, by block. The balance of style and content losses depends on it.
+# The first blocks are louder: they know the palette, which would give way to strokes, and grey would stay grey.
+RMS = (0.7, 0.5, 0.4, 0.35, 0.35)
 _CHUNK = 4  # pictures a convolution works on at a time
 
 
@@ -48,11 +53,13 @@ class Recipe:
     """All that decides the result besides versions; per-block numbers are in the order of the blocks."""
 
     seed: int = 0
+    photographs: tuple[str, ...] = PHOTOGRAPHS
+    deepest: str = "conv5_1"  # the last layer that is learned
     pictures: int = 48
     side: int = 192
     patches: int = 40_000
-    channel_axes: int = 128
-    patch_axes: tuple[int, ...] = (32, 128, 192, 256, 256)
+    channel_axes: int = 256
+    patch_axes: tuple[int, ...] = (27, 192, 384, 512, 512)
     channel_power: float = 0.6  # 0 leaves the deviations of the axes as they are, 1 makes them equal
     patch_power: float = 0.7
     channel_floor: float = 0.01  # noise floor of the variances, in means of the variances
@@ -71,7 +78,7 @@ def learn(recipe: Recipe, progress: bool = True) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(recipe.seed)
     steps = tqdm(total=recipe.pictures + len(vgg.CONVS), file=sys.stderr, disable=not progress, desc="pictures")
     images = []
-    for picture in pictures(recipe.pictures, recipe.side, recipe.seed):
+    for picture in pictures(recipe.pictures, recipe.side, recipe.seed, recipe.photographs):
         images.append(torch.from_numpy(picture))
         steps.update()
     mean, std = torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1), torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
@@ -90,11 +97,11 @@ def learn(recipe: Recipe, progress: bool = True) -> dict[str, Tensor]:
         else:
             stored, step = embedded.directions(conv, recipe.seed), torch.ones(conv.out_channels)
         weight = embedded.expand(stored, step, conv)
-        length, bias = _calibration(patches.flatten(1) @ weight.flatten(1).T, recipe.active)
+        length, bias = _calibration(patches.flatten(1) @ weight.flatten(1).T, recipe.active, RMS[conv.block - 1])
         tensors[f"{conv.name}.step"], tensors[f"{conv.name}.bias"] = step * length, bias
         weight = embedded.expand(stored, step * length, conv)
         x = torch.cat([functional.relu(functional.conv2d(part, weight, bias, padding=1)) for part in x.split(_CHUNK)])
-        learned = learned and conv.name != DEEPEST
+        learned = learned and conv.name != recipe.deepest
         steps.update()
     steps.close()
     return tensors
@@ -116,9 +123,12 @@ def _patches(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _filters(patches: Tensor, count: int, block: int, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Filters (count, C, 3, 3) learned from patches (n, C, 9): steps 1 and 2."""
+    """Filters (count, C, 3, 3) learned from patches (n, C, 9): steps 1 to 3."""
     channels = patches.shape[1]
-    rows = (patches - patches.mean((0, 2))[:, None]).transpose(1, 2)  # (n, 9, C)
+    mean = patches.mean((0, 2))
+    rows = (patches - mean[:, None]).transpose(1, 2)  # (n, 9, C)
+    if channels > 3:  # normalised pixels have a mean of about zero already
+        rows -= (rows @ mean)[..., None] * (mean / (mean @ mean))
     axes = _axes(rows.reshape(-1, channels), recipe.channel_power, recipe.channel_floor)[:, : recipe.channel_axes]
     vectors = (rows @ axes).flatten(1)  # (n, 9 q)
     vectors -= vectors.mean(0)
@@ -158,11 +168,11 @@ def _spherical_kmeans(vectors: Tensor, count: int, recipe: Recipe, generator: to
     return centroids
 
 
-def _calibration(responses: Tensor, active: float) -> tuple[Tensor, Tensor]:
-    """Lengths and biases (C,) by which filters of these responses (n, C) pass a share `active` at `RMS`."""
+def _calibration(responses: Tensor, active: float, size: float) -> tuple[Tensor, Tensor]:
+    """Lengths and biases (C,) by which filters of these responses (n, C) pass a share `active` at rms `size`."""
     threshold = responses.sort(0).values[int((1 - active) * (len(responses) - 1))]
     passed = functional.relu(responses - threshold).square().mean(0).sqrt()
-    length = RMS / passed.clamp(min=1e-6 * float(passed.max()))
+    length = size / passed.clamp(min=1e-6 * float(passed.max()))
     return length, -threshold * length
 
 
@@ -171,8 +181,8 @@ def recipe_text(recipe: Recipe) -> str:
     versions = {name: version(name) for name in ("numpy", "pillow", "scikit-image", "torch")}
     versions["python"] = platform.python_version()
     method = "engine.export.learn: spherical k-means of partly whitened patches, layer by layer"
-    data = f"engine.export.drawings; from scikit-image (CC0, public domain): {', '.join(PHOTOGRAPHS)}"
-    settings = asdict(recipe) | {"rms": RMS, "deepest": DEEPEST}
+    data = "engine.export.drawings; photographs (CC0, public domain) from scikit-image"
+    settings = asdict(recipe) | {"rms": RMS}
     return json.dumps({"method": method, "data": data, "versions": versions, **settings}, sort_keys=True)
 
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from engine import Config
 
 
-def test_defaults_are_the_papers_layers():
+def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
     config = Config()
     assert config.style_layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-    assert config.layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
+    assert config.layers == ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def test_the_shipped_features_are_calibrated():
     layers = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     with torch.no_grad():
         features = net.module(layers, "avg")(picture(160, 160, seed=5).float())
-    for layer, value in features.items():
+    for (layer, value), intended in zip(features.items(), RMS, strict=True):
         size = float(value.square().mean().sqrt())
-        assert RMS / 6 < size < 6 * RMS, layer
+        assert intended / 6 < size < 6 * intended, layer
         assert float((value > 0).float().mean()) > 0.1, layer
 
 

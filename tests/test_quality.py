@@ -1,0 +1,48 @@
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("skimage", reason="scikit-image brings the photographs")
+
+from benchmarks import quality, styles
+
+
+def test_exponential_curves_are_read_exactly():
+    """log style is linear in content on them, so the values between their points are known."""
+    steep = [(c, 3 * math.exp(-4 * c)) for c in (0, 0.3, 0.9)]
+    flat = [(c, 3 * math.exp(-c)) for c in (0, 0.1, 0.5)]
+    found = quality.at_equal_content({"steep": steep, "flat": flat[::-1]})
+    assert found == pytest.approx({"steep": 3 * math.exp(-1), "flat": 3 * math.exp(-0.25)})
+
+
+def test_curves_without_a_common_content_distance_are_refused():
+    with pytest.raises(ValueError, match="in common"):
+        quality.at_equal_content({"a": [(0.1, 1), (0.2, 1)], "b": [(0.3, 1), (0.4, 1)]})
+
+
+def test_ratios_are_geometric_means_over_pairs():
+    def curves(share):
+        return {"random": [(0, 1.0), (1, 1.0)], "final": [(0, share), (1, share)]}
+
+    found = quality.ratios({"one": {"judge": curves(0.1)}, "two": {"judge": curves(0.4)}})
+    assert found["judge"] == pytest.approx({"random": 1, "final": 0.2})
+
+
+def test_gabor_moduli_find_the_direction_of_a_grating():
+    """The third filter looks along 45 degrees; and a picture is at no distance from itself."""
+    y, x = np.mgrid[:128, :128]
+    grating = np.uint8(127 + 100 * np.sin((x + y) * math.pi / 2 / math.sqrt(2)))
+    picture = Image.fromarray(np.repeat(grating[..., None], 3, 2))
+    response = quality.gabor(picture)["modulus 0"][:8].mean(1)
+    assert int(response.argmax()) == 2
+    judge = (quality.gabor, "modulus 2")
+    assert quality.distances(judge, picture, picture, picture, 128) == (0, 0)
+
+
+def test_styles_are_colourful_pictures():
+    for draw in styles.STYLES.values():
+        picture = np.asarray(draw())
+        assert picture.shape == (styles.SIDE, styles.SIDE, 3)
+        assert picture.std() > 20
