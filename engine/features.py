@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -22,12 +21,24 @@ class Features(Protocol):
     order of the runtime. Everything happens inside `use`.
     """
 
-    spec: vgg.Spec
     image: Tensor
     gradient: Tensor
-    features: Mapping[str, Tensor]
-    cotangents: Mapping[str, Tensor]
-    products: kernels.Products | None  # those of the losses on a CPU that suit this runtime best; None is BLAS
+
+    @property
+    def spec(self) -> vgg.Spec:
+        """What it was opened for."""
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """ReLU outputs by layer."""
+
+    @property
+    def cotangents(self) -> Mapping[str, Tensor]:
+        """What the losses write, by loss layer."""
+
+    @property
+    def products(self) -> kernels.Products | None:
+        """The matrix products of the losses that suit this runtime best on a CPU; None is BLAS."""
 
     def use(self) -> AbstractContextManager[None]:
         """Own the memory; on a GPU, on the stream of the runtime, which is ordered with the caller's at both ends.
@@ -58,7 +69,15 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
     if device == "cpu":
         from . import winograd
 
-        return partial(winograd.Features, network=winograd.Network(weights, layers, threads))
+        transformed = winograd.Network(weights, layers, threads)
+
+        def open_program(spec: vgg.Spec, *, forward_only: bool = False) -> Features:
+            return winograd.Features(spec, transformed, forward_only=forward_only)
+
+        return open_program
     from . import session
 
-    return partial(session.Features, weights=weights, device=device, threads=threads)
+    def open_graphs(spec: vgg.Spec, *, forward_only: bool = False) -> Features:
+        return session.Features(spec, weights, device, threads, forward_only=forward_only)
+
+    return open_graphs

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import provider
+from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
 from .export.weights import Weights
@@ -103,7 +103,8 @@ class Features:
     def __init__(
         self, spec: vgg.Spec, weights: Weights, device: str, threads: int, *, forward_only: bool = False
     ) -> None:
-        self.spec, self.products = spec, None
+        self.spec = spec
+        self.products: kernels.Products | None = None
         self._lock = threading.RLock()
         on_cpu = device not in provider.GPUS
         place = torch.device("cpu" if on_cpu else "cuda:0")

@@ -155,7 +155,7 @@ class Features:
         tiles = -(-step["height"] // 4) * -(-step["width"] // 4)
         block = min(_BLOCKS[step["c_in"]], -(-tiles // winograd.TILES) * winograd.TILES)
         blocks, groups = -(-tiles // block), 1
-        while blocks * groups < 2 * self.products.count and step["c_out"] % (2 * groups * winograd.BLOCK) == 0:
+        while blocks * groups < 2 * self.products.count and step["c_out"] % (2 * groups * vector.BLOCK) == 0:
             groups *= 2
         return {"tasks": blocks * groups, "tiles": block, "groups": groups}
 

@@ -87,7 +87,7 @@ def vjp_initializers(spec: vgg.Spec, weights: Weights) -> dict[str, NDArray[Any]
     for conv in spec.convs:
         turned = weights.kernel(conv)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
         if conv.after_pool and spec.pooling == "avg":
-            turned = turned / 4
+            turned = turned / np.float32(4)
         arrays[f"{conv.name}.vjp"] = np.ascontiguousarray(turned, DTYPES[spec.precision])
     return arrays
 

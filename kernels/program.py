@@ -106,7 +106,7 @@ def scratch_size(rows: NDArray[Any]) -> int:
     return max(needed)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _take(context, counters, index):  # type: ignore[no-untyped-def]
     """Atomically add one to a counter; its value before."""
 
@@ -117,7 +117,7 @@ def _take(context, counters, index):  # type: ignore[no-untyped-def]
     return types.int64(counters, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _look(context, counters, index):  # type: ignore[no-untyped-def]
     """Atomically read a counter."""
 
@@ -132,7 +132,7 @@ def _data(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return context.make_array(signature.args[0])(context, builder, arguments[0]).data
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _offer(context):  # type: ignore[no-untyped-def]
     """Offer the processor to another thread."""
 
@@ -178,7 +178,7 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
 def _compile(sources: int) -> Any:
     """The entry. numba caches machine code by file and closure of a function; `sources` stands for the other files."""
 
-    @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @njit(nogil=True, cache=True, error_model="numpy")
     def work(table, taken, done, scratch):  # type: ignore[no-untyped-def]
         """Do tasks of the program until it is finished."""
         if sources < 0:

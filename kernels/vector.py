@@ -170,7 +170,7 @@ def _product(rows: int, adds: bool) -> Any:
         for total, place in zip(code.loop(chunks, before, chunk), places, strict=True):
             code.store(total, place)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def product(context, v, row, column, u, line, depth, m, m_row):  # type: ignore[no-untyped-def]
         return procedure(8, emit)
 
@@ -182,7 +182,7 @@ def _product(rows: int, adds: bool) -> Any:
 multiply, multiply_add, multiply_add_square = _product(ROWS, False), _product(ROWS, True), _product(SQUARE, True)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  # type: ignore[no-untyped-def]
     """SQUARE rows of m, SQUARE wide = rows of v (panels * BLOCK long) times SQUARE rows of U, transposed.
 
@@ -211,7 +211,7 @@ def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def copy(context, source, target, count):  # type: ignore[no-untyped-def]
     """Copy `count` floats, a multiple of LANES."""
 
@@ -225,7 +225,7 @@ def copy(context, source, target, count):  # type: ignore[no-untyped-def]
     return procedure(3, emit)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def clear(context, target, count):  # type: ignore[no-untyped-def]
     """Set `count` floats, a multiple of LANES, to zero."""
 
@@ -239,7 +239,7 @@ def clear(context, target, count):  # type: ignore[no-untyped-def]
     return procedure(2, emit)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pointer(context, address):  # type: ignore[no-untyped-def]
     """An address as a pointer to float32."""
 

@@ -81,7 +81,7 @@ def _input(flipped: bool) -> Any:
             for i, value in enumerate(line([cells[j] for cells in lines])):
                 code.store(value, code.step(target, plane, 6 * i + j))
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def transform(context, source, row, column, target, plane):  # type: ignore[no-untyped-def]
         return procedure(5, emit)
 
@@ -116,7 +116,7 @@ def _output(mode: str) -> Any:
                             value = code.where_positive(code.load(address), value)
                         code.store(value, address)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def output(context, m, plane, extra, target, row, column, height, width):  # type: ignore[no-untyped-def]
         return procedure(8, emit)
 

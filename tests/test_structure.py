@@ -14,7 +14,7 @@ ALLOWED = {
     "image": set(),
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
-    "session": {"provider", "export"},
+    "session": {"provider", "export", "kernels"},
     "winograd": {"export", "kernels"},
     "losses": {"config", "features", "kernels"},
     "autograd": {"losses"},
