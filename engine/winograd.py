@@ -161,7 +161,7 @@ class Features:
 
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.
-_BLOCKS = {64: 48, 128: 24, 256: 24, 512: 48}
+_BLOCKS = {64: 36, 128: 36, 256: 36, 512: 72}
 
 
 @functools.cache

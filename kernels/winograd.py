@@ -175,12 +175,13 @@ def convolve(  # type: ignore[no-untyped-def]
         v, result = scratch + 4 * p * rows * c_in, m + 4 * p * rows * wide
         if turned:
             plane = u + 4 * (6 * _TURNED[p // 6] + _TURNED[p % 6]) * c_in * c_out
-            for n in range(0, wide, SQUARE):
+            for strip in range(0, wide, LANES):  # rows of U and of V that fit into the first cache together
                 for t in range(0, rows, SQUARE):
-                    place = plane + 4 * (channel + n) * BLOCK
-                    multiply_transposed(
-                        v + 4 * t * c_in, c_in, place, c_out * BLOCK, c_in // BLOCK, result + 4 * (t * wide + n), wide
-                    )
+                    for n in range(strip, strip + LANES, SQUARE):
+                        rows_of_u, place = plane + 4 * (channel + n) * BLOCK, result + 4 * (t * wide + n)
+                        multiply_transposed(
+                            v + 4 * t * c_in, c_in, rows_of_u, c_out * BLOCK, c_in // BLOCK, place, wide
+                        )
         else:
             plane = u + 4 * p * c_in * c_out
             for n in range(0, wide, BLOCK):
