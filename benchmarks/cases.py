@@ -86,9 +86,8 @@ class Engine:
 
         stylizer = Stylizer(problem.weights, device, precision)
         content = images.resize(problem.content, problem.size)
-        network = stylizer._features(problem.size, problem.config)
-        self._objective = stylizer._objective(network, content, [problem.style], problem.config)
-        self._device = network.image.device
+        self._objective = stylizer._objective(content, [problem.style], problem.config)
+        self._device = self._objective.network.image.device
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
         terms, gradient = self._objective.evaluate(pixels.to(self._device))
@@ -98,10 +97,10 @@ class Engine:
     def iterate(self, start: Tensor) -> Iterator[float]:
         """On a GPU the loss is waited for: the times are those of finished iterations."""
         from engine.optimize import State, minimise
-        from engine.stylizer import _within
+        from engine.stylizer import within
 
         run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State())
-        for iterate in _within(self._objective.network, run):
+        for iterate in within(self._objective.network, run):
             yield iterate.loss
 
 

@@ -9,8 +9,8 @@ this process, and peak memory is measured in a fresh process each.
     it/s, ratio  median of one iteration (evaluation and optimiser step), and eager's over the variant's
     fastest      the same ratio for the fastest iterations
     GFLOP/s      of the convolutions alone, and its share of the rate of fp32 matrix products measured in the same turns
-    peak MiB     resident memory after 25 iterations; the baseline's L-BFGS history goes on growing until the 100th
-    imports MiB  the part of it that the libraries take
+    peak MiB     resident memory after 100 iterations, those of a default run's last scale
+    imports MiB  the part of it that importing torch and the loop takes; what either imports later counts as its own
 
 The first line says how many cores were busy with other work. Unless that is next to none the ratios mean nothing:
 OpenMP's barriers make eager torch many times slower beside a busy neighbour, and flatter the engine.

@@ -18,7 +18,7 @@ from engine import BackendError, kernels, provider
 from engine.export import vgg
 from engine.kernels.lbfgs import HISTORY
 from engine.optimize import State, minimise
-from engine.stylizer import Stylizer, _within
+from engine.stylizer import Stylizer, within
 
 from . import cases, machine, timing, torch_network
 from .gpu import Rows
@@ -252,7 +252,7 @@ def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Ite
     assert isinstance(engine, cases.Engine)
     objective = engine._objective
     start = problem.start.to(objective.network.image.device)
-    return _within(objective.network, minimise(objective.write, start, optimizer, 10**4, State()))
+    return within(objective.network, minimise(objective.write, start, optimizer, 10**4, State()))
 
 
 def loop(

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch._dynamo  # noqa: F401  # torch.optim imports it in its first step, which is to be charged to no variant
-
-from engine import BackendError
+from engine import BackendError, Config
 
 from . import cases, machine
 from .cases import Loop, Problem
 
 TURN = 3  # iterations of one variant before the next one has its turn
 WARM_UP = 3  # iterations after the first one that are not timed
-MEMORY_ITERATIONS = 25  # more than the engine's L-BFGS history of 20, a quarter of torch's 100
+MEMORY_ITERATIONS = Config().iterations  # of a default run's last scale; torch's L-BFGS history grows until then
 
 
 def start(rows: dict[str, dict[str, Any]], problem: Problem, strict: bool = True) -> dict[str, Iterator[float]]:
@@ -25,6 +23,8 @@ def start(rows: dict[str, dict[str, Any]], problem: Problem, strict: bool = True
 
     `strict` asks for the error at the small picture as well.
     """
+    import torch._dynamo  # torch.optim imports it in its first step, which is to be charged to no variant
+
     point = problem.point(0)
     oracle = cases.build("float64", problem).loss_and_gradient(point)[1]
     loops: dict[str, Iterator[float]] = {}
@@ -88,8 +88,6 @@ def in_turns(
 def memory(name: str, problem: Problem) -> dict[str, float]:
     """Peak memory of this process after some iterations, and what the imports alone took of it."""
     if name in cases.ENGINES:
-        import onnxruntime  # noqa: F401
-
         import engine.stylizer  # noqa: F401
     else:
         import torchvision  # noqa: F401

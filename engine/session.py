@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
 from .export.weights import Weights
+from .features import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class _Graph:
     ) -> None:
         self._session = _open(model, arrays, device, precision, threads, stream)
         provider.verify(self._session, device)
-        _give_back_freed_memory()
+        give_back_freed_memory()
         self._binding = self._session.io_binding()
         self._tensors = dict(tensors)  # the binding holds addresses only
         on_gpu = device in provider.GPUS
@@ -89,12 +89,6 @@ def _open(
             log.info("device %s: %s does not open with %s: %s", device, model.graph.name, settings, error)
             failure = error
     raise BackendError(f"device {device}: ONNX Runtime cannot open {model.graph.name} ({failure})") from failure
-
-
-def _give_back_freed_memory() -> None:
-    """Opening a session frees some copies of the weights, which glibc would keep: a third of a small run's memory."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Features:

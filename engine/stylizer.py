@@ -118,7 +118,7 @@ class Stylizer:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()
         self._source = weights
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._open: tuple[int, str, Open] | None = None
         self._networks: OrderedDict[Hashable, Features] = OrderedDict()
         self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
@@ -164,9 +164,8 @@ class Stylizer:
         config = config or Config()
         picture = images.load(image)
         size = picture.size
-        network = self._features(size, config)
-        objective = self._objective(network, images.resize(images.load(content), size), _load_styles(style), config)
-        terms, gradient = objective.evaluate(images.to_tensor(picture).to(network.image.device))
+        objective = self._objective(images.resize(images.load(content), size), _load_styles(style), config)
+        terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
         if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
             return self.evaluate(picture, content, style, config)
         assert gradient is not None
@@ -199,18 +198,28 @@ class Stylizer:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
             end = iteration + iterations
             while iteration < end:
-                network = self._features(size, config)
-                objective = self._objective(network, scaled, styles, config)
-                pixels = pixels.to(network.image.device)
-                run = minimise(objective.write, pixels, config.optimizer, end - iteration, state)
                 try:
-                    for iterate in _within(network, run):
+                    for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state):
                         iteration += 1
                         pixels = iterate.best
                         yield Step(scale, iteration, total, iterate, content.alpha)
                 except FloatingPointError as error:
                     if not self._fall_back(error):
                         raise
+
+    def _minimise(
+        self,
+        content: images.Picture,
+        styles: list[images.Picture],
+        config: Config,
+        start: Tensor,
+        iterations: int,
+        state: State,
+    ) -> Iterator[Iterate]:
+        """The run at one scale, that of `content`, whose network is let go at its end."""
+        objective = self._objective(content, styles, config)
+        start = start.to(objective.network.image.device)
+        yield from within(objective.network, minimise(objective.write, start, config.optimizer, iterations, state))
 
     def _fall_back(self, reason: object) -> bool:
         """Go on in fp32 if the precision was ours to choose: whether it was."""
@@ -220,16 +229,14 @@ class Stylizer:
         self.precision = "fp32"
         return True
 
-    def _objective(
-        self, network: Features, content: images.Picture, styles: list[images.Picture], config: Config
-    ) -> Objective:
-        """The objective at the size of `network`, whose content picture has that size already."""
+    def _objective(self, content: images.Picture, styles: list[images.Picture], config: Config) -> Objective:
+        """The objective at the size of the content picture."""
+        grams = [self._style_grams(style, max(content.size), config) for style in styles]  # whose memory is free again
+        network = self._features(content.size, config)
         with network.use():
             network.image.copy_(images.to_tensor(content))
             network.forward()
             targets = {layer: network.features[layer].clone() for layer in config.content_layers}
-        long_side = max(network.spec.height, network.spec.width)
-        grams = [self._style_grams(style, long_side, config) for style in styles]
         mean = {layer: torch.stack([each[layer] for each in grams]).mean(0) for layer in config.style_layers}
         return Objective(network, targets, mean, config)
 
@@ -250,6 +257,8 @@ class Stylizer:
         return self._cached(self._grams, key, _STYLES, make)
 
     def _features(self, size: tuple[int, int], config: Config) -> Features:
+        if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
+            return self._open_features(size, config.layers, config)
         key = (size, config.layers, config.pooling, self.precision)
         return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, config.layers, config))
 
@@ -265,10 +274,12 @@ class Stylizer:
     def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
         """Name and opener of the network down to the deepest of `layers`, made anew only for a deeper one."""
         depth = len(vgg.cut(layers))
-        if self._open is None or self._open[0] < depth:
-            weights = load_weights(self._source, layers)
-            self._open = depth, weights.name, open_network(weights, layers, self.device, self._threads)
-        return self._open[1:]
+        with self._lock:
+            if self._open is None or self._open[0] < depth:
+                self._open = None  # before the deeper one is made: they need not stand side by side
+                weights = load_weights(self._source, layers)
+                self._open = depth, weights.name, open_network(weights, layers, self.device, self._threads)
+            return self._open[1:]
 
     def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
         """The entry of a least-recently-used cache; one thread at a time makes a new one."""
@@ -288,7 +299,7 @@ def _load_styles(style: Any) -> list[images.Picture]:
     return [images.load(source) for source in sources]
 
 
-def _within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
+def within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
     """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
     while True:
         with network.use():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .export import vgg
 from .export.weights import Weights
+from .features import give_back_freed_memory
 from .kernels import nhwc, program, vector, winograd
 from .kernels.program import CONVOLVE, FIRST, LAST, MASK, POOL, UNPOOL
 
@@ -36,6 +37,7 @@ class Network:
             else:
                 self.arrays[conv.name] = winograd.transform_kernel(kernel)
             self.arrays[f"{conv.name}.bias"] = weights.parameters[f"{conv.name}.bias"].numpy().copy()
+        give_back_freed_memory()
 
     def address(self, name: str) -> int:
         """Where the array `name` stands."""
@@ -161,7 +163,7 @@ class Features:
 
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.
-_BLOCKS = {64: 36, 128: 36, 256: 36, 512: 72}
+_BLOCKS = {64: 36, 128: 36, 256: 36, 512: 48}
 
 
 @functools.cache

@@ -132,7 +132,7 @@ RELU, MASKED, MASKED_SUM, PLAIN = range(4)  # what `convolve` makes of its resul
 
 def scratch_size(c_in: int, c_out: int, tiles: int) -> int:
     """Floats that `convolve` needs to itself for blocks of `tiles` tiles."""
-    return 36 * (tiles * (c_in + c_out) + c_in)
+    return 36 * (tiles * (c_in + c_out) + 2 * LANES + c_in)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -150,8 +150,9 @@ def convolve(  # type: ignore[no-untyped-def]
     rows = -(-count // TILES) * TILES  # of V and M; those past `count` hold leftovers, which nobody reads
     wide = c_out // groups
     channel = group * wide
-    m = scratch + 4 * 36 * rows * c_in
-    patch = m + 4 * 36 * rows * wide
+    v_plane, m_plane = rows * c_in + LANES, rows * wide + LANES  # an odd number of cache lines: all sets are used
+    m = scratch + 4 * 36 * v_plane
+    patch = m + 4 * 36 * m_plane
     for t in range(count):
         y, x = 4 * ((first + t) // across) - 1, 4 * ((first + t) % across) - 1
         row, tile = width * c_in, source + 4 * (y * width + x) * c_in
@@ -168,11 +169,11 @@ def convolve(  # type: ignore[no-untyped-def]
         for c in range(0, c_in, LANES):
             place = scratch + 4 * (t * c_in + c)
             if turned:
-                transform_input_flipped(tile + 4 * c, row, c_in, place, rows * c_in)
+                transform_input_flipped(tile + 4 * c, row, c_in, place, v_plane)
             else:
-                transform_input(tile + 4 * c, row, c_in, place, rows * c_in)
+                transform_input(tile + 4 * c, row, c_in, place, v_plane)
     for p in range(36):
-        v, result = scratch + 4 * p * rows * c_in, m + 4 * p * rows * wide
+        v, result = scratch + 4 * p * v_plane, m + 4 * p * m_plane
         if turned:
             plane = u + 4 * (6 * _TURNED[p // 6] + _TURNED[p % 6]) * c_in * c_out
             for strip in range(0, wide, LANES):  # rows of U and of V that fit into the first cache together
@@ -193,7 +194,7 @@ def convolve(  # type: ignore[no-untyped-def]
         high, broad = min(4, height - y), min(4, width - x)
         for c in range(0, wide, LANES):
             place, offset = m + 4 * (t * wide + c), 4 * ((y * width + x) * c_out + channel + c)
-            stride, row = rows * wide, width * c_out
+            stride, row = m_plane, width * c_out
             if ending == RELU:
                 output_relu(place, stride, extra + 4 * (channel + c), target + offset, row, c_out, high, broad)
             elif ending == MASKED:

@@ -11,9 +11,8 @@ def objective(stylizer, pictures):
     config = Config(
         size=40, style_weight=50, tv_weight=3, style_layers=("relu1_1", "relu3_1"), content_layers=("relu2_2",)
     )
-    network = stylizer._features((40, 36), config)
     content = image.resize(image.load(pictures["content"]), (40, 36))
-    return stylizer._objective(network, content, [image.load(pictures["style"])], config)
+    return stylizer._objective(content, [image.load(pictures["style"])], config)
 
 
 def pixels(seed=0):

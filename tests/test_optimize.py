@@ -158,9 +158,8 @@ def test_lbfgs_goes_where_torchs_does_on_a_picture(stylizer, pictures):
     from engine import Config, autograd, image
 
     content = image.load(pictures["content"])
-    network = stylizer._features((48, 34), Config())
     scaled = image.resize(content, (48, 34))
-    objective = stylizer._objective(network, scaled, [image.load(pictures["style"])], Config())
+    objective = stylizer._objective(scaled, [image.load(pictures["style"])], Config())
     start = image.to_tensor(scaled)
     theirs = torchs_lbfgs(lambda x: autograd.loss(x, objective), start, 60)
     ours = [step.loss for step in optimize.minimise(objective.write, start, "lbfgs", 60, State())]

@@ -322,7 +322,7 @@ def test_caches_are_bounded(pictures, monkeypatch):
 
     monkeypatch.setattr(module, "_NETWORKS", 2)
     monkeypatch.setattr(module, "_STYLES", 3)
-    own = Stylizer(weights="embedded", device="cpu")
+    own = Stylizer(weights="embedded", device="onnxruntime")
     for size, style in itertools.product((48, 52, 56), range(2)):
         own(pictures["content"], noise(40, 40, style), Config(size=size, iterations=1, scales=1))
     assert len(own._networks) == 2

