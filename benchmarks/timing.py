@@ -23,7 +23,7 @@ def start(rows: dict[str, dict[str, Any]], problem: Problem, strict: bool = True
 
     `strict` asks for the error at the small picture as well.
     """
-    import torch._dynamo  # torch.optim imports it in its first step, which is to be charged to no variant
+    import torch._dynamo  # noqa: F401  # torch.optim imports it in its first step, which is to be charged to no variant
 
     point = problem.point(0)
     oracle = cases.build("float64", problem).loss_and_gradient(point)[1]

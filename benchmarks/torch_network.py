@@ -26,7 +26,7 @@ class Features:
     """VGG-19 by torch and autograd, as an `engine.features.Features`; in NHWC order."""
 
     def __init__(self, spec: vgg.Spec, module: torch.nn.Module, device: str) -> None:
-        self.spec = spec
+        self.spec, self.products = spec, None
         dtype = _DTYPES[spec.precision]
         self._module = module.to(device, dtype, memory_format=torch.channels_last)
         self._lock = threading.RLock()

@@ -25,4 +25,4 @@ def content_gradient_reference(features: NDArray[Any], target: NDArray[Any]) -> 
 def content_loss_blas(features: Tensor, target: Tensor, difference: Tensor) -> Tensor:
     """Write F - P (C, M) into `difference` and return L as a 0-dim fp32 tensor."""
     torch.sub(features, target, out=difference)
-    return torch.linalg.vector_norm(difference, dtype=torch.float32).square() / features.numel()
+    return torch.linalg.vector_norm(difference, dtype=torch.float64).square().float() / features.numel()

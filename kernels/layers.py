@@ -33,7 +33,10 @@ _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 
 
 class Products(Protocol):
-    """The matrix products of a layer on a CPU: (C, M) features, (C, C) fp32 matrices; see `gram` and `style`."""
+    """What a layer costs on a CPU: (C, M) features, (C, C) fp32 matrices; see `gram`, `style` and `content`."""
+
+    def content_loss(self, features: Tensor, target: Tensor, difference: Tensor) -> Tensor:
+        """Write F - P into `difference` and return the loss, 0-dim fp32."""
 
     def gram(self, features: Tensor, out: Tensor) -> Tensor:
         """Write F F^T / M into `out` and return it."""
@@ -45,8 +48,9 @@ class Products(Protocol):
 
 
 class Blas:
-    """`Products` by torch's BLAS, for any layout and precision."""
+    """`Products` by torch and its BLAS, for any layout and precision."""
 
+    content_loss = staticmethod(content_loss_blas)
     gram = staticmethod(gram_blas)
     style_gradient = staticmethod(style_gradient_blas)
 
@@ -167,7 +171,7 @@ class Layers:
             loudness = 0.0
             if layer.content is not None:
                 room = torch.empty_like(layer.features) if layer.cotangent is None else layer.cotangent
-                loss = content_loss_blas(layer.features, layer.content, room)
+                loss = self._products.content_loss(layer.features, layer.content, room)
                 self.terms[1] += loss
                 loudness += 2 * self._content_weight / elements * math.sqrt(loss)
             if layer.target is not None:

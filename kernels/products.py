@@ -15,6 +15,9 @@ STRETCH = 48  # positions of one task of `style_gradient`
 _STRIP = 64  # positions that `gram` holds in the first cache
 
 
+LENGTH = 1 << 16  # floats of one task of `content_loss`
+
+
 def gram_shares(positions: int, channels: int) -> int:
     """Into how many parts the positions are cut, each with a partial Gram matrix: more where it has few blocks."""
     blocks = channels // BLOCK
@@ -66,6 +69,23 @@ def gram_sum(partial, target, positions, channels, shares, row):  # type: ignore
         result[row, column] = total * factor
         if column // BLOCK > row // BLOCK:
             result[column, row] = total * factor
+
+
+@njit(nogil=True, error_model="numpy")
+def content_loss(features, content, difference, count, sums, task):  # type: ignore[no-untyped-def]
+    """LENGTH elements of difference = F - P, all of `count` floats, and their square sum in sums[task]."""
+    begin = task * LENGTH
+    length = min(LENGTH, count - begin)
+    f, p = array(features + 4 * begin, (length,)), array(content + 4 * begin, (length,))
+    d, total = array(difference + 4 * begin, (length,)), array(sums, (task + 1,))
+    large = 0.0  # double
+    for i in range(0, length, 256):
+        small = np.float32(0)
+        for k in range(i, min(i + 256, length)):
+            d[k] = f[k] - p[k]
+            small += d[k] * d[k]
+        large += small
+    total[task] = large
 
 
 @njit(nogil=True, error_model="numpy")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import nhwc, products, winograd
 
-FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST, GRAM, GRAM_SUM, STYLE = range(9)  # what a step does
+FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST, CONTENT, GRAM, GRAM_SUM, STYLE = range(10)  # what a step does
 _STEP = np.dtype(
     [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
     + [(name, np.int64) for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest")]
@@ -50,6 +50,15 @@ class Threads:
         for other in others:
             other.result()
 
+    def content_loss(self, features: Tensor, target: Tensor, difference: Tensor) -> Tensor:
+        """Write F - P into `difference` and return the loss, 0-dim fp32; all (C, M)."""
+        count = features.numel()
+        sums = torch.empty(-(-count // products.LENGTH))
+        step = {"op": CONTENT, "tasks": len(sums), "width": count, "extra": sums.data_ptr()}
+        step |= {"source": features.data_ptr(), "weights": target.data_ptr(), "target": difference.data_ptr()}
+        self._run_steps([features, target, difference], [step])
+        return sums.double().sum().float() / count
+
     def gram(self, features: Tensor, out: Tensor) -> Tensor:
         """Write F F^T / M into `out` (C, C) and return it."""
         channels, positions = features.shape
@@ -59,7 +68,7 @@ class Threads:
         tasks = products.gram_tasks(channels, shares)
         block = {"op": GRAM, "tasks": tasks, "source": features.data_ptr(), "target": partial.data_ptr()}
         total = {"op": GRAM_SUM, "tasks": channels, "source": partial.data_ptr(), "target": out.data_ptr()}
-        self._run_steps(features, [shared | block, shared | total])
+        self._run_steps([features], [shared | block, shared | total])
         return out
 
     def style_gradient(
@@ -70,11 +79,10 @@ class Threads:
         matrix = difference * factor
         step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "extra": int(accumulate)}
         step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": matrix.data_ptr()}
-        self._run_steps(features, [step | {"width": positions, "c_out": channels}])
+        self._run_steps([features, out], [step | {"width": positions, "c_out": channels}])
 
-    def _run_steps(self, features: Tensor, steps: list[dict[str, int]]) -> None:
-        assert features.dtype == torch.float32
-        assert features.T.is_contiguous()
+    def _run_steps(self, tensors: list[Tensor], steps: list[dict[str, int]]) -> None:
+        assert all(tensor.dtype == torch.float32 and tensor.T.is_contiguous() for tensor in tensors)
         rows = table(steps)
         floats = scratch_size(rows)
         self.run(rows, [torch.empty(floats) for _ in range(self.count)])
@@ -165,6 +173,8 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         nhwc.unpool(source, target, extra, height, width, channels, step.largest, task, scratch)
     elif step.op == MASK:
         nhwc.mask(source, target, width, channels, task)
+    elif step.op == CONTENT:
+        products.content_loss(source, weights, target, width, extra, task)
     elif step.op == GRAM:
         products.gram(source, target, width, channels, step.groups, task)
     elif step.op == GRAM_SUM:

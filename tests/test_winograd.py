@@ -181,6 +181,16 @@ def test_gram(positions, channels, threads):
     assert torch.equal(out, out.T)
 
 
+@pytest.mark.parametrize("positions", [1, 300, 5000])
+def test_content_loss(positions):
+    generator = torch.Generator().manual_seed(0)
+    features, target = (torch.randn(positions, 64, generator=generator).T for _ in range(2))
+    difference = torch.full((positions, 64), torch.nan).T
+    loss = Threads(2).content_loss(features, target, difference)
+    assert torch.equal(difference, features - target)
+    assert float(loss) == pytest.approx(float((features.double() - target.double()).square().mean()), rel=1e-6)
+
+
 @pytest.mark.parametrize("positions", [1, 5, 48, 257])
 @pytest.mark.parametrize("channels", [64, 256])
 @pytest.mark.parametrize("accumulate", [False, True])
