@@ -29,7 +29,7 @@ PROVIDERS = {  # of ONNX Runtime; the device `cpu` is the program of `winograd`
 }
 GPUS = ("cuda", "tensorrt")
 DEVICES = ("auto", "cpu", *PROVIDERS)
-_EXTRA = {"cpu": "cpu", "onnxruntime": "cpu", "cuda": "gpu", "tensorrt": "tensorrt"}
+_EXTRA = {"onnxruntime": "cpu", "cuda": "gpu", "tensorrt": "tensorrt"}
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
@@ -52,7 +52,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     else:
         check(device)
     if precision == "bf16":
-        raise BackendError("precision bf16: ONNX Runtime has no bf16 kernels for these graphs; choose fp32 or fp16")
+        raise BackendError("precision bf16: no device here computes in it; the CPU is faster in fp32, a GPU runs fp16")
     if precision == "auto":
         precision = "fp16" if device in GPUS else "fp32"  # see `Stylizer` for runs that fp16 cannot hold
     elif precision == "fp16" and device == "cpu":
@@ -64,12 +64,10 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
 
 def check(device: str) -> None:
     """Raise BackendError, naming the missing library and the install line, unless `device` can run here."""
+    if device == "cpu":
+        return
     extra = _EXTRA[device]
     line = INSTALL.format(extra=extra)
-    if device == "cpu":
-        if importlib.util.find_spec("numba") is None:
-            raise BackendError(f"device cpu: numba is missing: {line}")
-        return
     ort = onnxruntime(extra)
     if device == "onnxruntime":
         return

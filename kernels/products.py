@@ -78,13 +78,13 @@ def content_loss(features, content, difference, count, sums, task):  # type: ign
     length = min(LENGTH, count - begin)
     f, p = array(features + 4 * begin, (length,)), array(content + 4 * begin, (length,))
     d, total = array(difference + 4 * begin, (length,)), array(sums, (task + 1,))
-    large = 0.0  # double
+    large = np.float64(0)
     for i in range(0, length, 256):
         small = np.float32(0)
         for k in range(i, min(i + 256, length)):
             d[k] = f[k] - p[k]
             small += d[k] * d[k]
-        large += small
+        large += np.float64(small)
     total[task] = large
 
 
