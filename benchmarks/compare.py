@@ -86,13 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, columns = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        description=description,
-        epilog=columns,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = machine.parser("compare", __doc__)
     parser.add_argument("--size", type=int, default=256, help="long side in pixels (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each variant (default 9)")
     parser.add_argument("--weights", default="embedded", help="embedded, imagenet or a file (default embedded)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -18,6 +19,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 _SIDE = 2048  # of the matrices whose product gives the machine's rate
 MATRIX_GFLOP = 2 * _SIDE**3 / 1e9
+
+
+def parser(name: str, documentation: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`: the first paragraph describes it, the rest follows the options."""
+    description, _, details = (documentation or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def now(device: str) -> float:

@@ -23,7 +23,6 @@ in variances of P; style distances are averaged over layers, and over pairs as a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -48,6 +47,7 @@ from engine.export.learn import Recipe, learn
 from engine.export.weights import load as load_weights
 
 from .machine import ROOT, commit
+from .machine import parser as parser_of
 from .styles import STYLES
 
 CONTENTS = ("astronaut", "camera", "chelsea")
@@ -62,13 +62,7 @@ Judge = tuple[Callable[[Image.Image], Features], str]  # features of a picture; 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("quality", __doc__)
     parser.add_argument("what", nargs="?", choices=("sheet", "table"), help="only one of the two")
     parser.add_argument("--size", type=int, default=160, help="long side of the results in pixels (default 160)")
     parser.add_argument("--iterations", type=int, default=40, help="of the table's last scale (default 40)")
