@@ -69,7 +69,7 @@ def test_evaluate_against_float64_max_pooling(states, size, naming, device):
         errors.append(check_evaluate(own, state, size, Config(pooling="max", **ALL_TERMS), seed))
         if errors[-1] < 1e-4:
             break
-    if size != (256, 200):
+    if device == "onnxruntime" or size != (256, 200):
         assert errors[-1] < 1e-4
     assert max(errors) < 3e-2
 
