@@ -1,7 +1,7 @@
-"""Gram matrices and style gradients of features in NHWC order on a CPU, as tasks of a program.
+"""Losses, Gram matrices and style gradients of features in NHWC order on a CPU, as tasks of a program.
 
-Features F are fp32 (positions, channels) at an address in bytes, channels a multiple of BLOCK; see `gram` and `style`
-for the formulas, `vector` for the products.
+Features F are fp32 (positions, channels) at an address in bytes, channels a multiple of BLOCK; see `gram`, `style`
+and `content` for the formulas, `vector` for the products.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .vector import BLOCK, ROWS, SQUARE, array, clear, copy, multiply, multiply_add, multiply_add_square
-
-STRETCH = 48  # positions of one task of `style_gradient`
-_STRIP = 64  # positions that `gram` holds in the first cache
-
+from .vector import BLOCK, ROWS, SQUARE, array, clear, copy, multiply_add, multiply_add_square
 
 LENGTH = 1 << 16  # floats of one task of `content_loss`
+STRETCH = 48  # positions of one task of `style_gradient`
+_STRIP = 64  # positions that `gram` holds in the first cache
 
 
 def gram_shares(positions: int, channels: int) -> int:
@@ -32,7 +30,7 @@ def gram_tasks(channels: int, shares: int) -> int:
 
 def scratch_size(channels: int) -> int:
     """Floats that `style_gradient` needs to itself."""
-    return ROWS * (channels + BLOCK)
+    return 2 * ROWS * channels
 
 
 @njit(nogil=True, error_model="numpy")
@@ -89,26 +87,23 @@ def content_loss(features, content, difference, count, sums, task):  # type: ign
 
 
 @njit(nogil=True, error_model="numpy")
-def style_gradient(features, matrix, target, positions, channels, adds, task, scratch):  # type: ignore[no-untyped-def]
-    """STRETCH rows of target = F matrix (channels, channels), or of target += F matrix if `adds`."""
+def style_gradient(features, panels, target, positions, channels, adds, task, scratch):  # type: ignore[no-untyped-def]
+    """STRETCH rows of target = F matrix, or of target += F matrix if `adds`.
+
+    `panels` (channels / BLOCK, channels, BLOCK) holds the columns of the matrix (channels, channels).
+    """
     first, last = task * STRETCH, min(positions, (task + 1) * STRETCH)
     for t in range(first, last, ROWS):
-        source, result, stride = features + 4 * t * channels, target + 4 * t * channels, channels
-        whole = t + ROWS <= last
+        source, result, whole = features + 4 * t * channels, target + 4 * t * channels, t + ROWS <= last
+        count = min(ROWS, last - t) * channels
+        if not adds:
+            clear(result, count)
         if not whole:  # nothing past the last position is read or written
-            copy(source, scratch, (last - t) * channels)
-            source = scratch
+            copy(source, scratch, count)
+            copy(result, scratch + 4 * ROWS * channels, count)
+            source, result = scratch, scratch + 4 * ROWS * channels
         for n in range(0, channels, BLOCK):
-            place = result + 4 * n
-            if not whole:
-                place, stride = scratch + 4 * ROWS * channels, BLOCK
-            if adds and whole:
-                multiply_add(source, channels, 1, matrix + 4 * n, channels, channels, place, stride)
-            else:
-                multiply(source, channels, 1, matrix + 4 * n, channels, channels, place, stride)
-            if not whole:
-                rows = array(place, (ROWS, BLOCK))
-                values = array(result, (last - t, channels))
-                for i in range(last - t):
-                    for c in range(BLOCK):
-                        values[i, n + c] = rows[i, c] + values[i, n + c] if adds else rows[i, c]
+            panel = panels + 4 * n * channels
+            multiply_add(source, channels, 1, panel, BLOCK, channels, result + 4 * n, channels)
+        if not whole:
+            copy(result, target + 4 * t * channels, count)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import nhwc, products, winograd
+from .vector import BLOCK
 
 FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST, CONTENT, GRAM, GRAM_SUM, STYLE = range(10)  # what a step does
 _STEP = np.dtype(
@@ -76,9 +77,10 @@ class Threads:
     ) -> None:
         """Write (or add) factor * (G - A) F into `out` (C, M)."""
         channels, positions = features.shape
-        matrix = difference * factor
+        panels = torch.empty(channels // BLOCK, channels, BLOCK)
+        torch.mul(difference.view(channels, -1, BLOCK).transpose(0, 1), factor, out=panels)
         step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "extra": int(accumulate)}
-        step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": matrix.data_ptr()}
+        step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": panels.data_ptr()}
         self._run_steps([features, out], [step | {"width": positions, "c_out": channels}])
 
     def _run_steps(self, tensors: list[Tensor], steps: list[dict[str, int]]) -> None:
@@ -109,7 +111,7 @@ def scratch_size(rows: NDArray[Any]) -> int:
             needed.append(nhwc.scratch_size(int(step["width"])))
         elif op == STYLE:
             needed.append(products.scratch_size(wide))
-        else:
+        elif op == UNPOOL:
             needed.append(wide)
     return max(needed)
 

@@ -137,7 +137,7 @@ def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[...,
     return types.void(*[types.int64] * count), codegen
 
 
-def _product(rows: int, adds: bool) -> Any:
+def _product(rows: int, adds: bool, streams: bool) -> Any:
     def emit(code: Code, v: Any, row: Any, column: Any, u: Any, line: Any, depth: Any, m: Any, m_row: Any) -> None:
         starts = [code.step(v, row, i) for i in range(rows)]
         places = [[code.offset(code.step(m, m_row, i), LANES * j) for j in range(_COLUMNS)] for i in range(rows)]
@@ -146,10 +146,10 @@ def _product(rows: int, adds: bool) -> Any:
         def add(k: Any, sums: list[Any]) -> list[Any]:
             panel, across = code.offset(u, code.b.mul(k, line)), code.b.mul(k, column)
             columns = [code.load(code.offset(panel, LANES * j)) for j in range(_COLUMNS)]
-            # A panel of U that streams from memory is asked for while the one before it is at work.
-            following = code.offset(panel, code.b.mul(depth, line))
-            for j in range(_COLUMNS):
-                code.prefetch(code.offset(following, LANES * j))
+            if streams:
+                following = code.offset(panel, code.b.mul(depth, line))
+                for j in range(_COLUMNS):
+                    code.prefetch(code.offset(following, LANES * j))
             result = []
             for i, start in enumerate(starts):
                 value = code.splat(code.load(code.offset(start, across), FLOAT))
@@ -178,8 +178,10 @@ def _product(rows: int, adds: bool) -> Any:
 
 
 # (v, row, column, u, line, depth, m, m_row): m = V U, or m + V U, for a few rows of V (depth long, `row` floats from
-# row to row, `column` from element to element) and U (depth, BLOCK), whose lines are `line` floats apart.
-multiply, multiply_add, multiply_add_square = _product(ROWS, False), _product(ROWS, True), _product(SQUARE, True)
+# row to row, `column` from element to element) and U (depth, BLOCK), whose lines are `line` floats apart. `multiply`
+# expects U to stream from memory, and asks for the panel behind it in time.
+multiply = _product(ROWS, adds=False, streams=True)
+multiply_add, multiply_add_square = _product(ROWS, True, False), _product(SQUARE, True, False)
 
 
 @intrinsic
