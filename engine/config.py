@@ -40,14 +40,21 @@ class Config:
     content_weight: float = _option(1.0, "weight of the content loss")
     style_weight: float = _option(3e3, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
+    tv_power: float = _option(2.0, "power of a difference of neighbours in the total variation loss, from 1")
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
     content_layers: tuple[str, ...] = _option(("relu2_2",), "layers of the content loss")
     style_layers: tuple[str, ...] = _option(
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "layers of the style loss"
     )
     pooling: str = _option("avg", "pooling of the network: avg or max")
-    init: str = _option("content", "start from content, noise or a picture (PATH)")
+    init: str = _option("content", "start from content, noise, style (its colours, drawn) or a picture (PATH)")
+    init_noise: float = _option(0.0, "share of noise in the start, from 0 to 1")
     optimizer: str = _option("lbfgs", "lbfgs or adam")
+    learning_rate: float = _option(0.03, "step of adam, in pixel values from 0 to 1")
+    history: int = _option(20, "pairs that lbfgs remembers, from 1 to 20")
+    clamp: bool = _option(False, "keep the pixels of lbfgs in range at every step, as adam does")
+    average: float = _option(0.0, "decay of the running average of the pictures, which is then the result; 0 is off")
+    stop: float = _option(0.0, "end a scale when 20 evaluations improve the best loss by a smaller share; 0 is off")
     seed: int = _option(0, "seed of the noise")
 
     def __post_init__(self) -> None:
@@ -62,9 +69,7 @@ class Config:
                 raise ValueError(f"scales {self.scales!r}: give auto or a number")
             _whole("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
-            weight = getattr(self, name)
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise TypeError(f"{name} has to be a number, not {weight!r}")
+            weight = _float(name, getattr(self, name))
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name} {weight}: give a finite number that is not negative")
         for name in ("content_layers", "style_layers"):
@@ -80,6 +85,15 @@ class Config:
             object.__setattr__(self, name, tuple(layers))
         choice("pooling", self.pooling, ("avg", "max"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
+        _number("init_noise", self.init_noise, 0, 1)
+        _number("tv_power", self.tv_power, 1, 16)
+        _number("learning_rate", self.learning_rate, 1e-6, 1)
+        _number("average", self.average, 0, 0.9999)
+        _number("stop", self.stop, 0, 1)
+        _whole("history", self.history, 1, 20)
+        for name in ("clamp",):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
         object.__setattr__(self, "init", str(self.init))
 
     @property
@@ -122,3 +136,14 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
         raise TypeError(f"{name} has to be a whole number, not {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} {value}: give a number from {low} to {high}")
+
+
+def _float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} has to be a number, not {value!r}")
+    return value
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if not low <= _float(name, value) <= high:
+        raise ValueError(f"{name} {value}: give a number from {low:g} to {high:g}")

@@ -47,7 +47,12 @@ class Objective:
         self._layers = kernels.Layers(layers, config.content_weight, config.style_weight / len(grams), network.products)
         self._recorded = kernels.Recorded(network.image.device)
         self._pixels = kernels.Pixels(
-            network.image, network.gradient, self._layers.scale, config.tv_weight, self._layers.terms
+            network.image,
+            network.gradient,
+            self._layers.scale,
+            config.tv_weight,
+            self._layers.terms,
+            config.tv_power,
         )
 
     def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:

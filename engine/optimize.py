@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from . import kernels
 
+WINDOW = 20  # evaluations over which a stalled loss is told
 AHEAD = 2  # iterations that a GPU has been given when one is yielded: who reads its loss does not leave the GPU idle
 
 
@@ -26,7 +27,7 @@ class State:
 
 @dataclass(frozen=True)
 class Iterate:
-    """Result of one evaluation: its loss, and the best image (1, 3, H, W) of this scale so far."""
+    """Result of one evaluation: its loss, and the best or the average image (1, 3, H, W) of this scale so far."""
 
     best: Tensor
     _loss: Tensor = field(repr=False)  # in host memory
@@ -46,21 +47,38 @@ class Iterate:
 
 
 def minimise(
-    evaluate: Callable[[Tensor, Tensor], Tensor], start: Tensor, optimizer: str, iterations: int, state: State
+    evaluate: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    optimizer: str,
+    iterations: int,
+    state: State,
+    *,
+    rate: float = kernels.RATE,
+    history: int = kernels.HISTORY,
+    clamp: bool = False,
+    average: float = 0,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
     `evaluate` gets pixels (1, 3, H, W) fp32 and a tensor of that shape, into which it writes the gradient of the loss
     that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step) and
-    takes a step back, half by half, when it has diverged; `adam` keeps the pixels in [0, 1]. On a GPU iterations are
-    queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
+    takes a step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always
+    does. `rate` is Adam's, `history` counts the pairs of L-BFGS. With a decay `average` in (0, 1) the images that are
+    yielded are averages (see `_Average`). On a GPU iterations are queued AHEAD of those that are yielded, and the host
+    waits only where it reads a loss or an image.
 
     Raises FloatingPointError when a loss is not finite, on a GPU when the host comes to know it; the image has not
     moved since then, and what was yielded before stays good.
     """
     image = start.detach().clone()
+    if clamp:
+        image.clamp_(0, 1)
     gradient, loss = torch.empty_like(image), image.new_zeros(())
-    runner = kernels.Lbfgs(image, gradient, loss) if optimizer == "lbfgs" else _adam(image, gradient, loss, state)
+    if optimizer == "lbfgs":
+        runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, history, clamp)
+    else:
+        runner = _adam(image, gradient, loss, state, rate)
+    mean = _Average(image, average) if average else None
     losses = torch.empty(iterations, pin_memory=image.is_cuda)
     queued: deque[Iterate] = deque()
     unchecked: deque[tuple[int, Iterate]] = deque()
@@ -68,8 +86,13 @@ def minimise(
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
+        if mean is not None:
+            mean.add(image, loss)
         runner.step()
-        queued.append(Iterate(runner.best.clone(), losses[i], arrival))
+        if isinstance(runner, kernels.Adam):
+            state.steps, state.moments = runner.steps, tuple(runner.moments)
+        result = runner.best if mean is None else mean.value
+        queued.append(Iterate(result.clone(), losses[i], arrival))
         unchecked.append((i + 1, queued[-1]))
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())
@@ -78,8 +101,41 @@ def minimise(
     for each in unchecked:
         _check(*each)
     yield from queued
-    if isinstance(runner, kernels.Adam):
-        state.steps, state.moments = runner.steps, tuple(runner.moments)
+
+
+class Stall:
+    """Tells when the best loss of a scale has stalled: WINDOW evaluations lowered it by less than the share `least`."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+        self._best: deque[float] = deque(maxlen=WINDOW + 1)
+
+    def __call__(self, loss: float) -> bool:
+        """Whether it has, after an evaluation with this loss."""
+        self._best.append(min(loss, self._best[-1]) if self._best else loss)
+        before = self._best[0]
+        return len(self._best) > WINDOW and before - self._best[-1] < self._least * before
+
+
+class _Average:
+    """The exponential moving average of the images evaluated, free of the bias of its start.
+
+    After k images x_i it is sum_i d^(k-i) x_i / sum_i d^(k-i). An image whose loss has diverged or is not finite has no
+    share: the optimiser takes that step back. Nothing waits for a GPU.
+    """
+
+    def __init__(self, image: Tensor, decay: float) -> None:
+        self.value = image.clone()
+        self._decay = decay
+        self._mass = image.new_zeros((), dtype=torch.float64)
+        self._lowest = image.new_full((), math.inf)
+
+    def add(self, image: Tensor, loss: Tensor) -> None:
+        """Take the image of this loss in."""
+        self._lowest = torch.fmin(self._lowest, loss)
+        taken = torch.isfinite(loss) & (loss <= kernels.DIVERGED * self._lowest)
+        self._mass = torch.where(taken, self._decay * self._mass + 1, self._mass)
+        self.value.lerp_(image, (taken / self._mass.clamp(min=1)).float())
 
 
 def _check(iteration: int, iterate: Iterate) -> None:
@@ -90,8 +146,8 @@ def _check(iteration: int, iterate: Iterate) -> None:
         )
 
 
-def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State) -> kernels.Adam:
+def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State, rate: float) -> kernels.Adam:
     """Adam, started with the moments of the coarser scale."""
     size = image.shape[2:]
     moments = [functional.interpolate(each, size=size, mode="bilinear") for each in state.moments]
-    return kernels.Adam(image, gradient, loss, moments, state.steps)
+    return kernels.Adam(image, gradient, loss, moments, state.steps, rate)

@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         default = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         text = f"{option.metadata['help']} (default {default})"
         flag = "--" + option.name.replace("_", "-")
+        if isinstance(option.default, bool):
+            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=option.metadata["help"])
+            continue
         group.add_argument(flag, metavar=_METAVARS.get(option.name, "X"), default=argparse.SUPPRESS, help=text)
     group = parser.add_argument_group("how it runs")
     group.add_argument(
@@ -67,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 _METAVARS = {
     "size": "N", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
     "tv_weight": "W", "content_layers": "L[,L...]", "style_layers": "L[,L...]", "pooling": "avg|max",
-    "init": "content|noise|PATH", "optimizer": "lbfgs|adam", "seed": "N",
+    "init": "content|noise|style|PATH", "init_noise": "F", "optimizer": "lbfgs|adam", "seed": "N",
+    "tv_power": "F", "learning_rate": "F", "history": "N", "average": "F", "stop": "F",
 }  # fmt: skip
 
 
@@ -160,7 +164,9 @@ def _config(given: argparse.Namespace) -> Config:
     return Config(**values)
 
 
-def _parse(name: str, default: Any, text: str) -> Any:
+def _parse(name: str, default: Any, text: Any) -> Any:
+    if isinstance(default, bool):
+        return text
     if name == "iterations":
         counts = tuple(int(part) for part in text.split(","))
         return counts[0] if len(counts) == 1 else counts

@@ -27,7 +27,8 @@ from .export.weights import load as load_weights
 from .features import Features, Open
 from .features import network as open_network
 from .losses import Objective
-from .optimize import Iterate, State, minimise
+from .optimize import Iterate, Stall, State, minimise
+from .start import first_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,9 +44,10 @@ _STYLES = 64  # style targets kept, 2.4 MB each with the default layers
 class Step:
     """State of a run after one iteration.
 
-    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one. `loss`,
-    that of this iteration, and `image`, the best picture of this scale so far, are converted when they are asked for:
-    a GPU works ahead, and asking waits for it.
+    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one as far as
+    is known: a scale that stops early makes it smaller. `loss`, that of this iteration, and `image`, the best picture
+    of this scale so far (the average of its pictures with `Config.average`), are converted when they are asked for: a
+    GPU works ahead, and asking waits for it.
     """
 
     scale: int
@@ -61,7 +63,7 @@ class Step:
 
     @property
     def image(self) -> Image.Image:
-        """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
+        """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
         alpha, pixels = self._alpha, self._iterate.best
         if alpha is not None:
             height, width = pixels.shape[2:]
@@ -153,7 +155,7 @@ class Stylizer:
         picture = images.load(content)
         styles = _load_styles(style)
         schedule = config.schedule(picture.aspect)
-        start = images.load(config.init) if config.init not in ("content", "noise") else None
+        start = images.load(config.init) if config.init not in ("content", "noise", "style") else None
         return self._run(picture, styles, start, schedule, config)
 
     def evaluate(self, image: Any, content: Any, style: Any, config: Config | None = None) -> Score:
@@ -193,16 +195,23 @@ class Stylizer:
             size = content.fit(scale)
             scaled = images.resize(content, size)
             if pixels is None:
-                pixels = _first_pixels(scaled, start, config)
+                pixels = first_pixels(scaled, styles, start, config)
             else:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
             end = iteration + iterations
+            stalled = Stall(config.stop)
             while iteration < end:
                 try:
                     for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state):
                         iteration += 1
                         pixels = iterate.best
+                        stops = config.stop > 0 and stalled(iterate.loss)
+                        if stops:
+                            total -= end - iteration
+                            end = iteration
                         yield Step(scale, iteration, total, iterate, content.alpha)
+                        if stops:
+                            break
                 except FloatingPointError as error:
                     if not self._fall_back(error):
                         raise
@@ -219,7 +228,18 @@ class Stylizer:
         """The run at one scale, that of `content`, whose network is let go at its end."""
         objective = self._objective(content, styles, config)
         start = start.to(objective.network.image.device)
-        yield from within(objective.network, minimise(objective.write, start, config.optimizer, iterations, state))
+        iterates = minimise(
+            objective.write,
+            start,
+            config.optimizer,
+            iterations,
+            state,
+            rate=config.learning_rate,
+            history=config.history,
+            clamp=config.clamp,
+            average=config.average,
+        )
+        yield from within(objective.network, iterates)
 
     def _fall_back(self, reason: object) -> bool:
         """Go on in fp32 if the precision was ours to choose: whether it was."""
@@ -307,14 +327,3 @@ def within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
         if iterate is None:
             return
         yield iterate
-
-
-def _first_pixels(content: images.Picture, start: images.Picture | None, config: Config) -> Tensor:
-    """The pixels (1, 3, H, W) that the first scale starts from."""
-    if start is not None:
-        return images.to_tensor(images.resize(start, content.size))
-    if config.init == "content":
-        return images.to_tensor(content)
-    generator = torch.Generator().manual_seed(config.seed)
-    width, height = content.size
-    return torch.rand(1, 3, height, width, generator=generator)

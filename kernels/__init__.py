@@ -6,9 +6,11 @@ of its input, and serves as the oracle.
 """
 
 from ._cuda import Recorded
-from .adam import Adam
+from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, gram
-from .lbfgs import Lbfgs
+from .lbfgs import DIVERGED, HISTORY, Lbfgs
 from .pixels import Pixels
 
-__all__ = ["Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "gram"]
+__all__ = [
+    "DIVERGED", "HISTORY", "RATE", "Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "gram",
+]  # fmt: skip

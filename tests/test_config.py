@@ -34,6 +34,13 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"pooling": "maxx"}, ValueError, "did you mean max"),
         ({"optimizer": "lbgfs"}, ValueError, "did you mean lbfgs"),
         ({"seed": -1}, ValueError, "from 0"),
+        ({"tv_power": 0.5}, ValueError, "from 1 to 16"),
+        ({"average": 1.0}, ValueError, "from 0 to 0.9999"),
+        ({"stop": math.nan}, ValueError, "from 0 to 1"),
+        ({"stop": "0.1"}, TypeError, "number"),
+        ({"learning_rate": 0}, ValueError, "from 1e-06"),
+        ({"history": 21}, ValueError, "from 1 to 20"),
+        ({"clamp": 1}, TypeError, "True or False"),
     ],
 )
 def test_mistakes_are_named(options, error, words):

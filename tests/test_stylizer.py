@@ -143,6 +143,36 @@ def test_loss_falls_and_the_result_is_the_best_iterate(stylizer, pictures):
     assert min(losses) * 0.99 < score.loss < 0.5 * losses[0]  # clamping and rounding to eight bits cost something
 
 
+def test_a_stalled_scale_makes_room_for_the_next(stylizer, pictures):
+    """`total` is the last iteration, and the picture goes on from scale to scale."""
+    plain = Config(size=68, scales=2, iterations=60)
+    stopped = Config(size=68, scales=2, iterations=60, stop=0.9)
+    steps = list(stylizer.steps(pictures["content"], pictures["style"], stopped))
+    assert [step.iteration for step in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1].iteration == steps[-1].total == len(steps)
+    assert len(steps) < 100
+    assert steps[0].total == 145
+    assert {step.scale for step in steps} == {48, 68}
+    assert steps[-1].scale == 68
+    assert steps[0].total == next(stylizer.steps(pictures["content"], pictures["style"], plain)).total
+
+
+def test_the_controls_of_a_run_reach_it(stylizer, pictures):
+    """Each option changes the picture, and nothing but the option does."""
+    base = {"size": 48, "scales": 1, "iterations": 8, "tv_weight": 100.0}
+
+    def run(**options):
+        return stylizer(pictures["content"], pictures["style"], Config(**base, **options)).image.tobytes()
+
+    default, adam = run(), run(optimizer="adam")
+    assert run() == default
+    assert run(average=0.9) != default
+    assert run(tv_power=1.0) != default
+    assert run(history=1) != default
+    assert run(clamp=True) != default
+    assert run(optimizer="adam", learning_rate=0.1) != adam
+
+
 def test_steps_are_lazy_and_an_early_leave_stops(stylizer, pictures, monkeypatch):
     from engine import losses
 
