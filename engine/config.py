@@ -10,6 +10,7 @@ from typing import Any
 
 LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
+WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
 _MAX_SIZE = 16384
 
@@ -47,6 +48,8 @@ class Config:
         ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "layers of the style loss"
     )
     pooling: str = _option("avg", "pooling of the network: avg or max")
+    padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
+    tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
     init: str = _option("content", "start from content, noise, style (its colours, drawn) or a picture (PATH)")
     init_noise: float = _option(0.0, "share of noise in the start, from 0 to 1")
     optimizer: str = _option("lbfgs", "lbfgs or adam")
@@ -84,6 +87,7 @@ class Config:
                 raise ValueError(f"{name}: {', '.join(layers)} names a layer twice")
             object.__setattr__(self, name, tuple(layers))
         choice("pooling", self.pooling, ("avg", "max"))
+        choice("padding", self.padding, ("zero", "reflect", "replicate"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
         _number("init_noise", self.init_noise, 0, 1)
         _number("tv_power", self.tv_power, 1, 16)
@@ -91,15 +95,22 @@ class Config:
         _number("average", self.average, 0, 0.9999)
         _number("stop", self.stop, 0, 1)
         _whole("history", self.history, 1, 20)
-        for name in ("clamp",):
+        for name in ("clamp", "tile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
+        if self.tile and self.padding != "zero":
+            raise ValueError(f"padding {self.padding}: a picture that tiles has no border, leave padding or tile out")
         object.__setattr__(self, "init", str(self.init))
 
     @property
     def layers(self) -> tuple[str, ...]:
         """All loss layers, from the shallowest to the deepest."""
         return tuple(layer for layer in LAYERS if layer in self.content_layers or layer in self.style_layers)
+
+    def whole(self, size: tuple[int, int]) -> tuple[int, int]:
+        """A (width, height) that can be optimised: to tile, both are rounded up to multiples of WHOLE."""
+        width, height = (-(-side // WHOLE) * WHOLE for side in size) if self.tile else size
+        return width, height
 
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
@@ -110,7 +121,7 @@ class Config:
         auto = 1 + max(0, round(2 * math.log2(self.size / COARSEST)))
         count = auto if self.scales == "auto" else int(self.scales)
         sides = [round(self.size / math.sqrt(2) ** i) for i in reversed(range(count))]
-        sides = [side for side in sides if round(side / aspect) >= MIN_SIDE]
+        sides = [max(self.whole((side, side))) for side in sides if round(side / aspect) >= MIN_SIDE]
         if not sides:
             raise ValueError(
                 f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "

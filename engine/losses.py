@@ -53,6 +53,7 @@ class Objective:
             config.tv_weight,
             self._layers.terms,
             config.tv_power,
+            config.tile,
         )
 
     def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,15 +57,16 @@ def minimise(
     history: int = kernels.HISTORY,
     clamp: bool = False,
     average: float = 0,
+    wrap: bool = False,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
     `evaluate` gets pixels (1, 3, H, W) fp32 and a tensor of that shape, into which it writes the gradient of the loss
-    that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step) and
-    takes a step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always
-    does. `rate` is Adam's, `history` counts the pairs of L-BFGS. With a decay `average` in (0, 1) the images that are
-    yielded are averages (see `_Average`). On a GPU iterations are queued AHEAD of those that are yielded, and the host
-    waits only where it reads a loss or an image.
+    that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step), takes a
+    step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always does.
+    `rate` is Adam's, `history` counts the pairs of L-BFGS; with `wrap` the borders of the image see each other. With a
+    decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU iterations are queued
+    AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
 
     Raises FloatingPointError when a loss is not finite, on a GPU when the host comes to know it; the image has not
     moved since then, and what was yielded before stays good.
@@ -77,7 +78,7 @@ def minimise(
     if optimizer == "lbfgs":
         runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, history, clamp)
     else:
-        runner = _adam(image, gradient, loss, state, rate)
+        runner = _adam(image, gradient, loss, state, rate, wrap)
     mean = _Average(image, average) if average else None
     losses = torch.empty(iterations, pin_memory=image.is_cuda)
     queued: deque[Iterate] = deque()
@@ -146,8 +147,23 @@ def _check(iteration: int, iterate: Iterate) -> None:
         )
 
 
-def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State, rate: float) -> kernels.Adam:
+def resized(tensor: Tensor, size: Sequence[int], mode: str, wrap: bool) -> Tensor:
+    """A tensor (1, 3, h, w) at the (height, width) of a finer scale, by torch's interpolation of that mode.
+
+    With `wrap` its borders see each other; all sides are multiples of 16 then, so that a frame of one sixteenth of the
+    sides, 2 pixels at least, becomes one of one sixteenth.
+    """
+    if not wrap:
+        return functional.interpolate(tensor, size=tuple(size), mode=mode)
+    high, broad = (side // 16 for side in tensor.shape[2:])
+    framed = functional.pad(tensor, (broad, broad, high, high), mode="circular")
+    fine = functional.interpolate(framed, size=tuple(side + side // 8 for side in size), mode=mode)
+    height, width = size
+    return fine[:, :, height // 16 :, width // 16 :][:, :, :height, :width].contiguous()
+
+
+def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State, rate: float, wrap: bool) -> kernels.Adam:
     """Adam, started with the moments of the coarser scale."""
     size = image.shape[2:]
-    moments = [functional.interpolate(each, size=size, mode="bilinear") for each in state.moments]
+    moments = [resized(each, size, "bilinear", wrap) for each in state.moments]
     return kernels.Adam(image, gradient, loss, moments, state.steps, rate)

@@ -26,7 +26,7 @@ def first_pixels(
     if config.init == "style":
         pixels = _drawn(styles, height, width, generator)
     else:
-        pixels = images.to_tensor(images.resize(start or content, content.size))
+        pixels = images.to_tensor(images.resize(start or content, content.size, config.tile))
     return torch.lerp(pixels, noise, config.init_noise)
 
 

@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 _METAVARS = {
     "size": "N", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
     "tv_weight": "W", "content_layers": "L[,L...]", "style_layers": "L[,L...]", "pooling": "avg|max",
-    "init": "content|noise|style|PATH", "init_noise": "F", "optimizer": "lbfgs|adam", "seed": "N",
+    "padding": "zero|reflect|replicate", "init": "content|noise|style|PATH", "init_noise": "F",
+    "optimizer": "lbfgs|adam", "seed": "N",
     "tv_power": "F", "learning_rate": "F", "history": "N", "average": "F", "stop": "F",
 }  # fmt: skip
 

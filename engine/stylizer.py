@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from . import image as images
 from . import kernels, provider
@@ -27,7 +26,7 @@ from .export.weights import load as load_weights
 from .features import Features, Open
 from .features import network as open_network
 from .losses import Objective
-from .optimize import Iterate, Stall, State, minimise
+from .optimize import Iterate, Stall, State, minimise, resized
 from .start import first_pixels
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ class Stylizer:
         config = config or Config()
         picture = images.load(image)
         size = picture.size
-        objective = self._objective(images.resize(images.load(content), size), _load_styles(style), config)
+        objective = self._objective(images.resize(images.load(content), size, config.tile), _load_styles(style), config)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
         if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
             return self.evaluate(picture, content, style, config)
@@ -192,12 +191,12 @@ class Stylizer:
         state = State()
         pixels: Tensor | None = None
         for scale, iterations in schedule:
-            size = content.fit(scale)
-            scaled = images.resize(content, size)
+            size = config.whole(content.fit(scale))
+            scaled = images.resize(content, size, config.tile)
             if pixels is None:
                 pixels = first_pixels(scaled, styles, start, config)
             else:
-                pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
+                pixels = resized(pixels, size[::-1], "bicubic", config.tile)
             end = iteration + iterations
             stalled = Stall(config.stop)
             while iteration < end:
@@ -238,6 +237,7 @@ class Stylizer:
             history=config.history,
             clamp=config.clamp,
             average=config.average,
+            wrap=config.tile,
         )
         yield from within(objective.network, iterates)
 
@@ -261,13 +261,16 @@ class Stylizer:
         return Objective(network, targets, mean, config)
 
     def _style_grams(self, style: images.Picture, long_side: int, config: Config) -> dict[str, Tensor]:
-        """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it."""
+        """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it.
+
+        A style is not expected to tile: it has borders even where the image has none.
+        """
         size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
         digest = hashlib.sha256(style.rgb.tobytes()).digest()
-        key = (digest, style.size, size, config.style_layers, config.pooling, self.precision)
+        key = (digest, style.size, size, config.style_layers, config.pooling, config.padding, self.precision)
 
         def make() -> dict[str, Tensor]:
-            features = self._open_features(size, config.style_layers, config, forward_only=True)
+            features = self._open_features(size, config.style_layers, config, config.padding, forward_only=True)
             with features.use():
                 features.image.copy_(images.to_tensor(images.resize(style, size)))
                 features.forward()
@@ -277,18 +280,28 @@ class Stylizer:
         return self._cached(self._grams, key, _STYLES, make)
 
     def _features(self, size: tuple[int, int], config: Config) -> Features:
+        padding = "circular" if config.tile else config.padding
+
+        def make() -> Features:
+            return self._open_features(size, config.layers, config, padding)
+
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
-            return self._open_features(size, config.layers, config)
-        key = (size, config.layers, config.pooling, self.precision)
-        return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, config.layers, config))
+            return make()
+        key = (size, config.layers, config.pooling, padding, self.precision)
+        return self._cached(self._networks, key, _NETWORKS, make)
 
     def _open_features(
-        self, size: tuple[int, int], layers: tuple[str, ...], config: Config, forward_only: bool = False
+        self,
+        size: tuple[int, int],
+        layers: tuple[str, ...],
+        config: Config,
+        padding: str,
+        forward_only: bool = False,
     ) -> Features:
         precision = self.precision
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
-        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
+        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
         return self._network(config.layers)[1](spec, forward_only=forward_only)
 
     def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:

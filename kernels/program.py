@@ -27,7 +27,10 @@ from .vector import BLOCK
 FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST, CONTENT, GRAM, GRAM_SUM, STYLE = range(10)  # what a step does
 _STEP = np.dtype(
     [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
-    + [(name, np.int64) for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest")]
+    + [
+        (name, np.int64)
+        for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest", "padding")
+    ]
 )
 _PATIENCE = 200  # looks at a counter before the processor is offered to others
 
@@ -165,10 +168,10 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         count = min(step.tiles, tiles - first)
         winograd.convolve(
             source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
-            first, count, task % step.groups, step.groups, scratch,
+            step.padding, first, count, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == FIRST:
-        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, task, scratch)
+        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, step.padding, task, scratch)
     elif step.op == POOL:
         nhwc.pool(source, target, height, width, channels, step.largest, task)
     elif step.op == UNPOOL:
@@ -184,7 +187,7 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     elif step.op == STYLE:
         products.style_gradient(source, weights, target, width, channels, extra, task, scratch)
     else:
-        nhwc.last(source, target, height, width, step.c_in, weights, task, scratch)
+        nhwc.last(source, target, height, width, step.c_in, weights, step.padding, task, scratch)
 
 
 def _compile(sources: int) -> Any:

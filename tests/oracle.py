@@ -26,7 +26,9 @@ def random_state(seed: int = 0, caffe: bool = False) -> dict[str, Tensor]:
     return state
 
 
-def features(image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[str]) -> dict[str, Tensor]:
+def features(
+    image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[str], padding: str = "zero"
+) -> dict[str, Tensor]:
     """ReLU outputs (C, M) float64 of an image (H, W, 3) in [0, 1]."""
     x = image.permute(2, 0, 1)[None]
     caffe = "conv1_1.weight" in state
@@ -35,11 +37,14 @@ def features(image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[
     else:
         mean, std = (torch.tensor(v, dtype=torch.float64).reshape(1, 3, 1, 1) for v in IMAGENET)
         x = (x - mean) / std
-    found, index = {}, 0
+    found, index, channels_in = {}, 0, 3
     for block, (_, count) in enumerate(WIDTHS, 1):
         for i in range(1, count + 1):
             name = f"conv{block}_{i}" if caffe else f"features.{index}"
-            x = functional.conv2d(x, state[f"{name}.weight"].double(), state[f"{name}.bias"].double(), padding=1)
+            edge = padding if padding == "circular" or channels_in == 3 else "zero"
+            x = functional.pad(x, (1, 1, 1, 1), "constant" if edge == "zero" else edge)
+            x = functional.conv2d(x, state[f"{name}.weight"].double(), state[f"{name}.bias"].double())
+            channels_in = x.shape[1]
             x = functional.relu(x)
             if f"relu{block}_{i}" in layers:
                 found[f"relu{block}_{i}"] = x[0].flatten(1)
@@ -57,13 +62,13 @@ def objective(
     """Total loss, unweighted terms and gradient (H, W, 3) for pictures (H, W, 3) in [0, 1]."""
     layers = set(config.content_layers) | set(config.style_layers)
 
-    def see(picture: Tensor) -> dict[str, Tensor]:
-        return features(picture, state, config.pooling, layers)
+    def see(picture: Tensor, padding: str = "circular" if config.tile else config.padding) -> dict[str, Tensor]:
+        return features(picture, state, config.pooling, layers, padding)
 
     x = torch.from_numpy(image.astype(np.float64)).requires_grad_()
     with torch.no_grad():
         p = see(torch.from_numpy(content.astype(np.float64)))
-        a = see(torch.from_numpy(style.astype(np.float64)))
+        a = see(torch.from_numpy(style.astype(np.float64)), config.padding)
     f = see(x)
     content_loss = sum(((f[layer] - p[layer]) ** 2).mean() for layer in config.content_layers)
     style_loss = {}
@@ -71,7 +76,10 @@ def objective(
         gram = f[layer] @ f[layer].T / f[layer].shape[1]
         target = a[layer] @ a[layer].T / a[layer].shape[1]
         style_loss[layer] = ((gram - target) ** 2).sum() / (4 * len(gram) ** 2)
-    tv = ((x[1:] - x[:-1]) ** 2).mean() + ((x[:, 1:] - x[:, :-1]) ** 2).mean()
+    down, across = x.roll(-1, 0) - x, x.roll(-1, 1) - x
+    if not config.tile:
+        down, across = down[:-1], across[:, :-1]
+    tv = (down.abs() ** config.tv_power).mean() + (across.abs() ** config.tv_power).mean()
     style_mean = sum(style_loss.values()) / len(style_loss)
     total = config.content_weight * content_loss + config.style_weight * style_mean + config.tv_weight * tv
     (gradient,) = torch.autograd.grad(total, x)

@@ -313,3 +313,16 @@ def test_adam_is_torchs():
 def test_a_start_at_the_minimum_stays_there():
     steps = list(minimise(lambda x: (x**2).sum(), torch.zeros(1, 3, 3, 3), "lbfgs", 5, State()))
     assert [step.loss for step in steps] == [0] * 5
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_a_picture_that_wraps_is_enlarged_without_borders(mode):
+    """Shifted by a sixteenth it becomes the same picture, shifted by a sixteenth."""
+    coarse = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    fine = optimize.resized(coarse, (48, 64), mode, wrap=True)
+    assert fine.shape == (1, 3, 48, 64)
+    shifted = optimize.resized(coarse.roll((2 * 3, 3 * 5), (2, 3)), (48, 64), mode, wrap=True)
+    assert (shifted - fine.roll((3 * 3, 4 * 5), (2, 3))).abs().max() < 1e-5
+    plain = optimize.resized(coarse, (48, 64), mode, wrap=False)
+    assert (plain - fine)[..., 4:-4, 4:-4].abs().max() < 1e-5
+    assert (plain - fine).abs().max() > 0.05

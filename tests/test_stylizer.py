@@ -74,6 +74,61 @@ def test_evaluate_against_float64_max_pooling(states, size, naming, device):
     assert max(errors) < 3e-2
 
 
+EDGES = [({"padding": "reflect"}, (49, 67)), ({"padding": "replicate"}, (52, 35)), ({"tile": True}, (48, 80))]
+
+
+@pytest.mark.parametrize(("options", "size"), EDGES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_evaluate_against_float64_beyond_the_border(states, options, size, device):
+    path, state = states["torchvision"]
+    own = Stylizer(weights=path, device=device)
+    config = Config(**ALL_TERMS, tv_power=1.5, **options)
+    assert check_evaluate(own, state, size, config, seed=1) < 1e-4
+    picture, content, style = (noise(*size, 3 + i) for i in range(3))
+    assert (
+        error(
+            oracle.objective(picture, content, style, state, Config(**ALL_TERMS))[2],
+            own.evaluate(picture, content, style, config).gradient,
+        )
+        > 1e-2
+    )
+
+
+def test_rolling_a_picture_that_tiles_rolls_its_gradient(states):
+    path, _ = states["torchvision"]
+    own = Stylizer(weights=path, device="cpu")
+    picture, content, style = noise(48, 64, 1), noise(48, 64, 2), noise(40, 40, 3)
+    config = Config(tile=True, **ALL_TERMS)
+    score = own.evaluate(picture, content, style, config)
+    rolled = own.evaluate(*(np.roll(each, (16, -32), (0, 1)) for each in (picture, content)), style, config)
+    assert rolled.loss == pytest.approx(score.loss, rel=1e-6)
+    assert error(rolled.gradient, np.roll(score.gradient, (16, -32), (0, 1))) < 1e-5
+
+
+def test_a_picture_that_tiles_has_no_seam(stylizer, pictures):
+    """From noise, over two scales: neighbours across the border are as alike as those inside."""
+    options = {"size": 90, "scales": 2, "iterations": 30, "init": "noise", "content_weight": 0.0, "tv_weight": 300.0}
+
+    def seams(config):
+        picture = np.asarray(stylizer(pictures["content"], pictures["style"], config).image, np.float64)
+        found = []
+        for axis in (0, 1):
+            steps = np.abs(np.roll(picture, -1, axis) - picture).mean((1 - axis, 2))
+            found.append(steps[-1] / steps[:-1].mean())
+        return picture.shape, found
+
+    shape, tiled = seams(Config(tile=True, **options))
+    assert shape == (80, 96, 3)
+    assert max(tiled) < 1.5
+    _, plain = seams(Config(**options))
+    assert max(plain) > 1.8
+
+
+def test_a_score_of_a_picture_that_cannot_tile_is_refused(stylizer, pictures):
+    with pytest.raises(ValueError, match="56 x 40 pixels: to be tiled, its sides have to be multiples of 16"):
+        stylizer.evaluate(pictures["content"], pictures["content"], pictures["style"], Config(tile=True))
+
+
 def test_evaluate_with_other_layers_and_shared_ones(states):
     """relu3_1 is a content and a style layer at once; relu5_4 is deeper than the defaults."""
     path, state = states["torchvision"]
@@ -170,6 +225,8 @@ def test_the_controls_of_a_run_reach_it(stylizer, pictures):
     assert run(tv_power=1.0) != default
     assert run(history=1) != default
     assert run(clamp=True) != default
+    assert run(padding="reflect") != default
+    assert run(padding="replicate") != default
     assert run(optimizer="adam", learning_rate=0.1) != adam
 
 
