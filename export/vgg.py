@@ -120,7 +120,7 @@ def module(
             self.features = nn.Sequential(*stages)
             own = [stage for stage in stages if isinstance(stage, nn.Conv2d)]
             for conv, stage in zip(convs, own, strict=True):
-                stage.padding_mode = edge(conv, padding).replace("zero", "zeros")
+                stage.padding_mode = edge(conv, padding).replace("zero", "zeros")  # type: ignore[assignment]
                 stage.weight = nn.Parameter(parameters[f"{conv.name}.weight"], requires_grad=False)
                 stage.bias = nn.Parameter(parameters[f"{conv.name}.bias"], requires_grad=False)
 

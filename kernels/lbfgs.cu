@@ -166,7 +166,7 @@ __global__ void lbfgs_move(float* image, const float* gradient, float* best, flo
             image[i] = x + move;
         } else if (action == HALVE) {
             made[i] /= 2;
-            image[i] = x - made[i];
+            image[i] = boxed ? fminf(1.f, fmaxf(0.f, x - made[i])) : x - made[i];
         } else if (action == RESTART) {
             image[i] = best[i];
         }

@@ -205,6 +205,8 @@ class Lbfgs:
             image.add_(move)
         elif action == HALVE:
             image.sub_(rows[2 * made].mul_(0.5))
+            if self._boxed:
+                image.clamp_(0, 1)
         elif action == RESTART:
             self._image.copy_(self.best)
 
