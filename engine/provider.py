@@ -111,11 +111,13 @@ def _preload_tensorrt(line: str) -> None:
             raise BackendError(f"device tensorrt: {library} does not load ({error}): {line}") from error
 
 
-def attempts(device: str, precision: str, stream: int, model: bytes) -> Iterator[dict[str, Any]]:
+def attempts(
+    device: str, precision: str, stream: int, model: bytes, captured: bool = True
+) -> Iterator[dict[str, Any]]:
     """Provider options for a serialised graph, to be tried in turn; `stream` is the CUDA stream that all work shares.
 
-    CUDA: captured as a CUDA graph, then launch by launch. TensorRT: with the engine of an earlier run, then, as that
-    may be corrupt, without it.
+    CUDA: as a CUDA graph, which ONNX Runtime captures in the third run, unless `captured` is False; then launch by
+    launch. TensorRT: with the engine of an earlier run, then, as that may be corrupt, without it.
     """
     if device == "onnxruntime":
         yield {}
@@ -145,7 +147,8 @@ def attempts(device: str, precision: str, stream: int, model: bytes) -> Iterator
         "prefer_nhwc": "1" if low else "0",
         "arena_extend_strategy": "kSameAsRequested",
     }
-    yield {**settings, "enable_cuda_graph": "1"}
+    if captured:
+        yield {**settings, "enable_cuda_graph": "1"}
     yield settings
 
 

@@ -5,10 +5,10 @@ current stream and without a host synchronisation. `<operation>_reference` is th
 of its input, and serves as the oracle.
 """
 
-from ._cuda import Recorded
+from ._cuda import Recorded, announce_no_graph
 from .adam import Adam
 from .layers import Layer, Layers, Products, gram
 from .lbfgs import Lbfgs
 from .pixels import Pixels
 
-__all__ = ["Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "gram"]
+__all__ = ["Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "announce_no_graph", "gram"]

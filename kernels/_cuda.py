@@ -113,11 +113,17 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def announce_no_graph(reason: str) -> None:
+    """Say, once a process, that there is no CUDA graph for this reason."""
+    log.info("no CUDA graph, kernels are launched one by one: %s", reason)
+
+
 class Recorded:
     """A fixed sequence of launches: made one by one at first, then replayed as a CUDA graph.
 
     The launches have to use the same memory each time, and to need nothing from the host. On a CPU, and where they
-    cannot be captured, they are always made one by one.
+    cannot be captured or replayed, they are always made one by one.
     """
 
     WARM_UP = 2  # calls before the capture: they compile the kernels
@@ -129,19 +135,25 @@ class Recorded:
     def __call__(self, launches: Callable[[], None]) -> None:
         """Make the `launches`, which are the same each time."""
         if self._calls_to_capture == 0:
-            self._capture(launches)
+            self._graph = _capture(launches)
         self._calls_to_capture -= 1
-        if self._graph is None:
-            launches()
-        else:
-            self._graph.replay()
+        if self._graph is not None:
+            try:
+                self._graph.replay()
+                return
+            except RuntimeError as error:  # none of it has run: a graph is launched as a whole or not at all
+                announce_no_graph(f"replay: {error}")
+                self._graph = None
+        launches()
 
-    def _capture(self, launches: Callable[[], None]) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:  # other threads may go on using the device meanwhile
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                launches()
-        except RuntimeError as error:
-            log.info("no CUDA graph, kernels are launched one by one: %s", error)
-            return
-        self._graph = graph
+
+def _capture(launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """The launches as a graph; they do not run meanwhile. None if they cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:  # other threads may go on using the device meanwhile
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            launches()
+    except RuntimeError as error:
+        announce_no_graph(f"capture: {error}")
+        return None
+    return graph

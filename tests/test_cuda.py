@@ -336,34 +336,43 @@ def test_bf16_products_without_tensor_cores(programs):
     assert plain.abs().min() > 0
 
 
-@pytest.mark.parametrize("possible", [True, False])
-def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, possible):
-    """With a stand-in for CUDA's graphs: two rounds of launches, one that is recorded, then replays."""
+@pytest.mark.parametrize("failing", [None, "capture", "replay"])
+def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
+    """With a stand-in for CUDA's graphs: two rounds of launches, one that is recorded, then replays.
+
+    Where capture or replay is refused, every round is launched, none is lost, and the reason is said once.
+    """
     seen = []
 
     class Graph:
         def replay(self):
+            if failing == "replay":
+                raise RuntimeError("not on this stream")
             seen.append("replay")
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
-        if not possible:
-            raise RuntimeError("not on this stream")
-        seen.append("capture")
+        mark = len(seen)
         yield
+        seen[mark:] = ["capture"]  # what is recorded does not run
+        if failing == "capture":
+            raise RuntimeError("not on this stream")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    recorded = kernels.Recorded(torch.device("cuda"))
+    kernels.announce_no_graph.cache_clear()
+    runs = [kernels.Recorded(torch.device("cuda")) for _ in range(2)]
     with caplog.at_level("INFO", logger="engine"):
-        for _ in range(4):
-            recorded(lambda: seen.append("launch"))
-    if possible:
-        assert seen == ["launch", "launch", "capture", "launch", "replay", "replay"]
-    else:
-        assert seen == ["launch"] * 4
-        assert "launched one by one: not on this stream" in caplog.text
+        for recorded in runs:
+            seen.clear()
+            for _ in range(5):
+                recorded(lambda: seen.append("launch"))
+            repeated = "launch" if failing else "replay"
+            assert seen == ["launch", "launch", "capture", *[repeated] * 3]
+    assert [record.message for record in caplog.records] == (
+        [f"no CUDA graph, kernels are launched one by one: {failing}: not on this stream"] if failing else []
+    )
     on_cpu = kernels.Recorded(torch.device("cpu"))
     seen.clear()
     for _ in range(4):
