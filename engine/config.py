@@ -11,6 +11,7 @@ from typing import Any
 LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
 COARSEST = 128  # pixels; about the long side of the first scale
+COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 _MAX_SIZE = 16384
 
 
@@ -49,6 +50,11 @@ class Config:
     init: str = _option("content", "start from content, noise or a picture (PATH)")
     optimizer: str = _option("lbfgs", "lbfgs or adam")
     seed: int = _option(0, "seed of the noise")
+    colour: str = _option(
+        "none",
+        "keep the content's colours (keep-after: from the result; keep-before: stylise in grey), or bring the style's "
+        "to them (match: mean and covariance; histogram)",
+    )
 
     def __post_init__(self) -> None:
         _whole("size", self.size, MIN_SIDE, _MAX_SIZE)
@@ -80,6 +86,7 @@ class Config:
             object.__setattr__(self, name, tuple(layers))
         choice("pooling", self.pooling, ("avg", "max"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
+        choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
 
     @property

@@ -179,6 +179,11 @@ def to_tensor(picture: Picture) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1))[None])
 
 
+def from_tensor(pixels: Tensor) -> Picture:
+    """The picture of pixels (1, 3, H, W); values outside [0, 1] are clamped."""
+    return Picture(pixels[0].detach().clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
+
+
 def to_pil(pixels: Tensor, alpha: NDArray[np.float32] | None = None) -> Image.Image:
     """A PIL image, RGB or RGBA, of pixels (1, 3, H, W); values outside [0, 1] are clamped."""
     array = pixels[0].detach().clamp(0, 1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()

@@ -68,6 +68,7 @@ _METAVARS = {
     "size": "N", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
     "tv_weight": "W", "content_layers": "L[,L...]", "style_layers": "L[,L...]", "pooling": "avg|max",
     "init": "content|noise|PATH", "optimizer": "lbfgs|adam", "seed": "N",
+    "colour": "none|keep-after|keep-before|match|histogram",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from . import colour
 from . import image as images
 from . import kernels, provider
 from .config import MIN_SIDE, Config
@@ -52,7 +53,8 @@ class Step:
     iteration: int
     total: int
     _iterate: Iterate = field(repr=False)
-    _alpha: NDArray[np.float32] | None = field(repr=False)
+    _content: images.Picture = field(repr=False)
+    _colour: str = field(repr=False)
 
     @property
     def loss(self) -> float:
@@ -62,12 +64,13 @@ class Step:
     @property
     def image(self) -> Image.Image:
         """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
-        alpha, pixels = self._alpha, self._iterate.best
+        alpha, pixels = self._content.alpha, self._iterate.best
         if alpha is not None:
             height, width = pixels.shape[2:]
             rgb = np.zeros((*alpha.shape, 3), np.float32)
             alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        return images.to_pil(pixels, alpha)
+        shown = colour.finish(self._colour, images.from_tensor(pixels), self._content)
+        return images.to_pil(images.to_tensor(shown), alpha)
 
 
 @dataclass(frozen=True)
@@ -154,17 +157,20 @@ class Stylizer:
         styles = _load_styles(style)
         schedule = config.schedule(picture.aspect)
         start = images.load(config.init) if config.init not in ("content", "noise") else None
-        return self._run(picture, styles, start, schedule, config)
+        seen, styles = colour.prepare(config.colour, picture, styles)
+        return self._run(picture, seen, styles, start, schedule, config)
 
     def evaluate(self, image: Any, content: Any, style: Any, config: Config | None = None) -> Score:
         """Losses and pixel gradient of `image` at its own size, without optimising it.
 
-        The content is resized to the image, the styles so that their long side equals the image's.
+        The content is resized to the image, the styles so that their long side equals the image's. With `keep-before`
+        the objective sees all of them in grey, and the gradient is that at the grey image.
         """
         config = config or Config()
-        picture = images.load(image)
+        picture, _ = colour.prepare(config.colour, images.load(image), [])
         size = picture.size
-        objective = self._objective(images.resize(images.load(content), size), _load_styles(style), config)
+        seen, styles = colour.prepare(config.colour, images.load(content), _load_styles(style))
+        objective = self._objective(images.resize(seen, size), styles, config)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
         if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
             return self.evaluate(picture, content, style, config)
@@ -180,6 +186,7 @@ class Stylizer:
     def _run(
         self,
         content: images.Picture,
+        seen: images.Picture,
         styles: list[images.Picture],
         start: images.Picture | None,
         schedule: list[tuple[int, int]],
@@ -191,7 +198,7 @@ class Stylizer:
         pixels: Tensor | None = None
         for scale, iterations in schedule:
             size = content.fit(scale)
-            scaled = images.resize(content, size)
+            scaled = images.resize(seen, size)
             if pixels is None:
                 pixels = _first_pixels(scaled, start, config)
             else:
@@ -202,7 +209,7 @@ class Stylizer:
                     for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state):
                         iteration += 1
                         pixels = iterate.best
-                        yield Step(scale, iteration, total, iterate, content.alpha)
+                        yield Step(scale, iteration, total, iterate, content, config.colour)
                 except FloatingPointError as error:
                     if not self._fall_back(error):
                         raise

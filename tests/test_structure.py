@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
     "image": set(),
+    "colour": {"image"},
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
@@ -19,7 +20,7 @@ ALLOWED = {
     "losses": {"config", "features", "kernels"},
     "autograd": {"losses"},
     "optimize": {"kernels"},
-    "stylizer": {"config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
+    "stylizer": {"colour", "config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
     "stylize": {"config", "image", "provider", "stylizer", "__version__"},
     "__init__": {"config", "stylizer", "export"},
 }
