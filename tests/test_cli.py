@@ -72,14 +72,14 @@ def test_every_config_option_reaches_the_config():
         shlex.split(
             "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
             "--content-layers relu3_1 --style-layers relu1_1,relu2_1 --pooling max --init noise --optimizer adam "
-            "--seed 9"
+            "--seed 9 --colour match"
         )
     )
     config = stylize._config(given)
     assert (config.size, config.iterations, config.scales, config.seed) == (64, (5, 4), 2, 9)
     assert (config.content_weight, config.style_weight, config.tv_weight) == (2.0, 300.0, 0.5)
     assert (config.content_layers, config.style_layers) == (("relu3_1",), ("relu1_1", "relu2_1"))
-    assert (config.pooling, config.init, config.optimizer) == ("max", "noise", "adam")
+    assert (config.pooling, config.init, config.optimizer, config.colour) == ("max", "noise", "adam", "match")
 
 
 MISTAKES = [
@@ -91,6 +91,7 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--style-layers", "relu1_1,rleu2_1"], "did you mean relu2_1"),
     (["{content}", "{style}", "-o", "{out}", "--pooling", "average"], "choose from avg, max"),
     (["{content}", "{style}", "-o", "{out}", "--optimizer", "lbgfs"], "did you mean lbfgs"),
+    (["{content}", "{style}", "-o", "{out}", "--colour", "keep-bfore"], "did you mean keep-before"),
     (["{content}", "{style}", "-o", "{out}", "--device", "cudaa"], "did you mean cuda"),
     (["{content}", "{style}", "-o", "{out}", "--precision", "fp61"], "did you mean fp16"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "choose auto"),
