@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
@@ -33,7 +33,7 @@ def _option(default: Any, help: str) -> Any:
 class Config:
     """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError."""
 
-    size: int = _option(512, "long side of the result in pixels")
+    size: int | str = _option(512, "long side of the result in pixels, or original for the content's own")
     iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
@@ -57,7 +57,10 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        _whole("size", self.size, MIN_SIDE, _MAX_SIZE)
+        if self.size != "original":
+            if isinstance(self.size, str):
+                raise ValueError(f"size {self.size!r}: give original or a number")
+            _whole("size", self.size, MIN_SIDE, _MAX_SIZE)
         _whole("seed", self.seed, 0, 2**63 - 1)
         for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
             _whole("iterations", count, 1, 10**6)
@@ -94,20 +97,25 @@ class Config:
         """All loss layers, from the shallowest to the deepest."""
         return tuple(layer for layer in LAYERS if layer in self.content_layers or layer in self.style_layers)
 
+    def sized(self, long_side: int) -> Config:
+        """These options for a content with this long side in pixels, which takes the place of `original`."""
+        return replace(self, size=long_side) if self.size == "original" else self
+
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
 
         Coarse iterations are cheap and settle the large strokes: each scale gets sqrt(2) times the iterations of the
-        next finer one. Scales whose short side would fall under MIN_SIDE are left out.
+        next finer one. Scales whose short side would fall under MIN_SIDE are left out. The size has to be a number.
         """
-        auto = 1 + max(0, round(2 * math.log2(self.size / COARSEST)))
+        size = int(self.size)
+        auto = 1 + max(0, round(2 * math.log2(size / COARSEST)))
         count = auto if self.scales == "auto" else int(self.scales)
-        sides = [round(self.size / math.sqrt(2) ** i) for i in reversed(range(count))]
+        sides = [round(size / math.sqrt(2) ** i) for i in reversed(range(count))]
         sides = [side for side in sides if round(side / aspect) >= MIN_SIDE]
         if not sides:
             raise ValueError(
                 f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "
-                f"at size {self.size}: choose a larger size or crop it"
+                f"at size {size}: choose a larger size or crop it"
             )
         if isinstance(self.iterations, tuple):
             if len(self.iterations) == 1:

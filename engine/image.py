@@ -35,8 +35,11 @@ FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
+_READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none that runs other programs
+MAX_PIXELS = 89_478_485  # of a picture, Pillow's own limit against decompression bombs; $STYLIZE_MAX_PIXELS
+MAX_BYTES = 2**28  # of a file; $STYLIZE_MAX_BYTES
 _OPAQUE = ("JPEG", "BMP")  # formats without an alpha channel
-_warnings_lock = threading.Lock()  # catch_warnings swaps process-wide state
+_pillow_lock = threading.Lock()  # filters of warnings and Pillow's limit are process-wide
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,12 @@ class Picture:
 def load(source: Source) -> Picture:
     """Read a picture: oriented by its EXIF tag, brought to sRGB by its ICC profile, alpha set apart.
 
-    Raises ValueError if it is not a picture, is damaged or is larger than Pillow's limit against decompression bombs,
-    OSError if it cannot be read, TypeError for another kind of source.
+    Files are PNG, JPEG, WEBP, TIFF, BMP, GIF (the first frame), PPM, JPEG 2000 or AVIF. Grey keeps its 16 bits, Pillow
+    brings 16-bit colour to 8. Size is checked before anything is decoded, against MAX_BYTES and MAX_PIXELS or the
+    environment's STYLIZE_MAX_BYTES and STYLIZE_MAX_PIXELS.
+
+    Raises ValueError if it is not a picture, is damaged or too large, OSError if it cannot be read, TypeError for
+    another kind of source.
     """
     if isinstance(source, Picture):
         return source
@@ -75,32 +82,54 @@ def load(source: Source) -> Picture:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pil(source)
+    most, pixels = _limit("STYLIZE_MAX_BYTES", MAX_BYTES), _limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
     if isinstance(source, bytes | bytearray | memoryview):
-        name, stream = "picture", io.BytesIO(bytes(source))
+        name, data = "picture", bytes(source)
     elif isinstance(source, str) and source == "-":
-        name, stream = "standard input", io.BytesIO(sys.stdin.buffer.read())
+        name, data = "standard input", sys.stdin.buffer.read(most + 1)
     elif isinstance(source, str | os.PathLike):
         name = str(source)
-        stream = io.BytesIO(Path(source).read_bytes())
+        with Path(source).open("rb") as file:
+            data = file.read(most + 1)
     else:
         raise TypeError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
-    if not stream.getbuffer().nbytes:
+    if not data:
         raise ValueError(f"{name} is empty")
+    if len(data) > most:
+        raise ValueError(f"{name} has more than {most} bytes (STYLIZE_MAX_BYTES)")
     try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(stream)
+        with _bounded(pixels):
+            opened = Image.open(io.BytesIO(data), formats=_READ)
             opened.load()
         return _from_pil(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+        raise ValueError(f"{name} has more than {pixels} pixels (STYLIZE_MAX_PIXELS)") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture that Pillow can read") from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         raise ValueError(f"{name} is damaged ({error})") from error
+
+
+def _limit(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(f"{variable} {text!r}: give a whole number from 1")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _bounded(pixels: int) -> Iterator[None]:
+    """Pillow refuses pictures of more pixels, embedded ones too; its other warnings are silent."""
+    with _pillow_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _from_array(array: NDArray[Any]) -> Picture:
@@ -117,7 +146,7 @@ def _from_array(array: NDArray[Any]) -> Picture:
 
 
 def _from_pil(image: Image.Image) -> Picture:
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith(("I", "F")):
         return _from_deep_grey(image)
     alpha = None
@@ -129,6 +158,16 @@ def _from_pil(image: Image.Image) -> Picture:
         image = image.convert("L" if image.mode == "1" else "RGB")
     rgb = _to_srgb(image)
     return Picture(_unit(rgb), alpha)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF tag says, or as it is if its EXIF data are damaged."""
+    try:
+        with _bounded(_limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)):
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # they too make Pillow raise nearly anything
+        log.warning("EXIF orientation left out of account: %s", error)
+        return image
 
 
 def _unit(image: Image.Image) -> NDArray[np.float32]:

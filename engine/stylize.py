@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _METAVARS = {
-    "size": "N", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
+    "size": "N|original", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
     "tv_weight": "W", "content_layers": "L[,L...]", "style_layers": "L[,L...]", "pooling": "avg|max",
     "init": "content|noise|PATH", "optimizer": "lbfgs|adam", "seed": "N",
     "colour": "none|keep-after|keep-before|match|histogram",
@@ -165,8 +165,8 @@ def _parse(name: str, default: Any, text: str) -> Any:
     if name == "iterations":
         counts = tuple(int(part) for part in text.split(","))
         return counts[0] if len(counts) == 1 else counts
-    if name == "scales":
-        return text if text == "auto" else int(text)
+    if name in ("scales", "size"):
+        return text if text in ("auto", "original") else int(text)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return type(default)(text)

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from . import colour
+from . import colour, kernels, provider
 from . import image as images
-from . import kernels, provider
 from .config import MIN_SIDE, Config
 from .export import vgg
 from .export.weights import load as load_weights
@@ -152,8 +151,8 @@ class Stylizer:
 
         Pictures and options are checked now, the work is done as the iterator advances.
         """
-        config = config or Config()
         picture = images.load(content)
+        config = (config or Config()).sized(max(picture.size))
         styles = _load_styles(style)
         schedule = config.schedule(picture.aspect)
         start = images.load(config.init) if config.init not in ("content", "noise") else None

@@ -61,7 +61,9 @@ def test_oklab_of_known_colours():
 def test_oklab_and_back(rgb):
     np.testing.assert_allclose(colour.from_oklab(colour.to_oklab(rgb)), rgb, atol=1e-5)
     deep = rgb.astype(np.float64)
-    np.testing.assert_allclose(colour.from_oklab(colour.to_oklab(deep)), deep, rtol=0, atol=1e-7)  # the standard's two pieces meet that well
+    np.testing.assert_allclose(
+        colour.from_oklab(colour.to_oklab(deep)), deep, rtol=0, atol=1e-7
+    )  # the standard's two pieces meet that well
 
 
 @settings(max_examples=40, deadline=None)

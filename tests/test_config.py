@@ -17,6 +17,7 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
     ("options", "error", "words"),
     [
         ({"size": 31}, ValueError, "from 32"),
+        ({"size": "orignal"}, ValueError, "original or a number"),
         ({"size": 2.5}, TypeError, "whole number"),
         ({"size": True}, TypeError, "whole number"),
         ({"iterations": 0}, ValueError, "from 1"),
@@ -53,6 +54,14 @@ def test_schedule_takes_numbers_for_each_scale():
     assert Config(size=200, scales=2, iterations=(7,)).schedule(1) == [(141, 7), (200, 7)]
     with pytest.raises(ValueError, match="names 2 scales, there are 3"):
         Config(size=256, iterations=(5, 4)).schedule(1)
+
+
+def test_original_is_the_size_of_the_content():
+    config = Config(size="original", scales=1, iterations=4)
+    assert config.sized(300).schedule(1.5) == [(300, 4)]
+    assert Config(size=64).sized(300).size == 64
+    with pytest.raises(ValueError, match="from 32"):
+        config.sized(20)
 
 
 @given(size=st.integers(32, 4096), aspect=st.floats(1, 40))
