@@ -78,10 +78,10 @@ class Engine(cases.Engine):
         of_style = open_at(*style.shape[2:])
         of_style.image.copy_(style)
         of_style.forward()
-        grams = {name: kernels.gram(of_style.features[name].flatten(2)[0]) for name in config.style_layers}
+        grams = {name: kernels.gram(of_style.features[name].flatten(2)[0]) for name in config.style_layer_weights}
         network = open_at(height, width)
         network.image.copy_(problem.start)
         network.forward()
-        targets = {name: network.features[name].clone() for name in config.content_layers}
+        targets = {name: network.features[name].clone() for name in config.content_layer_weights}
         self._objective = Objective(network, targets, grams, config)
         self._device = network.image.device

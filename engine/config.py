@@ -31,7 +31,11 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError."""
+    """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError.
+
+    Layers are given as names, "name:weight" or (name, weight), and kept as (name, weight) pairs; the weight is 1 where
+    none is given. Style weights act divided by their sum, content weights as they are.
+    """
 
     size: int | str = _option(512, "long side of the result in pixels, or original for the content's own")
     iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
@@ -42,9 +46,12 @@ class Config:
     style_weight: float = _option(3e3, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
-    content_layers: tuple[str, ...] = _option(("relu2_2",), "layers of the content loss")
-    style_layers: tuple[str, ...] = _option(
-        ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "layers of the style loss"
+    content_layers: tuple[Any, ...] = _option(
+        (("relu2_2", 1.0),), "layers of the content loss, NAME or NAME:WEIGHT; their weighted losses are added up"
+    )
+    style_layers: tuple[Any, ...] = _option(
+        tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),
+        "layers of the style loss, NAME or NAME:WEIGHT; the weights are divided by their sum",
     )
     pooling: str = _option("avg", "pooling of the network: avg or max")
     init: str = _option("content", "start from content, noise or a picture (PATH)")
@@ -71,31 +78,32 @@ class Config:
                 raise ValueError(f"scales {self.scales!r}: give auto or a number")
             _whole("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
-            weight = getattr(self, name)
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise TypeError(f"{name} has to be a number, not {weight!r}")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} {weight}: give a finite number that is not negative")
+            _weight(name, getattr(self, name))
         for name in ("content_layers", "style_layers"):
-            layers = getattr(self, name)
-            if isinstance(layers, str) or not isinstance(layers, tuple | list):
-                raise TypeError(f"{name} has to be a tuple of layers, not {layers!r}")
-            if not layers:
-                raise ValueError(f"{name}: give at least one layer")
-            for layer in layers:
-                choice(f"{name}: layer", layer, LAYERS)
-            if len(set(layers)) < len(layers):
-                raise ValueError(f"{name}: {', '.join(layers)} names a layer twice")
-            object.__setattr__(self, name, tuple(layers))
+            object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
+        if not sum(weight for _, weight in self.style_layers) > 0:
+            raise ValueError("style_layers: give one weight at least that is not zero")
         choice("pooling", self.pooling, ("avg", "max"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
         choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
 
     @property
+    def content_layer_weights(self) -> dict[str, float]:
+        """Weight of each content layer."""
+        return dict(self.content_layers)
+
+    @property
+    def style_layer_weights(self) -> dict[str, float]:
+        """Weight of each style layer, divided by their sum."""
+        total = sum(weight for _, weight in self.style_layers)
+        return {layer: weight / total for layer, weight in self.style_layers}
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """All loss layers, from the shallowest to the deepest."""
-        return tuple(layer for layer in LAYERS if layer in self.content_layers or layer in self.style_layers)
+        used = dict((*self.content_layers, *self.style_layers))
+        return tuple(layer for layer in LAYERS if layer in used)
 
     def sized(self, long_side: int) -> Config:
         """These options for a content with this long side in pixels, which takes the place of `original`."""
@@ -130,6 +138,38 @@ class Config:
 def options() -> Iterable[Field[Any]]:
     """The fields of `Config`, for building a command line."""
     return fields(Config)
+
+
+def _weight(name: str, weight: object) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise TypeError(f"{name} has to be a number, not {weight!r}")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name} {weight}: give a finite number that is not negative")
+
+
+def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ...]:
+    """The layers as (name, weight) pairs."""
+    if not isinstance(layers, tuple | list):
+        raise TypeError(f"{option} has to be a tuple of layers, not {layers!r}")
+    if not layers:
+        raise ValueError(f"{option}: give at least one layer")
+    found: dict[str, float] = {}
+    for layer in layers:
+        name, weight = layer, 1.0
+        if isinstance(layer, str):
+            name, colon, text = layer.partition(":")
+            try:
+                weight = float(text) if colon else 1.0
+            except ValueError as error:
+                raise ValueError(f"{option}: {layer}: give NAME:WEIGHT") from error
+        elif isinstance(layer, tuple | list) and len(layer) == 2:
+            name, weight = layer
+        choice(f"{option}: layer", name, LAYERS)
+        _weight(f"{option}: weight of {name}", weight)
+        if name in found:
+            raise ValueError(f"{option}: {name} is named twice")
+        found[name] = float(weight)
+    return tuple(found.items())
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

@@ -24,7 +24,10 @@ class Terms:
 
 
 class Objective:
-    """L = content_weight * content + style_weight * mean over layers of style + tv_weight * tv.
+    """L = content_weight * content + style_weight * style + tv_weight * tv.
+
+    Content is the sum of w_l c_l and style the sum of v_l s_l over their layers, with the weights w of
+    `Config.content_layer_weights` and v of `Config.style_layer_weights`, whose sum is one.
 
     `content` holds the features P (1, C, H, W) of the content image at the content layers, `grams` the matrices
     A (C, C) fp32 of the style at the style layers. The formulas are those of `kernels`.
@@ -34,17 +37,20 @@ class Objective:
         self, network: Features, content: Mapping[str, Tensor], grams: Mapping[str, Tensor], config: Config
     ) -> None:
         self.network = network
+        content_weights, style_weights = config.content_layer_weights, config.style_layer_weights
         layers = {
             name: kernels.Layer(
                 _flat(network.features[name]),
                 _flat(network.cotangents[name]),
                 _flat(content[name]) if name in content else None,
                 grams.get(name),
+                content_weights.get(name, 0.0),
+                style_weights.get(name, 0.0),
             )
             for name in network.spec.layers
         }
         self._styles = tuple(grams)
-        self._layers = kernels.Layers(layers, config.content_weight, config.style_weight / len(grams), network.products)
+        self._layers = kernels.Layers(layers, config.content_weight, config.style_weight, network.products)
         self._recorded = kernels.Recorded(network.image.device)
         self._pixels = kernels.Pixels(
             network.image, network.gradient, self._layers.scale, config.tv_weight, self._layers.terms

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--demo", action="store_true", help="use the bundled sample pair")
     group = parser.add_argument_group("what is optimised")
     for option in options():
-        default = ",".join(option.default) if isinstance(option.default, tuple) else option.default
+        default = ",".join(dict(option.default)) if isinstance(option.default, tuple) else option.default
         text = f"{option.metadata['help']} (default {default})"
         flag = "--" + option.name.replace("_", "-")
         group.add_argument(flag, metavar=_METAVARS.get(option.name, "X"), default=argparse.SUPPRESS, help=text)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _METAVARS = {
     "size": "N|original", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
-    "tv_weight": "W", "content_layers": "L[,L...]", "style_layers": "L[,L...]", "pooling": "avg|max",
+    "tv_weight": "W", "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "init": "content|noise|PATH", "optimizer": "lbfgs|adam", "seed": "N",
     "colour": "none|keep-after|keep-before|match|histogram",
 }  # fmt: skip

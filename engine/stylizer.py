@@ -85,8 +85,8 @@ class Result:
 class Score:
     """Losses of a picture and the gradient of the total.
 
-    `loss` is the weighted total; `content_loss`, `style_loss` (by layer) and `tv_loss` are unweighted; `gradient` is
-    float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
+    `loss` is the weighted total; `content_loss` is the sum over its layers by their weights, `style_loss` (by layer)
+    and `tv_loss` are unweighted; `gradient` is float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
     """
 
     loss: float
@@ -242,22 +242,23 @@ class Stylizer:
         with network.use():
             network.image.copy_(images.to_tensor(content))
             network.forward()
-            targets = {layer: network.features[layer].clone() for layer in config.content_layers}
-        mean = {layer: torch.stack([each[layer] for each in grams]).mean(0) for layer in config.style_layers}
+            targets = {layer: network.features[layer].clone() for layer in config.content_layer_weights}
+        mean = {layer: torch.stack([each[layer] for each in grams]).mean(0) for layer in config.style_layer_weights}
         return Objective(network, targets, mean, config)
 
     def _style_grams(self, style: images.Picture, long_side: int, config: Config) -> dict[str, Tensor]:
         """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it."""
         size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
         digest = hashlib.sha256(style.rgb.tobytes()).digest()
-        key = (digest, style.size, size, config.style_layers, config.pooling, self.precision)
+        layers = tuple(config.style_layer_weights)
+        key = (digest, style.size, size, layers, config.pooling, self.precision)
 
         def make() -> dict[str, Tensor]:
-            features = self._open_features(size, config.style_layers, config, forward_only=True)
+            features = self._open_features(size, layers, config, forward_only=True)
             with features.use():
                 features.image.copy_(images.to_tensor(images.resize(style, size)))
                 features.forward()
-                flat = {layer: features.features[layer].flatten(2)[0] for layer in config.style_layers}
+                flat = {layer: features.features[layer].flatten(2)[0] for layer in layers}
                 return {layer: kernels.gram(each, features.products) for layer, each in flat.items()}
 
         return self._cached(self._grams, key, _STYLES, make)

@@ -56,13 +56,19 @@ def _function(name: str, kernel: str, device: int) -> Any:
 class Table:
     """Rows of addresses and numbers in device memory, 64 bits each; it keeps the tensors that it points to.
 
-    None stands for a null pointer.
+    None stands for a null pointer; a float is a double.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Tensor | int | None]], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[Sequence[Tensor | float | None]], device: torch.device) -> None:
         self.rows = rows
-        numbers = [[cell.data_ptr() if isinstance(cell, Tensor) else cell or 0 for cell in row] for row in rows]
+        numbers = [[_bits(cell) for cell in row] for row in rows]
         self.tensor = torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
+def _bits(cell: Tensor | float | None) -> int:
+    if isinstance(cell, Tensor):
+        return cell.data_ptr()
+    return int(np.float64(cell).view(np.int64)) if isinstance(cell, float) else cell or 0
 
 
 class _Stream:

@@ -29,6 +29,7 @@ _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 8192  # elements of F that one block of the losses covers
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
+MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 
 
@@ -61,24 +62,26 @@ class Layer:
 
     `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
     fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). `target` A is (C, C) fp32,
-    None unless it is a style layer.
+    None unless it is a style layer. The weights are the layer's own, beside those of all content and style losses.
     """
 
     features: Tensor
     cotangent: Tensor | None
     content: Tensor | None
     target: Tensor | None
+    content_weight: float = 1.0
+    style_weight: float = 1.0
 
 
 class Layers:
-    """The losses of `layers`, for the weights of the content loss and of each layer's style loss.
+    """The losses of `layers`: content_weight * sum of w_l c_l + style_weight * sum of v_l s_l, w and v of each `Layer`.
 
     `products` computes the matrix products on a CPU, by default BLAS.
 
     `losses` reads the features and writes `terms`, fp32: the weighted total (without total variation), the sum of the
-    content losses, a place for the total variation, then the style loss of each layer (0 if it has none), the last
-    three unweighted. `gradients` writes the cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both
-    use the same memory each time and leave the host out.
+    w_l c_l, a place for the total variation, then the s_l of each layer (0 if it has none). `gradients` writes the
+    cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both use the same memory each time and leave
+    the host out. Raises ValueError for more than MAX_LAYERS layers.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class Layers:
         style_weight: float,
         products: Products | None = None,
     ) -> None:
+        if len(layers) > MAX_LAYERS:
+            raise ValueError(f"{len(layers)} loss terms: at most {MAX_LAYERS} layers and regions fit")
         self.names = tuple(layers)
         self._layers = tuple(layers.values())
         self._content_weight, self._style_weight = float(content_weight), float(style_weight)
@@ -157,7 +162,8 @@ class Layers:
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins))
+            weights = (float(layer.content_weight), float(layer.style_weight))
+            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
@@ -165,15 +171,15 @@ class Layers:
     def _losses_cpu(self) -> None:
         """F - P goes into the cotangent, G - A has memory of its own."""
         self.terms.zero_()
-        loudest = 1e-30
+        styles, loudest = 0.0, 1e-30
         for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
             channels, elements = len(layer.features), layer.features.numel()
             loudness = 0.0
             if layer.content is not None:
                 room = torch.empty_like(layer.features) if layer.cotangent is None else layer.cotangent
                 loss = self._products.content_loss(layer.features, layer.content, room)
-                self.terms[1] += loss
-                loudness += 2 * self._content_weight / elements * math.sqrt(loss)
+                self.terms[1] += layer.content_weight * loss
+                loudness += 2 * self._content_weight * layer.content_weight / elements * math.sqrt(loss)
             if layer.target is not None:
                 assert difference is not None
                 trace = float(self._products.gram(layer.features, difference).trace())
@@ -181,9 +187,11 @@ class Layers:
                 flat = difference.flatten()
                 square = torch.dot(flat, flat)
                 self.terms[3 + i] = square / (4 * channels**2)
-                loudness += self._style_weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
+                styles += layer.style_weight * float(self.terms[3 + i])
+                weight = self._style_weight * layer.style_weight
+                loudness += weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
             loudest = max(loudest, loudness)
-        self.terms[0] = self._style_weight * self.terms[3:].sum() + self._content_weight * self.terms[1]
+        self.terms[0] = self._style_weight * styles + self._content_weight * self.terms[1]
         if self._dtype != torch.float32 and math.isfinite(loudest):
             self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
 
@@ -193,9 +201,9 @@ class Layers:
             assert layer.cotangent is not None
             channels, elements = len(layer.features), layer.features.numel()
             if layer.content is not None:
-                layer.cotangent.mul_(2 * scale * self._content_weight / elements)
+                layer.cotangent.mul_(2 * scale * self._content_weight * layer.content_weight / elements)
             if difference is not None:
-                factor = scale * self._style_weight / (channels * elements)
+                factor = scale * self._style_weight * layer.style_weight / (channels * elements)
                 self._products.style_gradient(
                     layer.features, difference, factor, layer.cotangent, layer.content is not None
                 )

@@ -55,7 +55,7 @@ def objective(
     image: np.ndarray, content: np.ndarray, style: np.ndarray, state: dict[str, Tensor], config
 ) -> tuple[float, dict, np.ndarray]:
     """Total loss, unweighted terms and gradient (H, W, 3) for pictures (H, W, 3) in [0, 1]."""
-    layers = set(config.content_layers) | set(config.style_layers)
+    layers = set(config.content_layer_weights) | set(config.style_layer_weights)
 
     def see(picture: Tensor) -> dict[str, Tensor]:
         return features(picture, state, config.pooling, layers)
@@ -65,14 +65,15 @@ def objective(
         p = see(torch.from_numpy(content.astype(np.float64)))
         a = see(torch.from_numpy(style.astype(np.float64)))
     f = see(x)
-    content_loss = sum(((f[layer] - p[layer]) ** 2).mean() for layer in config.content_layers)
+    content_loss = sum(w * ((f[layer] - p[layer]) ** 2).mean() for layer, w in config.content_layers)
     style_loss = {}
-    for layer in config.style_layers:
+    for layer, _ in config.style_layers:
         gram = f[layer] @ f[layer].T / f[layer].shape[1]
         target = a[layer] @ a[layer].T / a[layer].shape[1]
         style_loss[layer] = ((gram - target) ** 2).sum() / (4 * len(gram) ** 2)
     tv = ((x[1:] - x[:-1]) ** 2).mean() + ((x[:, 1:] - x[:, :-1]) ** 2).mean()
-    style_mean = sum(style_loss.values()) / len(style_loss)
+    weights = sum(weight for _, weight in config.style_layers)
+    style_mean = sum(weight / weights * style_loss[layer] for layer, weight in config.style_layers)
     total = config.content_weight * content_loss + config.style_weight * style_mean + config.tv_weight * tv
     (gradient,) = torch.autograd.grad(total, x)
     terms = {"content": content_loss.item(), "tv": tv.item(), **{k: v.item() for k, v in style_loss.items()}}

@@ -74,14 +74,14 @@ def test_every_config_option_reaches_the_config():
     given = stylize._parser().parse_args(
         shlex.split(
             "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
-            "--content-layers relu3_1 --style-layers relu1_1,relu2_1 --pooling max --init noise --optimizer adam "
+            "--content-layers relu3_1 --style-layers relu1_1,relu2_1:.5 --pooling max --init noise --optimizer adam "
             "--seed 9 --colour match"
         )
     )
     config = stylize._config(given)
     assert (config.size, config.iterations, config.scales, config.seed) == (64, (5, 4), 2, 9)
     assert (config.content_weight, config.style_weight, config.tv_weight) == (2.0, 300.0, 0.5)
-    assert (config.content_layers, config.style_layers) == (("relu3_1",), ("relu1_1", "relu2_1"))
+    assert (config.content_layers, config.style_layers) == ((("relu3_1", 1.0),), (("relu1_1", 1.0), ("relu2_1", 0.5)))
     assert (config.pooling, config.init, config.optimizer, config.colour) == ("max", "noise", "adam", "match")
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from engine import Config
 
 def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
     config = Config()
-    assert config.style_layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    assert tuple(config.style_layer_weights) == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     assert config.layers == ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
 
 
@@ -31,7 +32,11 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"style_layers": ("relu4_5",)}, ValueError, "did you mean relu4_"),
         ({"style_layers": "relu1_1"}, TypeError, "tuple of layers"),
         ({"content_layers": ()}, ValueError, "at least one layer"),
-        ({"content_layers": ("relu1_1", "relu1_1")}, ValueError, "twice"),
+        ({"content_layers": ("relu1_1", "relu1_1:2")}, ValueError, "twice"),
+        ({"style_layers": ("relu1_1:much",)}, ValueError, "NAME:WEIGHT"),
+        ({"style_layers": (("relu1_1", -1),)}, ValueError, "not negative"),
+        ({"style_layers": (("relu1_1", "1"),)}, TypeError, "number"),
+        ({"style_layers": ("relu1_1:0",)}, ValueError, "not zero"),
         ({"pooling": "maxx"}, ValueError, "did you mean max"),
         ({"optimizer": "lbgfs"}, ValueError, "did you mean lbfgs"),
         ({"seed": -1}, ValueError, "from 0"),
@@ -40,6 +45,14 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
 def test_mistakes_are_named(options, error, words):
     with pytest.raises(error, match=words):
         Config(**options)
+
+
+def test_layers_in_every_form_have_one_normal_form():
+    config = Config(style_layers=["relu1_1", "relu4_1:0.5", ("relu5_4", 2)], content_layers=[["relu3_1", 3]])
+    assert config.style_layers == (("relu1_1", 1.0), ("relu4_1", 0.5), ("relu5_4", 2.0))
+    assert config.style_layer_weights == {"relu1_1": 1 / 3.5, "relu4_1": 0.5 / 3.5, "relu5_4": 2 / 3.5}
+    assert config.content_layer_weights == {"relu3_1": 3.0}
+    assert dataclasses.replace(config, size=64).style_layers == config.style_layers
 
 
 def test_schedule_grows_by_sqrt_2_and_works_most_at_the_small_scales():

@@ -135,6 +135,7 @@ GROUPS = {
     "tiles": {(64, 300): STYLE, (128, 128): BOTH, (136, 8): STYLE, (200, 264): CONTENT},
 }
 WEIGHTS = (0.7, 30.0)  # content, style
+OWN = ((1.0, 0.5), (3.0, 2.0), (0.2, 1.0), (1.0, 1.0))  # of each layer
 
 
 def group(name, dtype, nhwc):
@@ -143,7 +144,7 @@ def group(name, dtype, nhwc):
     for i, (shape, (style, content)) in enumerate(GROUPS[name].items()):
         f, p, a = (features(*shape, seed=3 * i + k, dtype=dtype, nhwc=nhwc) for k in range(3))
         target = torch.from_numpy(gram_reference(numbers(a))).float() if style else None
-        layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target)
+        layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target, *OWN[i])
         truth.append((numbers(f), numbers(p) if content else None, numbers(target) if style else None))
     return Layers(layers, *WEIGHTS), list(layers.values()), truth
 
@@ -155,18 +156,20 @@ def test_losses_and_gradients_of_all_layers(host, name, dtype, nhwc):
     layers, given, truth = group(name, dtype, nhwc)
     layers.losses()
     layers.gradients()
-    contents = [content_loss_reference(f, p) for f, p, _ in truth if p is not None]
+    contents = [
+        own * content_loss_reference(f, p) for (f, p, _), (own, _) in zip(truth, OWN, strict=False) if p is not None
+    ]
     styles = [0 if a is None else style_loss_reference(gram_reference(f), a) for f, _, a in truth]
-    total = WEIGHTS[0] * sum(contents) + WEIGHTS[1] * sum(styles)
+    total = WEIGHTS[0] * sum(contents) + WEIGHTS[1] * sum(own * s for s, (_, own) in zip(styles, OWN, strict=False))
     assert numbers(layers.terms) == pytest.approx([total, sum(contents), 0, *styles], rel=1e-5)
     scale = float(layers.scale)
     loudest = 0
-    for layer, (f, p, a) in zip(given, truth, strict=True):
+    for layer, (f, p, a), own in zip(given, truth, OWN, strict=False):
         gradient = np.zeros_like(f)
         if p is not None:
-            gradient += WEIGHTS[0] * content_gradient_reference(f, p)
+            gradient += WEIGHTS[0] * own[0] * content_gradient_reference(f, p)
         if a is not None:
-            gradient += WEIGHTS[1] * style_gradient_reference(f, gram_reference(f), a)
+            gradient += WEIGHTS[1] * own[1] * style_gradient_reference(f, gram_reference(f), a)
         assert error(layer.cotangent, scale * gradient) < max(1e-5, 2 * ROUNDING[dtype])
         loudest = max(loudest, scale * np.sqrt(np.mean(gradient**2)))
     assert scale == 1 if dtype == SINGLE else 0.02 < loudest < 2
@@ -203,7 +206,7 @@ def test_offsets_beyond_32_bits(host, dtype):
     pointers = [Shifted(f, -before * channels * size), 0, Shifted(cotangent, -before * channels * size), difference]
     pointers += [difference, Shifted(partial, -(before // share) * channels**2 * 4)]
     blocks = (-(before // share), 0, -(before // tile))
-    row = (channels, before + share, *pointers, before // share + 1, share, 32, 8192, *blocks)
+    row = (channels, before + share, *pointers, before // share + 1, share, 32, 8192, *blocks, 1.0, 1.0)
     element = _cuda.ELEMENTS[dtype]
     _cuda.launch("gram", f"gram<{element}, true>", (1,), Moved(row), 1)
     _cuda.launch("gradients", f"layer_gradients<{element}, true>", (1,), Moved(row), 1, torch.tensor([1.0, 1, 1, 0]))

@@ -77,23 +77,24 @@ def test_losses_and_gradients(shape, dtype, tolerance, nhwc):
     f, p, a = (features(*shape, seed=seed, dtype=dtype, nhwc=nhwc) for seed in range(3))
     target = torch.from_numpy(gram_reference(a.double().numpy())).float()
     kinds = {"style": (None, target), "content": (p, None), "both": (p, target)}
-    given = {name: Layer(f, torch.full_like(f, torch.nan), *kind) for name, kind in kinds.items()}
+    weights = {"style": (9.0, 0.5), "content": (0.25, 9.0), "both": (3.0, 2.0)}  # those of a missing term are of no use
+    given = {name: Layer(f, torch.full_like(f, torch.nan), *kind, *weights[name]) for name, kind in kinds.items()}
     layers = Layers(given, 2.0, 5.0)
     layers.losses()
     layers.gradients()
     x, y, wanted = f.double().numpy(), p.double().numpy(), target.double().numpy()
     content = content_loss_reference(x, y)
     style = style_loss_reference(gram_reference(x), wanted)
-    total = 2 * 2 * content + 5 * 2 * style
+    total = 2 * 3.25 * content + 5 * 2.5 * style
     assert layers.names == ("style", "content", "both")
     assert layers.terms.tolist() == pytest.approx(
-        [total, 2 * content, 0, style, 0, style], rel=max(1e-4, tolerance / 4)
+        [total, 3.25 * content, 0, style, 0, style], rel=max(1e-4, tolerance / 4)
     )
     slopes = {
-        "style": 5 * style_gradient_reference(x, gram_reference(x), wanted),
-        "content": 2 * content_gradient_reference(x, y),
+        "style": 5 * 0.5 * style_gradient_reference(x, gram_reference(x), wanted),
+        "content": 2 * 0.25 * content_gradient_reference(x, y),
     }
-    slopes["both"] = slopes["style"] + slopes["content"]
+    slopes["both"] = 4 * slopes["style"] + 12 * slopes["content"]
     for name, layer in given.items():
         assert error(layer.cotangent, float(layers.scale) * slopes[name]) < 3 * tolerance
     if dtype != torch.float32:

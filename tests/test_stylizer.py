@@ -31,7 +31,7 @@ def check_evaluate(stylizer, state, size, config, seed):
     assert score.loss == pytest.approx(total, rel=1e-5)
     assert score.content_loss == pytest.approx(terms["content"], rel=1e-5)
     assert score.tv_loss == pytest.approx(terms["tv"], rel=1e-5)
-    assert list(score.style_loss) == list(config.style_layers)
+    assert list(score.style_loss) == list(config.style_layer_weights)
     for layer, value in score.style_loss.items():
         assert value == pytest.approx(terms[layer], rel=2e-5)
     assert score.gradient.shape == (*size, 3)
@@ -82,6 +82,22 @@ def test_evaluate_with_other_layers_and_shared_ones(states):
     score = Stylizer(weights=path, device="cpu").evaluate(picture, content, style, config)
     total, _, gradient = oracle.objective(picture, content, style, state, config)
     assert score.loss == pytest.approx(total, rel=1e-5)
+    assert error(score.gradient, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layer_weights_against_float64(states, device):
+    path, state = states["torchvision"]
+    picture, content, style = (noise(48, 56, seed) for seed in (1, 2, 3))
+    layers = {
+        "content_layers": ("relu2_2:0.3", ("relu3_1", 4)),
+        "style_layers": ("relu1_1", "relu3_1:0.25", ("relu4_2", 7)),
+    }
+    config = Config(**layers, **ALL_TERMS)
+    score = Stylizer(weights=path, device=device).evaluate(picture, content, style, config)
+    total, terms, gradient = oracle.objective(picture, content, style, state, config)
+    assert score.loss == pytest.approx(total, rel=1e-5)
+    assert score.content_loss == pytest.approx(terms["content"], rel=1e-5)
     assert error(score.gradient, gradient) < 1e-4
 
 
