@@ -59,7 +59,8 @@ def test_oklab_of_known_colours():
 
 @given(rgb=arrays.arrays(np.float32, (4, 3, 3), elements=UNIT))
 def test_oklab_and_back(rgb):
-    np.testing.assert_allclose(colour.from_oklab(colour.to_oklab(rgb)), rgb, atol=1e-5)
+    # fp32: where a channel is next to zero it is a difference of cubes of order one, times 12.92
+    np.testing.assert_allclose(colour.from_oklab(colour.to_oklab(rgb)), rgb, atol=1e-4)
     deep = rgb.astype(np.float64)
     np.testing.assert_allclose(
         colour.from_oklab(colour.to_oklab(deep)), deep, rtol=0, atol=1e-7
