@@ -121,15 +121,15 @@ class Stylizer:
         self._threads = threads or torch.get_num_threads()
         self._source = weights
         self._lock = threading.RLock()
-        self._open: tuple[int, str, Open] | None = None
+        self._open: tuple[int, bool, str, Open] | None = None
         self._networks: OrderedDict[Hashable, Features] = OrderedDict()
         self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
-        self._network(Config().layers)
+        self._network(Config())
 
     @property
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
-        return self._network(Config().layers)[0]
+        return self._network(Config())[0]
 
     def __call__(self, content: Any, style: Any, config: Config | None = None) -> Result:
         """Stylise `content` (path, bytes, PIL image or array) with `style`, one such or a list of them.
@@ -276,17 +276,22 @@ class Stylizer:
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
         spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
-        return self._network(config.layers)[1](spec, forward_only=forward_only)
+        return self._network(config)[1](spec, forward_only=forward_only)
 
-    def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
-        """Name and opener of the network down to the deepest of `layers`, made anew only for a deeper one."""
-        depth = len(vgg.cut(layers))
+    def _network(self, config: Config) -> tuple[str, Open]:
+        """Name and opener of the network down to the deepest layer, made anew only for what it cannot do yet."""
+        depth, with_max = len(vgg.cut(config.layers)), config.pooling == "max"
         with self._lock:
-            if self._open is None or self._open[0] < depth:
-                self._open = None  # before the deeper one is made: they need not stand side by side
+            had = self._open[:2] if self._open else (0, False)
+            if had[0] < depth or had[1] < with_max:
+                self._open = None  # before the new one is made: they need not stand side by side
+                depth, with_max = max(had[0], depth), had[1] or with_max
+                layers = vgg.LAYERS[:depth]
                 weights = load_weights(self._source, layers)
-                self._open = depth, weights.name, open_network(weights, layers, self.device, self._threads)
-            return self._open[1:]
+                opened = open_network(weights, layers, self.device, self._threads, with_max=with_max)
+                self._open = depth, with_max, weights.name, opened
+            assert self._open
+            return self._open[2:]
 
     def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
         """The entry of a least-recently-used cache; one thread at a time makes a new one."""
