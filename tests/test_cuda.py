@@ -170,7 +170,7 @@ def group(name, dtype, nhwc):
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
     """With whole shares and a rest, next to a layer that has no style."""
-    layers, given, _ = group("odd", dtype, nhwc)
+    layers, *_ = group("odd", dtype, nhwc)
     layers.losses()
     found = layers.terms.clone()
     layers._losses_by_kernel()
