@@ -4,6 +4,10 @@ On a GPU every step is one launch for all layers: the blocks look their layer up
 the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so the same features give
 the same bits.
 
+The Gram products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group
+of shapes. The cotangents have no such choice: cuBLAS cannot scale by a number that only the device knows, nor add the
+content's share, so it would have to write fp32 that another pass reads, three times the traffic of the kernel.
+
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
 |(G - A) F|^2 <= |G - A|^2 |F|^2 with |F|^2 = M trace(G) bounds the style cotangent w / (C^2 M) (G - A) F. No element of
@@ -13,7 +17,7 @@ a cotangent below two in the root mean square overflows fp16 as long as C M < 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from . import _cuda
 from .content import content_loss_blas
-from .gram import gram_blas
+from .gram import gram_blas, products_cublas
 from .style import style_gradient_blas
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
@@ -113,10 +117,35 @@ class Layers:
         if not self.terms.is_cuda:
             self._losses_cpu()
             return
+        ways = self.ways()
+        if not self._way:
+            shapes = tuple((tuple(a.features.shape), a.target is not None) for a in self._layers)
+            self._way = _cuda.fastest(ways, self.terms.device, (str(self._dtype), self._nhwc, shapes))
+        ways[self._way]()
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """The ways to compute `losses` on a GPU. cuBLAS takes part unless it would round fp32 to TF32."""
+        found = {"Gram matrices by our kernel": self._losses_by_kernel}
+        if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+            found["Gram matrices by cuBLAS"] = self._losses_by_cublas
+        return found
+
+    def _losses_by_kernel(self) -> None:
+        if self._gram_blocks:
+            kernel = f"gram<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
+            _cuda.launch("gram", kernel, (self._gram_blocks,), self._table, len(self._layers))
+        self._losses_of_products()
+
+    def _losses_by_cublas(self) -> None:
+        for layer, products in zip(self._layers, self._partial, strict=True):
+            if products is not None:
+                products_cublas(layer.features, self._share, products)
+        self._losses_of_products()
+
+    def _losses_of_products(self) -> None:
+        """F F^T of each share of the positions -> terms, scale."""
         count = len(self._layers)
         element = _cuda.ELEMENTS[self._dtype]
-        if self._gram_blocks:
-            _cuda.launch("gram", f"gram<{element}, {self._nhwc}>", (self._gram_blocks,), self._table, count)
         scratch = (self._table, count, self._sums, self._arrived)
         options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
         outputs = (self.terms, self._factors)
@@ -142,6 +171,7 @@ class Layers:
         work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
         share = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
         rows = []
+        self._share, self._partial = share, list[Tensor | None]()
         self._gram_blocks = self._loss_blocks = self._gradient_blocks = 0
         for layer, difference, count in zip(self._layers, self._differences, pairs, strict=True):
             channels, positions = layer.features.shape
@@ -159,12 +189,14 @@ class Layers:
             else:
                 self._gradient_blocks += spans
             self._loss_blocks += spans if layer.content is not None else 0
+            self._partial.append(partial)
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
             weights = (float(layer.content_weight), float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
         self._table = _cuda.Table(rows, device)
+        self._way = ""  # to the losses, once it is chosen
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -213,7 +245,10 @@ def gram(features: Tensor, products: Products | None = None) -> Tensor:
     """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
     target = torch.zeros(len(features), len(features), device=features.device)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
-    alone.losses()
+    if features.is_cuda:  # once for a style: nothing to choose
+        alone._losses_by_kernel()
+    else:
+        alone.losses()
     (difference,) = alone._differences
     assert difference is not None
     return difference

@@ -14,6 +14,10 @@ being made the move and minus the gradient before it. A pair counts if the curva
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
   first step has the root mean square FIRST_STEP.
+- No pixel value moves by more than LARGEST_MOVE in a step: early steps, whose curvature is that of a neighbourhood,
+  else leave the valley, and iterations are lost on the way back. On the bundled pair at 96 pixels the loss after 20, 40
+  and 80 iterations is 0.66, 0.41 and 0.37 with this bound, 1.6, 0.54 and 0.39 without, and 4.9, 0.52 and 0.38 with
+  torch's L-BFGS. s_k is the move that was made.
 - A loss above DIVERGED times the lowest one takes half of the step back, up to HALVINGS times; then L-BFGS starts again
   from the best image, with a smaller first step.
 - A loss that is not finite stops everything: neither image changes any more.
@@ -33,6 +37,7 @@ from . import _cuda
 
 HISTORY = 20  # pairs: 0.5 kB a pixel, where torch's default of 100 would take 2.4 kB
 FIRST_STEP = 0.01  # root mean square of the first step, in pixel values
+LARGEST_MOVE = 0.1  # of a pixel value in one step, of the range from 0 to 1
 DIVERGED = 2.0  # a loss this many times the lowest one has diverged
 HALVINGS = 4  # of one step, before starting afresh
 HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
@@ -164,7 +169,7 @@ class Lbfgs:
         sums = (self._sums, chunks, count)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
         vectors = (image, gradient, self.best, history)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, count)
+        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, count, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows
@@ -180,7 +185,7 @@ class Lbfgs:
             for row in np.flatnonzero(state["of_history"]):
                 move.add_(rows[row], alpha=float(state["of_history"][row]))
             torch.neg(self._newest, out=rows[2 * to + 1])
-            image.add_(move)
+            image.add_(move.clamp_(-LARGEST_MOVE, LARGEST_MOVE))
         elif action == HALVE:
             image.sub_(rows[2 * made].mul_(0.5))
         elif action == RESTART:

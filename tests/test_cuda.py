@@ -60,12 +60,12 @@ def test_compiles_within_its_budget(name, architecture):
     program = call(*nvrtc.nvrtcCreateProgram(_cuda.text(f"{name}.cu").encode(), f"{name}.cu".encode(), 0, [], []))
     for expression in _cuda.expressions(name):
         call(*nvrtc.nvrtcAddNameExpression(program, expression.encode()))
-    options = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{include_folder()}", "-Werror=all-warnings"]
-    options.append("--ptxas-options=-v")
+    options = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{include_folder()}", "--ptxas-options=-v"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * call(*nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    assert b"warning" not in log, log.decode()
     assert call(*nvrtc.nvrtcGetCUBINSize(program)) > 1000
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?"
     used = re.findall(pattern, log.decode(), re.DOTALL)
@@ -88,8 +88,26 @@ def host(programs, monkeypatch):
     """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
     monkeypatch.setattr(_cuda, "launch", programs.launch)
     monkeypatch.setattr(_cuda, "processors", lambda device: 3)
+    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: next(iter(ways)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     return programs
+
+
+@pytest.fixture
+def cublas(host, monkeypatch):
+    """cuBLAS is taken to be faster; its products are those of the CPU, with sums and results in fp32."""
+
+    def product(multiply):
+        def multiplied(left, right, *, out, out_dtype=SINGLE):
+            assert out.dtype == out_dtype
+            assert multiply is not torch.bmm or left.data_ptr() == right.data_ptr()  # views, no copies
+            out.copy_(multiply(left.to(out_dtype), right.to(out_dtype)))
+
+        return multiplied
+
+    monkeypatch.setattr(torch, "bmm", product(torch.bmm))
+    monkeypatch.setattr(torch, "mm", product(torch.mm))
+    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: "Gram matrices by cuBLAS")
 
 
 def random(*shape, seed=0, dtype=SINGLE):
@@ -147,6 +165,54 @@ def group(name, dtype, nhwc):
         layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target, *OWN[i])
         truth.append((numbers(f), numbers(p) if content else None, numbers(target) if style else None))
     return Layers(layers, *WEIGHTS), list(layers.values()), truth
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
+    """With whole shares and a rest, next to a layer that has no style."""
+    layers, *_ = group("odd", dtype, nhwc)
+    layers.losses()
+    found = layers.terms.clone()
+    layers._losses_by_kernel()
+    torch.testing.assert_close(found, layers.terms, rtol=1e-5, atol=0)
+    assert len(layers._partial[1]) == -(-71 // layers._share) > 1
+
+
+def test_gram_matrices_by_cublas_do_not_overflow(cublas):
+    loud = torch.full((2, 300), 65504.0, dtype=HALF)
+    layers = Layers({"only": Layer(loud, None, None, torch.zeros(2, 2))}, 0, 1)
+    layers.losses()
+    assert float(layers._differences[0][0, 1]) == pytest.approx(65504.0**2, rel=1e-5)
+
+
+def test_cublas_takes_no_part_where_it_would_round_fp32(host, monkeypatch):
+    layers, *_ = group("one pixel", SINGLE, False)
+    assert len(layers.ways()) == 2
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert list(layers.ways()) == ["Gram matrices by our kernel"]
+
+
+def test_the_faster_way_is_chosen_once(monkeypatch, caplog):
+    """The first unless another one is clearly faster; what fails is out and said."""
+
+    def broken():
+        raise RuntimeError("not here")
+
+    seconds = {"a": 2.0, "b": 1.9, "c": 1.0, "d": 9.0}
+    ways = {name: (lambda name=name: name) for name in seconds} | {"e": broken}
+    timed = []
+    monkeypatch.setattr(_cuda, "_seconds", lambda way, device: (timed.append(way), seconds[way()])[1])
+    monkeypatch.setattr(_cuda, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
+    with caplog.at_level("INFO", logger="engine"):
+        assert _cuda.fastest(ways, torch.device("cuda"), "shapes") == "c"
+    assert "e: not possible here: not here" in caplog.text
+    assert _cuda.fastest(ways, torch.device("cuda"), "shapes") == "c"
+    assert len(timed) == 5
+    assert _cuda.fastest({"a": ways["a"], "b": ways["b"]}, torch.device("cuda"), "shapes") == "a"
+    with pytest.raises(RuntimeError, match="none of e works on GPU A"):
+        _cuda.fastest({"e": broken}, torch.device("cuda"), "shapes")
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -276,12 +342,12 @@ TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torc
 
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
-@pytest.mark.parametrize(("make", "tolerance"), [(lbfgs.Lbfgs, 1e-4), (kernels.Adam, 1e-6)])
+@pytest.mark.parametrize(("make", "tolerance"), [(lbfgs.Lbfgs, 1e-3), (kernels.Adam, 1e-6)])
 def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
     on_cpu, on_cuda = optimisers(make, losses)
     for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
-        torch.testing.assert_close(cuda_image, image, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(cuda_best, best, rtol=tolerance, atol=tolerance)
+        assert error(cuda_image, numbers(image)) < tolerance
+        assert error(cuda_best, numbers(best)) < tolerance
 
 
 def test_the_plan_is_that_of_the_reference(host):
