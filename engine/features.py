@@ -62,9 +62,7 @@ class Open(Protocol):
         """The features at `spec`."""
 
 
-def network(
-    weights: Weights, layers: tuple[str, ...], device: str, threads: int, *, with_max: bool = False
-) -> Open:
+def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int, *, with_max: bool = False) -> Open:
     """The network down to the deepest of `layers` on a device; `threads` counts on a CPU.
 
     `with_max` asks for max pooling besides average pooling.

@@ -111,9 +111,7 @@ def _preload_tensorrt(line: str) -> None:
             raise BackendError(f"device tensorrt: {library} does not load ({error}): {line}") from error
 
 
-def attempts(
-    device: str, precision: str, stream: int, model: bytes, captured: bool = True
-) -> Iterator[dict[str, Any]]:
+def attempts(device: str, precision: str, stream: int, model: bytes, captured: bool = True) -> Iterator[dict[str, Any]]:
     """Provider options for a serialised graph, to be tried in turn; `stream` is the CUDA stream that all work shares.
 
     CUDA: as a CUDA graph, which ONNX Runtime captures in the third run, unless `captured` is False; then launch by

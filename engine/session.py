@@ -146,9 +146,7 @@ class Features:
         self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
         inputs = {f"cotangent.{name}": tensor for name, tensor in self.cotangents.items()}
         tensors = {**self.features, **inputs, "gradient": self.gradient}
-        self._vjp = _Graph(
-            lambda: (graph.vjp(spec, weights), graph.vjp_initializers(spec, weights)), tensors, *shared
-        )
+        self._vjp = _Graph(lambda: (graph.vjp(spec, weights), graph.vjp_initializers(spec, weights)), tensors, *shared)
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
