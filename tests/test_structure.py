@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
+    "presets": {"config"},
     "image": set(),
     "colour": {"image"},
     "provider": {"config", "export"},
@@ -21,8 +22,8 @@ ALLOWED = {
     "autograd": {"losses"},
     "optimize": {"kernels"},
     "stylizer": {"colour", "config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
-    "stylize": {"config", "image", "provider", "stylizer", "__version__"},
-    "__init__": {"config", "stylizer", "export"},
+    "stylize": {"config", "image", "presets", "provider", "stylizer", "__version__"},
+    "__init__": {"config", "presets", "stylizer", "export"},
 }
 
 
