@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .config import Config
+from .presets import preset
 
 if TYPE_CHECKING:
     from .export.ort import BackendError as BackendError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .stylizer import Step as Step
     from .stylizer import Stylizer as Stylizer
 
-__all__ = ["BackendError", "Config", "Result", "Score", "Step", "Stylizer", "__version__"]
+__all__ = ["BackendError", "Config", "Result", "Score", "Step", "Stylizer", "__version__", "preset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import Config, choice, options
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .stylizer import Step
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--demo", action="store_true", help="use the bundled sample pair")
     group = parser.add_argument_group("what is optimised")
+    names = ", ".join(PRESETS)
+    group.add_argument("--preset", metavar="X", help=f"options of another program, where none are given: {names}")
     for option in options():
         default = ",".join(dict(option.default)) if isinstance(option.default, tuple) else option.default
         text = f"{option.metadata['help']} (default {default})"
@@ -148,7 +151,7 @@ def _progress(steps: Any, quiet: bool) -> Any:
 
 def _config(given: argparse.Namespace) -> Config:
     """The Config of the options that were given."""
-    values: dict[str, Any] = {}
+    values = dict(PRESETS[choice("preset", given.preset, PRESETS)]) if given.preset else {}
     for option in options():
         text = getattr(given, option.name, None)
         if text is None:

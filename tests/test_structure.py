@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
+    "presets": {"config"},
     "image": set(),
     "colour": {"image"},
     "provider": {"config", "export"},
@@ -33,8 +34,8 @@ ALLOWED = {
         "provider",
         "export",
     },
-    "stylize": {"config", "image", "provider", "stylizer", "__version__"},
-    "__init__": {"config", "stylizer", "export"},
+    "stylize": {"config", "image", "presets", "provider", "stylizer", "__version__"},
+    "__init__": {"config", "presets", "stylizer", "export"},
 }
 
 
