@@ -163,9 +163,12 @@ def _from_pil(image: Image.Image) -> Picture:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF tag says, or as it is if its EXIF data are damaged."""
+    pixels = _limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
     try:
-        with _bounded(_limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)):
+        with _bounded(pixels):
             return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception as error:  # they too make Pillow raise nearly anything
         log.warning("EXIF orientation left out of account: %s", error)
         return image

@@ -156,6 +156,10 @@ def test_limits_can_be_changed_either_way(tmp_path, monkeypatch):
         monkeypatch.setenv("STYLIZE_MAX_BYTES", bad)
         with pytest.raises(ValueError, match="STYLIZE_MAX_BYTES"):
             image.load(path)
+    monkeypatch.delenv("STYLIZE_MAX_BYTES")
+    monkeypatch.setenv("STYLIZE_MAX_PIXELS", "many")
+    with pytest.raises(ValueError, match="STYLIZE_MAX_PIXELS 'many'"):
+        image.load(Image.fromarray(colour()))
 
 
 def headers():
