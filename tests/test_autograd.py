@@ -4,6 +4,7 @@ import torch
 
 from engine import Config, image
 from engine.autograd import loss
+from engine.stylizer import Goal
 
 
 @pytest.fixture
@@ -12,7 +13,8 @@ def objective(stylizer, pictures):
         size=40, style_weight=50, tv_weight=3, style_layers=("relu1_1", "relu3_1"), content_layers=("relu2_2",)
     )
     content = image.resize(image.load(pictures["content"]), (40, 36))
-    return stylizer._objective(content, [image.load(pictures["style"])], config)
+    goal = Goal(content, (image.load(pictures["style"]),), (), None)
+    return stylizer._objective(content, goal, config)
 
 
 def pixels(seed=0):
