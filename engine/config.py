@@ -37,7 +37,9 @@ class Config:
     none is given. Style weights act divided by their sum, content weights as they are.
     """
 
-    size: int | str = _option(512, "long side of the result in pixels, or original for the content's own")
+    size: int | str | tuple[int, int] = _option(
+        512, "long side of the result in pixels, or original for the content's own; without content a square, or WxH"
+    )
     iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
@@ -53,6 +55,13 @@ class Config:
         tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),
         "layers of the style loss, NAME or NAME:WEIGHT; the weights are divided by their sum",
     )
+    style_loss: str = _option(
+        "gram",
+        "gram matrices; wasserstein: distance of normal distributions by mean and covariance; shifted: gram of F - 1",
+    )
+    style_blend: tuple[float, ...] = _option((), "weights of the styles, divided by their sum; equal by default")
+    style_scale: float = _option(1.0, "long side of the styles over that of the image")
+    style_size: int | str = _option("auto", "long side of the styles in pixels at every scale; auto follows the image")
     pooling: str = _option("avg", "pooling of the network: avg or max")
     init: str = _option("content", "start from content, noise or a picture (PATH)")
     optimizer: str = _option("lbfgs", "lbfgs or adam")
@@ -64,10 +73,31 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.size, tuple | list):
+            object.__setattr__(self, "size", tuple(self.size))
+            if len(self.size) != 2:
+                raise ValueError(f"size {self.size}: give the long side, or width and height")
+        elif isinstance(self.size, str) and self.size != "original":
+            raise ValueError(f"size {self.size!r}: give original or a number")
         if self.size != "original":
-            if isinstance(self.size, str):
-                raise ValueError(f"size {self.size!r}: give original or a number")
-            _whole("size", self.size, MIN_SIDE, _MAX_SIZE)
+            for side in self.size if isinstance(self.size, tuple) else (self.size,):
+                _whole("size", side, MIN_SIDE, _MAX_SIZE)
+        if self.style_size != "auto":
+            if isinstance(self.style_size, str):
+                raise ValueError(f"style_size {self.style_size!r}: give auto or a number")
+            _whole("style_size", self.style_size, MIN_SIDE, _MAX_SIZE)
+            if self.style_scale != 1:
+                raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
+        _weight("style_scale", self.style_scale)
+        if not 1 / 64 <= self.style_scale <= 64:
+            raise ValueError(f"style_scale {self.style_scale}: give a number from 1/64 to 64")
+        if not isinstance(self.style_blend, tuple | list):
+            raise TypeError(f"style_blend has to be a tuple of numbers, not {self.style_blend!r}")
+        for weight in self.style_blend:
+            _weight("style_blend", weight)
+        if self.style_blend and not sum(self.style_blend) > 0:
+            raise ValueError("style_blend: give one weight at least that is not zero")
+        object.__setattr__(self, "style_blend", tuple(float(weight) for weight in self.style_blend))
         _whole("seed", self.seed, 0, 2**63 - 1)
         for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
             _whole("iterations", count, 1, 10**6)
@@ -83,6 +113,7 @@ class Config:
             object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
         if not sum(weight for _, weight in self.style_layers) > 0:
             raise ValueError("style_layers: give one weight at least that is not zero")
+        choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
         choice("pooling", self.pooling, ("avg", "max"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
         choice("colour", self.colour, COLOURS)
@@ -109,21 +140,36 @@ class Config:
         """These options for a content with this long side in pixels, which takes the place of `original`."""
         return replace(self, size=long_side) if self.size == "original" else self
 
+    @property
+    def long_side(self) -> int:
+        """Long side of the result in pixels; the size may not be `original` any more."""
+        return max(self.size) if isinstance(self.size, tuple) else int(self.size)
+
+    def style_shares(self, count: int) -> list[float]:
+        """The share of each of `count` styles; their sum is one. Raises ValueError if style_blend has other ones."""
+        blend = self.style_blend or (1.0,) * count
+        if len(blend) != count:
+            raise ValueError(f"style_blend has {len(blend)} weights, there are {count} styles")
+        return [weight / sum(blend) for weight in blend]
+
+    def style_side(self, side: int) -> int:
+        """Long side of the styles for an image with this long side."""
+        return max(1, round(self.style_scale * side)) if self.style_size == "auto" else int(self.style_size)
+
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
 
         Coarse iterations are cheap and settle the large strokes: each scale gets sqrt(2) times the iterations of the
         next finer one. Scales whose short side would fall under MIN_SIDE are left out. The size has to be a number.
         """
-        size = int(self.size)
-        auto = 1 + max(0, round(2 * math.log2(size / COARSEST)))
+        auto = 1 + max(0, round(2 * math.log2(self.long_side / COARSEST)))
         count = auto if self.scales == "auto" else int(self.scales)
-        sides = [round(size / math.sqrt(2) ** i) for i in reversed(range(count))]
+        sides = [round(self.long_side / math.sqrt(2) ** i) for i in reversed(range(count))]
         sides = [side for side in sides if round(side / aspect) >= MIN_SIDE]
         if not sides:
             raise ValueError(
                 f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "
-                f"at size {size}: choose a larger size or crop it"
+                f"at size {self.long_side}: choose a larger size or crop it"
             )
         if isinstance(self.iterations, tuple):
             if len(self.iterations) == 1:

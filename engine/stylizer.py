@@ -29,8 +29,12 @@ from .export import vgg
 from .export.weights import load as load_weights
 from .features import Features, Open
 from .features import network as open_network
-from .losses import Objective
+from .goal import Goal, canvas
+from .goal import load as load_goal
+from .losses import Objective, Region
 from .optimize import Iterate, State, minimise
+from .regions import Mask, View, frozen, guide, load_mask
+from .targets import Statistic, Statistics, Targets, blend
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -146,35 +150,49 @@ class Stylizer:
         self._lock = threading.RLock()
         self._opened: _Network | None = None
         self._networks: OrderedDict[Hashable, Features] = OrderedDict()
-        self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
-        self._network(Config())
+        self._targets: OrderedDict[Hashable, Statistics] = OrderedDict()
+        self._network(Config().layers)
 
     @property
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
-        return self._network(Config()).name
+        return self._network(Config().layers).name
 
-    def weights_digest(self, config: Config) -> str:
-        """sha256 of the weights down to the deepest layer of `config`, and of the normalisation before them."""
-        return self._network(config).digests[len(vgg.cut(config.layers)) - 1]
+    def weights_digest(self, layers: tuple[str, ...]) -> str:
+        """sha256 of the weights down to the deepest of `layers`, and of the normalisation before them."""
+        return self._network(layers).digests[len(vgg.cut(layers)) - 1]
 
-    def __call__(self, content: Any, style: Any, config: Config | None = None) -> Result:
+    def __call__(
+        self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
+    ) -> Result:
         """Stylise `content` (path, bytes, PIL image or array) with `style`, one such or a list of them.
 
-        Several styles share equally: their Gram matrices are averaged. The result has the content's aspect and
-        `config.size` as its long side.
+        A style may also be its `Targets` or their file. Several styles share by `config.style_blend`: their statistics
+        are averaged. The result has the content's aspect and `config.size` as its long side. Without content (None) a
+        texture is made, of `config.size`; without style (None) the content's features are inverted.
+
+        `masks`, one for each style, keeps a style to a part of the content: a mask of the content, or a pair of masks
+        of the content and the style. A mask is a picture or an array (H, W), white inside, hard or soft, or the word
+        `alpha`, the picture's own. `freeze` is a mask of the content whose pixels stay as they are.
 
         Raises ValueError, TypeError or OSError for pictures and options that cannot be used, FloatingPointError if the
         run meets a NaN or an infinity (`steps` then still has the last good picture).
         """
         start = time.perf_counter()
         trace = []
-        for step in self.steps(content, style, config):
+        for step in self.steps(content, style, config, masks=masks, freeze=freeze):
             trace.append((step.scale, step.loss, time.perf_counter() - start))
         return Result(step.image, step, tuple(trace))
 
     def steps(
-        self, content: Any, style: Any, config: Config | None = None, resume: bytes | None = None
+        self,
+        content: Any,
+        style: Any,
+        config: Config | None = None,
+        *,
+        masks: Any = None,
+        freeze: Any = None,
+        resume: bytes | None = None,
     ) -> Iterator[Step]:
         """The same run as an iterator over its iterations: leave it, and it stops.
 
@@ -183,32 +201,32 @@ class Stylizer:
         iterator advances. Raises ValueError for a checkpoint that is damaged or of other pictures, options, weights,
         device or precision.
         """
-        picture = images.load(content)
-        config = (config or Config()).sized(max(picture.size))
-        styles = _load_styles(style)
+        given = load_goal(content, style, config or Config(), masks, freeze)
+        config = given.config
+        picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
         start = images.load(config.init) if config.init not in ("content", "noise") else None
-        identity = functools.cache(lambda: self._identity(picture, styles, start, config))
+        identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
         if resumed and resumed.iteration == sum(iterations for _, iterations in schedule):
             raise ValueError("the run of the checkpoint is finished")
-        seen, prepared = colour.prepare(config.colour, picture, styles)
-        return self._run(picture, seen, prepared, start, schedule, config, identity, resumed)
+        return self._run(picture, given.coloured(), start, schedule, identity, resumed)
 
-    def evaluate(self, image: Any, content: Any, style: Any, config: Config | None = None) -> Score:
+    def evaluate(
+        self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
+    ) -> Score:
         """Losses and pixel gradient of `image` at its own size, without optimising it.
 
-        The content is resized to the image, the styles so that their long side equals the image's. With `keep-before`
-        the objective sees all of them in grey, and the gradient is that at the grey image.
+        The content is resized to the image, the styles so that their long side equals the image's (or as
+        `config.style_scale` and `config.style_size` have it). With `keep-before` the objective sees all of them in
+        grey, and the gradient is that at the grey image.
         """
-        config = config or Config()
-        picture, _ = colour.prepare(config.colour, images.load(image), [])
-        size = picture.size
-        seen, styles = colour.prepare(config.colour, images.load(content), _load_styles(style))
-        objective = self._objective(images.resize(seen, size), styles, config)
+        goal = load_goal(content, style, config or Config(), masks, None).coloured()
+        picture, _ = colour.prepare(goal.config.colour, images.load(image), [])
+        objective = self._objective(images.resize(goal.content or picture, picture.size), goal)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
         if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
-            return self.evaluate(picture, content, style, config)
+            return self.evaluate(picture, content, style, config, masks=masks)
         assert gradient is not None
         return Score(
             float(terms.total),
@@ -221,14 +239,14 @@ class Stylizer:
     def _run(
         self,
         content: images.Picture,
-        seen: images.Picture,
-        styles: list[images.Picture],
+        goal: Goal,
         start: images.Picture | None,
         schedule: list[tuple[int, int]],
-        config: Config,
         identity: Callable[[], dict[str, Any]],
         resumed: Checkpoint | None,
     ) -> Iterator[Step]:
+        """The run; `content` is what was given, `goal` what the objective sees."""
+        config, seen = goal.config, goal.content or content
         total = sum(iterations for _, iterations in schedule)
         iteration = resumed.iteration if resumed else 0
         state = State()
@@ -242,11 +260,14 @@ class Stylizer:
                 pixels = _first_pixels(scaled, start, config)
             elif not resumed:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
+            if goal.freeze is not None and not resumed:
+                held = frozen(goal.freeze, size).to(pixels.device)
+                pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)
             end = sum(iterations for _, iterations in schedule[: index + 1])
             while iteration < end or resumed:
                 tensors, resumed = resumed.tensors if resumed else None, None
                 try:
-                    for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state, tensors):
+                    for iterate in self._minimise(scaled, goal, pixels, end - iteration, state, tensors):
                         iteration += 1
                         pixels = iterate.best
                         save = functools.partial(self._checkpoint, identity, index, iteration, iterate)
@@ -255,17 +276,18 @@ class Stylizer:
                     if not self._fall_back(error):
                         raise
 
-    def _identity(
-        self, content: images.Picture, styles: list[images.Picture], start: images.Picture | None, config: Config
-    ) -> dict[str, Any]:
+    def _identity(self, given: Goal, start: images.Picture | None) -> dict[str, Any]:
         """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
+        config = given.config
         options = asdict(config) | {"init": config.init if start is None else images.digest(start)}
-        return {name.replace("_", "-"): value for name, value in options.items()} | {
-            "content": images.digest(content),
-            "style": [images.digest(style) for style in styles],
-            "weights": self.weights_digest(config),
-            "device": self.device,
-        }
+        return (
+            {name.replace("_", "-"): value for name, value in options.items()}
+            | given.digests()
+            | {
+                "weights": self.weights_digest(given.layers),
+                "device": self.device,
+            }
+        )
 
     def _checkpoint(
         self, identity: Callable[[], dict[str, Any]], scale: int, iteration: int, iterate: Iterate
@@ -285,17 +307,16 @@ class Stylizer:
     def _minimise(
         self,
         content: images.Picture,
-        styles: list[images.Picture],
-        config: Config,
+        goal: Goal,
         start: Tensor,
         iterations: int,
         state: State,
         saved: Mapping[str, Tensor] | None,
     ) -> Iterator[Iterate]:
         """The run at one scale, that of `content`, whose network is let go at its end."""
-        objective = self._objective(content, styles, config)
+        objective = self._objective(content, goal)
         start = start.to(objective.network.image.device)
-        iterates = minimise(objective.write, start, config.optimizer, iterations, state, saved)
+        iterates = minimise(objective.write, start, goal.config.optimizer, iterations, state, saved)
         yield from within(objective.network, iterates)
 
     def _fall_back(self, reason: object) -> bool:
@@ -306,39 +327,96 @@ class Stylizer:
         self.precision = "fp32"
         return True
 
-    def _objective(self, content: images.Picture, styles: list[images.Picture], config: Config) -> Objective:
-        """The objective at the size of the content picture."""
-        grams = [self._style_grams(style, max(content.size), config) for style in styles]  # whose memory is free again
-        network = self._features(content.size, config)
-        with network.use():
-            network.image.copy_(images.to_tensor(content))
-            network.forward()
-            targets = {layer: network.features[layer].clone() for layer in config.content_layer_weights}
-        mean = {layer: torch.stack([each[layer] for each in grams]).mean(0) for layer in config.style_layer_weights}
-        return Objective(network, targets, mean, config)
+    def targets(self, style: Any, config: Config | None = None, *, mask: Any = None) -> Targets:
+        """The targets of a style for the scales of a run with `config`, to be saved or given in the place of the style.
 
-    def _style_grams(self, style: images.Picture, long_side: int, config: Config) -> dict[str, Tensor]:
-        """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it."""
-        size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
-        digest = hashlib.sha256(style.rgb.tobytes()).digest()
+        `mask` is a part of the style, as in a call. Raises ValueError, TypeError or OSError.
+        """
+        config = config or Config()
+        picture = images.load(style)
+        plane = None if mask is None else load_mask(mask, picture, "mask of the style")
+        sides = [side for side, _ in config.schedule(1.0)]
+        return Targets(
+            self._made_for(tuple(config.style_layer_weights), config),
+            {side: self._statistics(picture, side, config, plane) for side in sides},
+        )
+
+    def _objective(self, content: images.Picture, goal: Goal) -> Objective:
+        """The objective at the size of the content picture, which stands in for a missing content."""
+        config = goal.config
+        regions = self._regions(goal, max(content.size))  # the memory of this is free again
+        network = self._features(content.size, goal.layers, config)
+        targets = {}
+        if goal.content is not None:
+            with network.use():
+                network.image.copy_(images.to_tensor(content))
+                network.forward()
+                targets = {layer: network.features[layer].clone() for layer in config.content_layer_weights}
+        return Objective(
+            network, targets, regions, config, None if goal.freeze is None else frozen(goal.freeze, content.size)
+        )
+
+    def _regions(self, goal: Goal, side: int) -> list[Region]:
+        """What the parts of an image with this long side are compared with."""
+        if not goal.styles:
+            return []
+        config = goal.config
         layers = tuple(config.style_layer_weights)
-        key = (digest, style.size, size, layers, config.pooling, self.precision)
+        masks = goal.masks or ((None, None),) * len(goal.styles)
+        found = [
+            style.at(side, layers, self._made_for(style.layers, config))
+            if isinstance(style, Targets)
+            else self._statistics(style, side, config, mask)
+            for style, (_, mask) in zip(goal.styles, masks, strict=True)
+        ]
+        device = "cpu" if self.device not in provider.GPUS else "cuda"
+        found = [
+            {layer: Statistic(each.matrix.to(device), each.mean.to(device)) for layer, each in one.items()}
+            for one in found
+        ]
+        shares = config.style_shares(len(found))
+        if not goal.masks:
+            return [Region(blend(found, shares, config.style_loss))]
+        return [Region(one, share, mask) for one, share, (mask, _) in zip(found, shares, goal.masks, strict=True)]
 
-        def make() -> dict[str, Tensor]:
+    def _made_for(self, layers: tuple[str, ...], config: Config) -> dict[str, str]:
+        """What statistics of these layers depend on besides the picture and its size."""
+        weights = f"{self.weights_name} {self.weights_digest(layers or vgg.LAYERS)[:16]}"
+        return {"weights": weights, "pooling": config.pooling, "style loss": config.style_loss}
+
+    def _statistics(self, style: images.Picture, side: int, config: Config, mask: Mask | None) -> Statistics:
+        """The statistics of a style, or of its part in a mask, for an image with this long side.
+
+        The style's long side follows the image's, and is longer where its short side needs it.
+        """
+        own = config.style_side(side)
+        size = style.fit(max(own, math.ceil(MIN_SIDE * style.aspect)))
+        digest = hashlib.sha256(style.rgb.tobytes())
+        digest.update(b"" if mask is None else mask.tobytes())
+        layers = tuple(config.style_layer_weights)
+        key = (digest.digest(), style.size, size, layers, config.pooling, config.style_loss, self.precision)
+
+        def make() -> Statistics:
             features = self._open_features(size, layers, config, forward_only=True)
+            found = {}
             with features.use():
                 features.image.copy_(images.to_tensor(images.resize(style, size)))
                 features.forward()
-                flat = {layer: features.features[layer].flatten(2)[0] for layer in layers}
-                return {layer: kernels.gram(each, features.products) for layer, each in flat.items()}
+                for layer in layers:
+                    own = features.features[layer]
+                    part = None if mask is None else guide(mask, (own.shape[2], own.shape[3]))
+                    view = View(own.flatten(2)[0], config.style_loss, part)
+                    view.read()
+                    found[layer] = Statistic(kernels.gram(view.features, features.products), view.mean)
+            return found
 
-        return self._cached(self._grams, key, _STYLES, make)
+        return self._cached(self._targets, key, _STYLES, make)
 
-    def _features(self, size: tuple[int, int], config: Config) -> Features:
+    def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config) -> Features:
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
-            return self._open_features(size, config.layers, config)
-        key = (size, config.layers, config.pooling, self.precision)
-        return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, config.layers, config))
+            return self._open_features(size, layers, config)
+        key = (size, layers, config.pooling, self.precision)
+        return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, layers, config))
 
     def _open_features(
         self, size: tuple[int, int], layers: tuple[str, ...], config: Config, forward_only: bool = False
@@ -347,11 +425,11 @@ class Stylizer:
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
         spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
-        return self._network(config).open(spec, forward_only=forward_only)
+        return self._network(layers, config.pooling).open(spec, forward_only=forward_only)
 
-    def _network(self, config: Config) -> _Network:
-        """The network down to the deepest layer of `config`, made anew only for what it cannot do yet."""
-        depth, with_max = len(vgg.cut(config.layers)), config.pooling == "max"
+    def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:
+        """The network down to the deepest of `layers`, made anew only for what it cannot do yet."""
+        depth, with_max = len(vgg.cut(layers)), pooling == "max"
         with self._lock:
             had = (self._opened.depth, self._opened.with_max) if self._opened else (0, False)
             if had[0] < depth or had[1] < with_max:
@@ -373,13 +451,6 @@ class Stylizer:
             while len(cache) > limit:
                 cache.popitem(last=False)
             return cache[key]
-
-
-def _load_styles(style: Any) -> list[images.Picture]:
-    sources = list(style) if isinstance(style, list | tuple) else [style]
-    if not sources:
-        raise ValueError("give at least one style")
-    return [images.load(source) for source in sources]
 
 
 def within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:

@@ -10,5 +10,17 @@ from .adam import Adam
 from .layers import Layer, Layers, Products, gram
 from .lbfgs import Lbfgs
 from .pixels import Pixels
+from .wasserstein import Wasserstein
 
-__all__ = ["Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "announce_no_graph", "gram"]
+__all__ = [
+    "Adam",
+    "Layer",
+    "Layers",
+    "Lbfgs",
+    "Pixels",
+    "Products",
+    "Recorded",
+    "Wasserstein",
+    "announce_no_graph",
+    "gram",
+]

@@ -28,6 +28,7 @@ from . import _cuda
 from .content import content_loss_blas
 from .gram import gram_blas, products_cublas
 from .style import style_gradient_blas
+from .wasserstein import Wasserstein
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
@@ -66,7 +67,8 @@ class Layer:
 
     `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
     fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). `target` A is (C, C) fp32,
-    None unless it is a style layer. The weights are the layer's own, beside those of all content and style losses.
+    None unless it is a style layer. `distance` takes the place of the distance of Gram matrices, for features without
+    their mean: A is then zero. The weights are the layer's own, beside those of all content and style losses.
     """
 
     features: Tensor
@@ -75,6 +77,7 @@ class Layer:
     target: Tensor | None
     content_weight: float = 1.0
     style_weight: float = 1.0
+    distance: Wasserstein | None = None
 
 
 class Layers:
@@ -150,6 +153,7 @@ class Layers:
         options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
         outputs = (self.terms, self._factors)
         _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), *scratch, *options, *outputs)
+        self._finish_distances()
 
     def gradients(self) -> None:
         """features, and what `losses` has found -> cotangents."""
@@ -193,12 +197,34 @@ class Layers:
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-            weights = (float(layer.content_weight), float(layer.style_weight))
+            weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
         self._table = _cuda.Table(rows, device)
         self._way = ""  # to the losses, once it is chosen
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _finish_distances(self) -> None:
+        """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale."""
+        factors = self._factors[1:].view(-1, _FACTORS)
+        for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
+            if layer.distance is None or difference is None:
+                continue
+            channels, elements = len(layer.features), layer.features.numel()
+            weight = self._style_weight * layer.style_weight
+            trace = difference.trace()
+            self.terms[3 + i], matrix, means = layer.distance(difference)
+            self.terms[0] += weight * self.terms[3 + i]
+            difference.copy_(matrix)
+            norm = torch.linalg.matrix_norm(difference).clamp_min(1e-30)
+            loudness = weight / (channels * elements) * norm * (trace / channels).sqrt()
+            loudness = (loudness + 2 * weight / elements * means.sqrt()).clamp_min(1e-30)
+            if self._dtype != torch.float32:
+                smaller = torch.minimum(self.scale, torch.exp2(-loudness.log2().floor()))
+                factors[:, 1:] *= smaller / self.scale
+                self.scale.copy_(smaller)
+            factors[i, 0] = 16384 * torch.exp2(-norm.log2().floor())
+            factors[i, 1] = self.scale * weight / (channels * elements) / factors[i, 0]
 
     def _losses_cpu(self) -> None:
         """F - P goes into the cotangent, G - A has memory of its own."""
@@ -215,12 +241,17 @@ class Layers:
             if layer.target is not None:
                 assert difference is not None
                 trace = float(self._products.gram(layer.features, difference).trace())
-                difference -= layer.target
-                flat = difference.flatten()
-                square = torch.dot(flat, flat)
-                self.terms[3 + i] = square / (4 * channels**2)
-                styles += layer.style_weight * float(self.terms[3 + i])
                 weight = self._style_weight * layer.style_weight
+                if layer.distance is None:
+                    difference -= layer.target
+                    flat = difference.flatten()
+                    square = torch.dot(flat, flat)
+                    self.terms[3 + i] = square / (4 * channels**2)
+                else:
+                    self.terms[3 + i], matrix, means = layer.distance(difference)
+                    square = difference.copy_(matrix).square().sum()
+                    loudness += 2 * weight / elements * math.sqrt(means)
+                styles += layer.style_weight * float(self.terms[3 + i])
                 loudness += weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
             loudest = max(loudest, loudness)
         self.terms[0] = self._style_weight * styles + self._content_weight * self.terms[1]

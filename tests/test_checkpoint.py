@@ -163,8 +163,7 @@ def test_the_identity_of_the_weights_is_that_of_the_layers_in_use(stylizer):
     shallow, deep = (load_weights("embedded", (layer,)).digests for layer in ("relu2_1", "relu3_1"))
     assert shallow[:3] == deep[:3]
     assert shallow[2] != deep[4]
-    config = Config(content_layers=("relu2_1",), style_layers=("relu1_1",))
-    assert stylizer.weights_digest(config) == shallow[2]
+    assert stylizer.weights_digest(("relu2_1", "relu1_1")) == shallow[2]
 
 
 def test_a_finished_run_is_refused(stylizer, pictures):

@@ -164,10 +164,11 @@ def test_lbfgs_takes_the_steps_of_torchs(seed, unbounded):
 
 def real(stylizer, pictures, style_weight, size=(48, 34)):
     """The objective of two pictures, and the start."""
-    from engine import Config, image
+    from engine import Config, goal, image
 
     content = image.resize(image.load(pictures["content"]), size)
-    objective = stylizer._objective(content, [image.load(pictures["style"])], Config(style_weight=style_weight))
+    config = Config(style_weight=style_weight)
+    objective = stylizer._objective(content, goal.load(content, pictures["style"], config, None, None))
     return objective, image.to_tensor(content)
 
 

@@ -18,24 +18,19 @@ ALLOWED = {
     "features": {"session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
     "winograd": {"features", "export", "kernels"},
-    "losses": {"config", "features", "kernels"},
+    "regions": {"image"},
+    "targets": {"image"},
+    "goal": {"colour", "config", "image", "regions", "targets"},
+    "losses": {"config", "features", "kernels", "regions", "targets"},
     "autograd": {"losses"},
     "optimize": {"kernels"},
     "checkpoint": set(),
-    "stylizer": {
-        "checkpoint",
-        "colour",
-        "config",
-        "features",
-        "image",
-        "kernels",
-        "losses",
-        "optimize",
-        "provider",
-        "export",
-    },
+    "stylizer": (
+        {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
+        | {"targets", "export", "kernels"}
+    ),
     "stylize": {"config", "image", "presets", "provider", "stylizer", "__version__"},
-    "__init__": {"config", "presets", "stylizer", "export"},
+    "__init__": {"config", "presets", "stylizer", "targets", "export"},
 }
 
 

@@ -351,7 +351,7 @@ def test_caches_are_bounded(pictures, monkeypatch):
     for size, style in itertools.product((48, 52, 56), range(2)):
         own(pictures["content"], noise(40, 40, style), Config(size=size, iterations=1, scales=1))
     assert len(own._networks) == 2
-    assert len(own._grams) == 3
+    assert len(own._targets) == 3
 
 
 def test_a_style_is_looked_at_once(pictures, monkeypatch):
