@@ -29,7 +29,7 @@ ALLOWED = {
         {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
         | {"targets", "export", "kernels"}
     ),
-    "stylize": {"config", "image", "presets", "provider", "stylizer", "__version__"},
+    "stylize": {"config", "image", "presets", "provider", "stylizer", "targets", "__version__"},
     "__init__": {"config", "presets", "stylizer", "targets", "export"},
 }
 
