@@ -113,6 +113,16 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--init", "{missing}"], "No such file"),
     (["{content}", "{style}", "-o", "{out}", "--trace", "{missing}/t.json"], "not a folder"),
     (["-", "-", "-o", "{out}"], "only one picture"),
+    (["none", "none", "-o", "{out}"], "with neither"),
+    (["{content}", "{style}", "none", "-o", "{out}"], "give it alone"),
+    (["{content}", "{style}", "-o", "{out}", "--size", "64x48"], "without content"),
+    (["none", "{style}", "-o", "{out}", "--size", "64xbig"], "give N|WxH"),
+    (["{content}", "{style}", "-o", "{out}", "--style-blend", "1,2"], "2 weights, there are 1 styles"),
+    (["{content}", "{style}", "-o", "{out}", "--style-loss", "gramm"], "did you mean gram"),
+    (["{content}", "{style}", "-o", "{out}", "--style-size", "9"], "from 32"),
+    (["{content}", "{style}", "-o", "{out}", "--mask", "alpha"], "no alpha channel"),
+    (["{content}", "{style}", "-o", "{out}", "--mask", "{content}:{missing}"], "No such file"),
+    (["{content}", "{missing}.safetensors", "-o", "{out}"], "No such file"),
     (["{content}", "{style}", "--demo"], "leave CONTENT"),
 ]
 
@@ -268,3 +278,34 @@ def test_a_full_disk_is_the_machines_fault(pair, capsys, monkeypatch):
     monkeypatch.setattr(image, "save", full)
     assert stylize.main([content, style, "-o", out, *SMALL]) == 1
     assert capsys.readouterr().err.strip().endswith("out.png: No space left on device")
+
+
+def test_texture_and_its_saved_targets(pair, tmp_path):
+    content, style, out = pair
+    options = ["--iterations", "2", "--scales", "1", "--style-layers", "relu1_1,relu2_1", "--size"]
+    kept = str(tmp_path / "style.safetensors")
+    assert stylize.main(["none", style, "-o", out, *options, "64x40", "--save-targets", kept, "--quiet"]) == 0
+    first = Path(out).read_bytes()
+    with Image.open(out) as image:
+        assert image.size == (64, 40)
+    again = str(tmp_path / "again.png")
+    assert stylize.main(["none", kept, "-o", again, *options, "64x40", "--quiet"]) == 0
+    assert Path(again).read_bytes() == first
+    inverted = str(tmp_path / "inverted.png")
+    assert stylize.main([content, "none", "-o", inverted, *options, "48", "--init", "noise", "--quiet"]) == 0
+    with Image.open(inverted) as image:
+        assert max(image.size) == 48
+
+
+def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
+    content, style, out = pair
+    seen = {}
+
+    def steps(self, content, style, config, *, masks, freeze):
+        seen.update(masks=masks, freeze=freeze, blend=config.style_blend)
+        return iter(())
+
+    monkeypatch.setattr("engine.stylizer.Stylizer.steps", steps)
+    masks = ["--mask", f"{content}:{style}", "--mask", "alpha", "--freeze", content, "--style-blend", "3,1"]
+    assert stylize.main([content, style, style, "-o", out, *masks]) == 0
+    assert seen == {"masks": [(content, style), "alpha"], "freeze": content, "blend": (3.0, 1.0)}

@@ -21,6 +21,7 @@ from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
 from engine.kernels.pixels import Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.wasserstein import Wasserstein
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -295,6 +296,36 @@ def test_gradients_of_faint_and_loud_features(host, dtype, factor):
         1e-6 * float(layers.scale) * style_gradient_reference(numbers(f), gram_reference(numbers(f)), numbers(target))
     )
     assert error(layer.cotangent, truth) < 2 * max(ROUNDING[dtype], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("weight", [1e-2, 30.0])
+def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
+    """It joins the total and the scale of the others; the same `Layers` on a CPU are the truth."""
+    f, a = features(24, 60, dtype=dtype), features(24, 50, seed=1)
+    x = f - f.mean(1, keepdim=True)
+    target = torch.from_numpy(gram_reference(numbers(a))).float()
+
+    def make(dtype):
+        distance = Wasserstein(f.float().mean(1), a.mean(1), torch.cov(a))
+        given = [each.to(dtype, copy=True) for each in (f, x)]
+        return Layers({
+            "gram": Layer(given[0], torch.full_like(given[0], torch.nan), None, target),
+            "distance": Layer(
+                given[1], torch.full_like(given[1], torch.nan), None, torch.zeros(24, 24), 0.0, weight, distance
+            ),
+        }, 1.0, 2.0)  # fmt: skip
+
+    found, truth = make(dtype), make(SINGLE)
+    found.losses()
+    found.gradients()
+    truth._losses_cpu()
+    truth._gradients_cpu()
+    np.testing.assert_allclose(numbers(found.terms), numbers(truth.terms), rtol=1e-4 if dtype == HALF else 1e-5)
+    for one, other in zip(found._layers, truth._layers, strict=True):
+        wanted = float(found.scale) * numbers(other.cotangent)
+        assert error(one.cotangent, wanted) < max(1e-5, 4 * ROUNDING[dtype])
+    assert max(float(layer.cotangent.double().square().mean().sqrt()) for layer in found._layers) < 2
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31)])

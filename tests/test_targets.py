@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from engine import Config, Stylizer, Targets
 from engine.targets import Statistic, blend
 
-TWO_SCALES = Config(size=64, scales=2, iterations=3)
+TWO_SCALES = Config(size=64, scales=2, iterations=2, style_layers=("relu1_1", "relu2_1", "relu3_1"))
 
 
 def noise(height, width, seed):
@@ -14,8 +16,6 @@ def noise(height, width, seed):
 
 @pytest.mark.parametrize("kind", ["gram", "shifted", "wasserstein"])
 def test_a_run_with_saved_targets_is_the_run_with_the_picture(stylizer, tmp_path, kind):
-    from dataclasses import replace
-
     config = replace(TWO_SCALES, style_loss=kind)
     content, style = noise(48, 64, 1), noise(40, 50, 2)
     stylizer.targets(style, config).save(tmp_path / "style.safetensors")
@@ -48,7 +48,7 @@ def test_targets_of_a_part_of_a_style(stylizer):
     ],
 )
 def test_targets_of_another_run_are_refused(stylizer, options, words):
-    config = Config(scales=2, **{"size": 64, **options})
+    config = replace(TWO_SCALES, **options)
     targets = stylizer.targets(noise(40, 50, 2), TWO_SCALES)
     with pytest.raises(ValueError, match=words):
         stylizer(noise(48, 64, 1), targets, config)
