@@ -19,7 +19,7 @@ from engine.losses import Objective
 from . import cases
 
 NAME = "our loop on torch"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Features:
