@@ -27,6 +27,7 @@ ENGINES = {
     "engine-cuda-fp16": ("cuda", "fp16"),
     "engine-tensorrt": ("tensorrt", "fp32"),
     "engine-tensorrt-fp16": ("tensorrt", "fp16"),
+    "engine-tensorrt-bf16": ("tensorrt", "bf16"),
 }
 RIVALS = tuple(name for name in VARIANTS if name != "float64")
 STRICT = 1e-4  # relative L2 error of an exact variant's gradient where no ReLU has flipped

@@ -20,7 +20,7 @@ from engine.targets import Statistic
 from . import cases
 
 NAME = "our loop on torch"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Features:

@@ -51,8 +51,11 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
         log.info("device: %s", device)
     else:
         check(device)
-    if precision == "bf16":
-        raise BackendError("precision bf16: no device here computes in it; the CPU is faster in fp32, a GPU runs fp16")
+    if precision == "bf16" and device != "tensorrt":
+        raise BackendError(
+            f"precision bf16: device {device} has no bf16 convolutions, --device tensorrt has; "
+            f"{'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
+        )
     if precision == "auto":
         precision = "fp16" if device in GPUS else "fp32"  # see `Stylizer` for runs that fp16 cannot hold
     elif precision == "fp16" and device == "cpu":

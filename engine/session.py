@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -17,13 +16,14 @@ from torch import Tensor
 from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
+from .export.ort import options as session_options
 from .export.weights import Weights
 from .features import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ELEMENTS = {_DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
 
 
 Model = tuple[onnx.ModelProto, Mapping[str, NDArray[Any]]]  # a graph and its external initializers
@@ -66,7 +66,7 @@ class _Graph:
         ):
             for info in infos:
                 tensor = self._tensors[info.name]
-                place = ("cuda" if device in provider.GPUS else "cpu", 0, _NUMPY[tensor.dtype])
+                place = ("cuda" if device in provider.GPUS else "cpu", 0, _ELEMENTS[tensor.dtype])
                 bind(info.name, *place, tuple(info.shape), tensor.data_ptr())
 
     def run(self) -> None:
@@ -98,15 +98,12 @@ def _open(
 ) -> tuple[Any, dict[str, Any]]:
     """A session on the device and the provider's options; raises BackendError if ONNX Runtime cannot open one."""
     ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(arrays)  # the session keeps its own, reordered copy
     options.intra_op_num_threads = threads
     # Spinning threads take the cores from the BLAS calls between the two graphs: they cost more than they save.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device in provider.GPUS:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    # Given by value, so that the graph never reads a file; the session keeps its own, reordered copy.
-    options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()])
     content = model.SerializeToString()
     for settings in provider.attempts(device, precision, stream, content, captured):
         providers = [(provider.PROVIDERS[device], settings)]

@@ -127,8 +127,9 @@ class Stylizer:
     """Stylises pictures on one device with one set of weights; safe to call from several threads.
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default. On a GPU
-    `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16 cannot hold.
+    cuda or tensorrt; `precision`: auto, fp32, fp16 or (tensorrt only) bf16; `threads`: on a CPU, torch's own number by
+    default. On a GPU `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16
+    cannot hold.
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.

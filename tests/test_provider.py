@@ -104,6 +104,14 @@ def test_unknown_names(arguments, words):
         provider.resolve(*arguments)
 
 
+def test_bf16_is_for_tensorrt(monkeypatch):
+    monkeypatch.setattr(provider, "check", lambda device: None)
+    assert provider.resolve("tensorrt", "bf16") == ("tensorrt", "bf16")
+    for device, instead in (("cuda", "fp16"), ("auto", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
+        with pytest.raises(BackendError, match=f"bf16.*--device tensorrt has; --precision {instead}"):
+            provider.resolve(device, "bf16")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision):
     with pytest.raises(BackendError, match=precision):
