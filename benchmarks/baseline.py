@@ -57,9 +57,9 @@ class Baseline:
             self._network = self._network.to(memory_format=torch.channels_last)
         with torch.no_grad():
             features = self._features(self._place(content))
-            self._targets = {layer: features[layer] for layer in self._config.content_layers}
+            self._targets = {layer: features[layer] for layer in self._config.content_layer_weights}
             features = self._features(self._place(style))
-            self._grams = {layer: _gram(features[layer]) for layer in self._config.style_layers}
+            self._grams = {layer: _gram(features[layer]) for layer in self._config.style_layer_weights}
         mode = "max-autotune" if self._device.type == "cuda" else None
         self._objective = torch.compile(self._loss, mode=mode) if self._variant.compiled else self._loss
 

@@ -27,6 +27,7 @@ ENGINES = {
     "engine-cuda-fp16": ("cuda", "fp16"),
     "engine-tensorrt": ("tensorrt", "fp32"),
     "engine-tensorrt-fp16": ("tensorrt", "fp16"),
+    "engine-tensorrt-bf16": ("tensorrt", "bf16"),
 }
 RIVALS = tuple(name for name in VARIANTS if name != "float64")
 STRICT = 1e-4  # relative L2 error of an exact variant's gradient where no ReLU has flipped
@@ -82,11 +83,13 @@ class Engine:
     """Our loop at one scale, put together as `Stylizer` does it."""
 
     def __init__(self, problem: Problem, device: str, precision: str) -> None:
+        from engine.goal import load as load_goal
         from engine.stylizer import Stylizer
 
         stylizer = Stylizer(problem.weights, device, precision)
         content = images.resize(problem.content, problem.size)
-        self._objective = stylizer._objective(content, [problem.style], problem.config)
+        goal = load_goal(content, problem.style, problem.config, None, None)
+        self._objective = stylizer._objective(content, goal)
         self._device = self._objective.network.image.device
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:

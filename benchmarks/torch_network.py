@@ -14,12 +14,13 @@ from torch import Tensor
 from engine import image as images
 from engine import kernels
 from engine.export import vgg
-from engine.losses import Objective
+from engine.losses import Objective, Region
+from engine.targets import Statistic
 
 from . import cases
 
 NAME = "our loop on torch"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Features:
@@ -78,10 +79,11 @@ class Engine(cases.Engine):
         of_style = open_at(*style.shape[2:])
         of_style.image.copy_(style)
         of_style.forward()
-        grams = {name: kernels.gram(of_style.features[name].flatten(2)[0]) for name in config.style_layers}
+        features = {name: of_style.features[name].flatten(2)[0] for name in config.style_layer_weights}
+        grams = {name: Statistic(kernels.gram(each), each.mean(1)) for name, each in features.items()}
         network = open_at(height, width)
         network.image.copy_(problem.start)
         network.forward()
-        targets = {name: network.features[name].clone() for name in config.content_layers}
-        self._objective = Objective(network, targets, grams, config)
+        targets = {name: network.features[name].clone() for name in config.content_layer_weights}
+        self._objective = Objective(network, targets, [Region(grams)], config)
         self._device = network.image.device

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .config import Config
+from .presets import preset
 
 if TYPE_CHECKING:
     from .export.ort import BackendError as BackendError
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from .stylizer import Score as Score
     from .stylizer import Step as Step
     from .stylizer import Stylizer as Stylizer
+    from .targets import Targets as Targets
 
-__all__ = ["BackendError", "Config", "Result", "Score", "Step", "Stylizer", "__version__"]
+__all__ = ["BackendError", "Config", "Result", "Score", "Step", "Stylizer", "Targets", "__version__", "preset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
 WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
+COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 _MAX_SIZE = 16384
 
 
@@ -31,9 +32,15 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError."""
+    """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError.
 
-    size: int = _option(512, "long side of the result in pixels")
+    Layers are given as names, "name:weight" or (name, weight), and kept as (name, weight) pairs; the weight is 1 where
+    none is given. Style weights act divided by their sum, content weights as they are.
+    """
+
+    size: int | str | tuple[int, int] = _option(
+        512, "long side of the result in pixels, or original for the content's own; without content a square, or WxH"
+    )
     iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
@@ -43,10 +50,20 @@ class Config:
     tv_weight: float = _option(0.0, "weight of the total variation loss")
     tv_power: float = _option(2.0, "power of a difference of neighbours in the total variation loss, from 1")
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
-    content_layers: tuple[str, ...] = _option(("relu2_2",), "layers of the content loss")
-    style_layers: tuple[str, ...] = _option(
-        ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "layers of the style loss"
+    content_layers: tuple[Any, ...] = _option(
+        (("relu2_2", 1.0),), "layers of the content loss, NAME or NAME:WEIGHT; their weighted losses are added up"
     )
+    style_layers: tuple[Any, ...] = _option(
+        tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),
+        "layers of the style loss, NAME or NAME:WEIGHT; the weights are divided by their sum",
+    )
+    style_loss: str = _option(
+        "gram",
+        "gram matrices; wasserstein: distance of normal distributions by mean and covariance; shifted: gram of F - 1",
+    )
+    style_blend: tuple[float, ...] = _option((), "weights of the styles, divided by their sum; equal by default")
+    style_scale: float = _option(1.0, "long side of the styles over that of the image")
+    style_size: int | str = _option("auto", "long side of the styles in pixels at every scale; auto follows the image")
     pooling: str = _option("avg", "pooling of the network: avg or max")
     padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
     tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
@@ -59,9 +76,38 @@ class Config:
     average: float = _option(0.0, "decay of the running average of the pictures, which is then the result; 0 is off")
     stop: float = _option(0.0, "end a scale when 20 evaluations improve the best loss by a smaller share; 0 is off")
     seed: int = _option(0, "seed of the noise")
+    colour: str = _option(
+        "none",
+        "keep the content's colours (keep-after: from the result; keep-before: stylise in grey), or bring the style's "
+        "to them (match: mean and covariance; histogram)",
+    )
 
     def __post_init__(self) -> None:
-        _whole("size", self.size, MIN_SIDE, _MAX_SIZE)
+        if isinstance(self.size, tuple | list):
+            object.__setattr__(self, "size", tuple(self.size))
+            if len(self.size) != 2:
+                raise ValueError(f"size {self.size}: give the long side, or width and height")
+        elif isinstance(self.size, str) and self.size != "original":
+            raise ValueError(f"size {self.size!r}: give original or a number")
+        if self.size != "original":
+            for side in self.size if isinstance(self.size, tuple) else (self.size,):
+                _whole("size", side, MIN_SIDE, _MAX_SIZE)
+        if self.style_size != "auto":
+            if isinstance(self.style_size, str):
+                raise ValueError(f"style_size {self.style_size!r}: give auto or a number")
+            _whole("style_size", self.style_size, MIN_SIDE, _MAX_SIZE)
+            if self.style_scale != 1:
+                raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
+        _weight("style_scale", self.style_scale)
+        if not 1 / 64 <= self.style_scale <= 64:
+            raise ValueError(f"style_scale {self.style_scale}: give a number from 1/64 to 64")
+        if not isinstance(self.style_blend, tuple | list):
+            raise TypeError(f"style_blend has to be a tuple of numbers, not {self.style_blend!r}")
+        for weight in self.style_blend:
+            _weight("style_blend", weight)
+        if self.style_blend and not sum(self.style_blend) > 0:
+            raise ValueError("style_blend: give one weight at least that is not zero")
+        object.__setattr__(self, "style_blend", tuple(float(weight) for weight in self.style_blend))
         _whole("seed", self.seed, 0, 2**63 - 1)
         for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
             _whole("iterations", count, 1, 10**6)
@@ -72,20 +118,12 @@ class Config:
                 raise ValueError(f"scales {self.scales!r}: give auto or a number")
             _whole("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
-            weight = _float(name, getattr(self, name))
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} {weight}: give a finite number that is not negative")
+            _weight(name, getattr(self, name))
         for name in ("content_layers", "style_layers"):
-            layers = getattr(self, name)
-            if isinstance(layers, str) or not isinstance(layers, tuple | list):
-                raise TypeError(f"{name} has to be a tuple of layers, not {layers!r}")
-            if not layers:
-                raise ValueError(f"{name}: give at least one layer")
-            for layer in layers:
-                choice(f"{name}: layer", layer, LAYERS)
-            if len(set(layers)) < len(layers):
-                raise ValueError(f"{name}: {', '.join(layers)} names a layer twice")
-            object.__setattr__(self, name, tuple(layers))
+            object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
+        if not sum(weight for _, weight in self.style_layers) > 0:
+            raise ValueError("style_layers: give one weight at least that is not zero")
+        choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
         choice("pooling", self.pooling, ("avg", "max"))
         choice("padding", self.padding, ("zero", "reflect", "replicate"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
@@ -100,12 +138,45 @@ class Config:
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
         if self.tile and self.padding != "zero":
             raise ValueError(f"padding {self.padding}: a picture that tiles has no border, leave padding or tile out")
+        choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
+
+    @property
+    def content_layer_weights(self) -> dict[str, float]:
+        """Weight of each content layer."""
+        return dict(self.content_layers)
+
+    @property
+    def style_layer_weights(self) -> dict[str, float]:
+        """Weight of each style layer, divided by their sum."""
+        total = sum(weight for _, weight in self.style_layers)
+        return {layer: weight / total for layer, weight in self.style_layers}
 
     @property
     def layers(self) -> tuple[str, ...]:
         """All loss layers, from the shallowest to the deepest."""
-        return tuple(layer for layer in LAYERS if layer in self.content_layers or layer in self.style_layers)
+        used = dict((*self.content_layers, *self.style_layers))
+        return tuple(layer for layer in LAYERS if layer in used)
+
+    def sized(self, long_side: int) -> Config:
+        """These options for a content with this long side in pixels, which takes the place of `original`."""
+        return replace(self, size=long_side) if self.size == "original" else self
+
+    @property
+    def long_side(self) -> int:
+        """Long side of the result in pixels; the size may not be `original` any more."""
+        return max(self.size) if isinstance(self.size, tuple) else int(self.size)
+
+    def style_shares(self, count: int) -> list[float]:
+        """The share of each of `count` styles; their sum is one. Raises ValueError if style_blend has other ones."""
+        blend = self.style_blend or (1.0,) * count
+        if len(blend) != count:
+            raise ValueError(f"style_blend has {len(blend)} weights, there are {count} styles")
+        return [weight / sum(blend) for weight in blend]
+
+    def style_side(self, side: int) -> int:
+        """Long side of the styles for an image with this long side."""
+        return max(1, round(self.style_scale * side)) if self.style_size == "auto" else int(self.style_size)
 
     def whole(self, size: tuple[int, int]) -> tuple[int, int]:
         """A (width, height) that can be optimised: to tile, both are rounded up to multiples of WHOLE."""
@@ -116,16 +187,16 @@ class Config:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
 
         Coarse iterations are cheap and settle the large strokes: each scale gets sqrt(2) times the iterations of the
-        next finer one. Scales whose short side would fall under MIN_SIDE are left out.
+        next finer one. Scales whose short side would fall under MIN_SIDE are left out. The size has to be a number.
         """
-        auto = 1 + max(0, round(2 * math.log2(self.size / COARSEST)))
+        auto = 1 + max(0, round(2 * math.log2(self.long_side / COARSEST)))
         count = auto if self.scales == "auto" else int(self.scales)
-        sides = [round(self.size / math.sqrt(2) ** i) for i in reversed(range(count))]
+        sides = [round(self.long_side / math.sqrt(2) ** i) for i in reversed(range(count))]
         sides = [max(self.whole((side, side))) for side in sides if round(side / aspect) >= MIN_SIDE]
         if not sides:
             raise ValueError(
                 f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "
-                f"at size {self.size}: choose a larger size or crop it"
+                f"at size {self.long_side}: choose a larger size or crop it"
             )
         if isinstance(self.iterations, tuple):
             if len(self.iterations) == 1:
@@ -140,6 +211,37 @@ class Config:
 def options() -> Iterable[Field[Any]]:
     """The fields of `Config`, for building a command line."""
     return fields(Config)
+
+
+def _weight(name: str, weight: object) -> None:
+    number = _float(name, weight)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} {weight}: give a finite number that is not negative")
+
+
+def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ...]:
+    """The layers as (name, weight) pairs."""
+    if not isinstance(layers, tuple | list):
+        raise TypeError(f"{option} has to be a tuple of layers, not {layers!r}")
+    if not layers:
+        raise ValueError(f"{option}: give at least one layer")
+    found: dict[str, float] = {}
+    for layer in layers:
+        name, weight = layer, 1.0
+        if isinstance(layer, str):
+            name, colon, text = layer.partition(":")
+            try:
+                weight = float(text) if colon else 1.0
+            except ValueError as error:
+                raise ValueError(f"{option}: {layer}: give NAME:WEIGHT") from error
+        elif isinstance(layer, tuple | list) and len(layer) == 2:
+            name, weight = layer
+        choice(f"{option}: layer", name, LAYERS)
+        _weight(f"{option}: weight of {name}", weight)
+        if name in found:
+            raise ValueError(f"{option}: {name} is named twice")
+        found[name] = float(weight)
+    return tuple(found.items())
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

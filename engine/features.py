@@ -62,16 +62,17 @@ class Open(Protocol):
         """The features at `spec`."""
 
 
-def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int) -> Open:
+def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int, *, with_max: bool = False) -> Open:
     """The network down to the deepest of `layers` on a device; `threads` counts on a CPU.
 
+    `with_max` asks for max pooling besides average pooling.
     On `cpu` it is the Winograd program, elsewhere the two ONNX graphs in ONNX Runtime. Raises BackendError if the
     device cannot run it.
     """
     if device == "cpu":
         from . import winograd
 
-        transformed = winograd.Network(weights, layers, threads)
+        transformed = winograd.Network(weights, layers, threads, with_max=with_max)
 
         def open_program(spec: vgg.Spec, *, forward_only: bool = False) -> Features:
             return winograd.Features(spec, transformed, forward_only=forward_only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -36,8 +37,11 @@ FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
+_READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none that runs other programs
+MAX_PIXELS = 89_478_485  # of a picture, Pillow's own limit against decompression bombs; $STYLIZE_MAX_PIXELS
+MAX_BYTES = 2**28  # of a file; $STYLIZE_MAX_BYTES
 _OPAQUE = ("JPEG", "BMP")  # formats without an alpha channel
-_warnings_lock = threading.Lock()  # catch_warnings swaps process-wide state
+_pillow_lock = threading.Lock()  # filters of warnings and Pillow's limit are process-wide
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,12 @@ class Picture:
 def load(source: Source) -> Picture:
     """Read a picture: oriented by its EXIF tag, brought to sRGB by its ICC profile, alpha set apart.
 
-    Raises ValueError if it is not a picture, is damaged or is larger than Pillow's limit against decompression bombs,
-    OSError if it cannot be read, TypeError for another kind of source.
+    Files are PNG, JPEG, WEBP, TIFF, BMP, GIF (the first frame), PPM, JPEG 2000 or AVIF. Grey keeps its 16 bits, Pillow
+    brings 16-bit colour to 8. Size is checked before anything is decoded, against MAX_BYTES and MAX_PIXELS or the
+    environment's STYLIZE_MAX_BYTES and STYLIZE_MAX_PIXELS.
+
+    Raises ValueError if it is not a picture, is damaged or too large, OSError if it cannot be read, TypeError for
+    another kind of source.
     """
     if isinstance(source, Picture):
         return source
@@ -76,32 +84,54 @@ def load(source: Source) -> Picture:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pil(source)
+    most, pixels = _limit("STYLIZE_MAX_BYTES", MAX_BYTES), _limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
     if isinstance(source, bytes | bytearray | memoryview):
-        name, stream = "picture", io.BytesIO(bytes(source))
+        name, data = "picture", bytes(source)
     elif isinstance(source, str) and source == "-":
-        name, stream = "standard input", io.BytesIO(sys.stdin.buffer.read())
+        name, data = "standard input", sys.stdin.buffer.read(most + 1)
     elif isinstance(source, str | os.PathLike):
         name = str(source)
-        stream = io.BytesIO(Path(source).read_bytes())
+        with Path(source).open("rb") as file:
+            data = file.read(most + 1)
     else:
         raise TypeError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
-    if not stream.getbuffer().nbytes:
+    if not data:
         raise ValueError(f"{name} is empty")
+    if len(data) > most:
+        raise ValueError(f"{name} has more than {most} bytes (STYLIZE_MAX_BYTES)")
     try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(stream)
+        with _bounded(pixels):
+            opened = Image.open(io.BytesIO(data), formats=_READ)
             opened.load()
         return _from_pil(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+        raise ValueError(f"{name} has more than {pixels} pixels (STYLIZE_MAX_PIXELS)") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture that Pillow can read") from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         raise ValueError(f"{name} is damaged ({error})") from error
+
+
+def _limit(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(f"{variable} {text!r}: give a whole number from 1")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _bounded(pixels: int) -> Iterator[None]:
+    """Pillow refuses pictures of more pixels, embedded ones too; its other warnings are silent."""
+    with _pillow_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _from_array(array: NDArray[Any]) -> Picture:
@@ -118,7 +148,7 @@ def _from_array(array: NDArray[Any]) -> Picture:
 
 
 def _from_pil(image: Image.Image) -> Picture:
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith(("I", "F")):
         return _from_deep_grey(image)
     alpha = None
@@ -130,6 +160,19 @@ def _from_pil(image: Image.Image) -> Picture:
         image = image.convert("L" if image.mode == "1" else "RGB")
     rgb = _to_srgb(image)
     return Picture(_unit(rgb), alpha)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF tag says, or as it is if its EXIF data are damaged."""
+    pixels = _limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
+    try:
+        with _bounded(pixels):
+            return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # they too make Pillow raise nearly anything
+        log.warning("EXIF orientation left out of account: %s", error)
+        return image
 
 
 def _unit(image: Image.Image) -> NDArray[np.float32]:
@@ -157,6 +200,15 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         except (ImageCms.PyCMSError, OSError) as error:
             log.warning("ICC profile left out of account: %s", error)
     return image.convert("RGB")
+
+
+def digest(picture: Picture) -> str:
+    """sha256 of the decoded picture: its size, and its values as float32."""
+    state = hashlib.sha256(repr((picture.size, picture.alpha is None)).encode())
+    for plane in (picture.rgb, picture.alpha):
+        if plane is not None:
+            state.update(np.ascontiguousarray(plane).tobytes())
+    return state.hexdigest()
 
 
 def resize(picture: Picture, size: tuple[int, int], wrap: bool = False) -> Picture:
@@ -187,6 +239,11 @@ def to_tensor(picture: Picture) -> Tensor:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1))[None])
+
+
+def from_tensor(pixels: Tensor) -> Picture:
+    """The picture of pixels (1, 3, H, W); values outside [0, 1] are clamped."""
+    return Picture(pixels[0].detach().clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
 
 
 def to_pil(pixels: Tensor, alpha: NDArray[np.float32] | None = None) -> Image.Image:

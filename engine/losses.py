@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from . import kernels
 from .config import Config
 from .features import Features
+from .regions import Mask, View, guide
+from .targets import Statistics
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Losses of one image, 0-dim fp32 tensors on its device; `total` is weighted, the others are not."""
+    """Losses of one image, 0-dim fp32 tensors on its device; `total` is weighted, the others as in `Score`."""
 
     total: Tensor
     content: Tensor
@@ -23,29 +25,55 @@ class Terms:
     tv: Tensor
 
 
-class Objective:
-    """L = content_weight * content + style_weight * mean over layers of style + tv_weight * tv.
+@dataclass(frozen=True)
+class Region:
+    """What a part of the image is compared with: the style's statistics, the part's share in the style loss, its mask.
 
-    `content` holds the features P (1, C, H, W) of the content image at the content layers, `grams` the matrices
-    A (C, C) fp32 of the style at the style layers. The formulas are those of `kernels`.
+    Without a mask it is the whole image.
+    """
+
+    statistics: Statistics
+    share: float = 1.0
+    mask: Mask | None = None
+
+
+class Objective:
+    """L = content_weight * content + style_weight * style + tv_weight * tv.
+
+    Content is the sum of w_l c_l over its layers, style the sum of v_l u_r s_lr over its layers and the `regions`, with
+    the weights w of `Config.content_layer_weights`, v of `Config.style_layer_weights` and the shares u of the regions;
+    the sums of v and of u are one. `content` holds the features P (1, C, H, W) of the content image at the content
+    layers; empty, there is no content loss, and without regions no style loss. The formulas are those of `kernels`.
+    The gradient of pixels that are `frozen`, bools (1, 1, H, W), is zero.
     """
 
     def __init__(
-        self, network: Features, content: Mapping[str, Tensor], grams: Mapping[str, Tensor], config: Config
+        self,
+        network: Features,
+        content: Mapping[str, Tensor],
+        regions: Sequence[Region],
+        config: Config,
+        frozen: Tensor | None = None,
     ) -> None:
         self.network = network
-        layers = {
-            name: kernels.Layer(
-                _flat(network.features[name]),
-                _flat(network.cotangents[name]),
-                _flat(content[name]) if name in content else None,
-                grams.get(name),
-            )
-            for name in network.spec.layers
-        }
-        self._styles = tuple(grams)
-        self._layers = kernels.Layers(layers, config.content_weight, config.style_weight / len(grams), network.products)
-        self._recorded = kernels.Recorded(network.image.device)
+        self._frozen = None if frozen is None else frozen.to(network.image.device)
+        self._views: list[tuple[View, kernels.Layer]] = []
+        self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
+        self._styles = tuple(config.style_layer_weights) if regions else ()
+        self._style_weight = config.style_weight
+        terms: dict[str, kernels.Layer] = {}
+        for name in network.spec.layers:
+            given = _flat(content[name]) if name in content else None
+            plain = [] if config.style_loss != "gram" else [each for each in regions if each.mask is None]
+            target = plain[0].statistics[name].matrix if plain and name in config.style_layer_weights else None
+            self._direct(terms, name, given, target, config)
+            if target is None and name in config.style_layer_weights:
+                for i, region in enumerate(regions):
+                    self._viewed(terms, f"{name} {i}", name, region, config)
+        self._layers = kernels.Layers(terms, config.content_weight, config.style_weight, network.products)
+        # The host computes the eigenvalues of Wasserstein distances on its own.
+        recorded = config.style_loss != "wasserstein" or not regions
+        self._recorded = kernels.Recorded(network.image.device) if recorded else _at_once
         self._pixels = kernels.Pixels(
             network.image,
             network.gradient,
@@ -60,18 +88,21 @@ class Objective:
         """Total loss of pixels (1, 3, H, W), 0-dim fp32, and its gradient into `gradient` if wanted.
 
         The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On a GPU all
-        of it is queued on the current stream of `network.use`, and the host waits for nothing.
+        of it is queued on the current stream of `network.use`, and the host waits for nothing, but for Wasserstein
+        distances.
         """
         network = self.network
         with network.use():
             network.image.copy_(pixels)
             network.forward()
             if gradient is None:
-                self._layers.losses()
+                self._losses()
             else:
                 self._recorded(self._losses_and_cotangents)
                 network.vjp()
             self._pixels.finish(gradient)
+            if gradient is not None and self._frozen is not None:
+                gradient.masked_fill_(self._frozen, 0)
         return self._layers.terms[0]
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
@@ -79,13 +110,67 @@ class Objective:
         gradient = torch.empty_like(self.network.image) if with_gradient else None
         with self.network.use():
             self.write(pixels, gradient)
-            total, content, tv, *style = self._layers.terms.clone().unbind()
-        by_layer = dict(zip(self._layers.names, style, strict=True))
-        return Terms(total, content, {name: by_layer[name] for name in self._styles}, tv), gradient
+            total, content, tv, *values = self._layers.terms.clone().unbind()
+        style: dict[str, Tensor] = {}
+        for term, value in zip(self._layers.names, values, strict=True):
+            if term in self._shares:
+                layer, share = self._shares[term]
+                style[layer] = style.get(layer, 0) + share * value
+        return Terms(total, content, {layer: style[layer] for layer in self._styles}, tv), gradient
+
+    def _direct(
+        self,
+        terms: dict[str, kernels.Layer],
+        name: str,
+        content: Tensor | None,
+        target: Tensor | None,
+        config: Config,
+    ) -> None:
+        """Add the term of a layer's own features, if it has one."""
+        if content is None and target is None:
+            return
+        weights = config.content_layer_weights.get(name, 0.0), config.style_layer_weights.get(name, 0.0)
+        features, cotangent = _flat(self.network.features[name]), _flat(self.network.cotangents[name])
+        terms[name] = kernels.Layer(features, cotangent, content, target, *weights)
+        if target is not None:
+            self._shares[name] = name, 1.0
+
+    def _viewed(self, terms: dict[str, kernels.Layer], term: str, name: str, region: Region, config: Config) -> None:
+        """Add the term of a region of a layer, or of another statistic than the Gram matrix."""
+        features = self.network.features[name]
+        own = None if region.mask is None else guide(region.mask, (features.shape[2], features.shape[3]))
+        view = View(_flat(features), config.style_loss, own, _flat(self.network.cotangents[name]))
+        statistic, target, distance = region.statistics[name], region.statistics[name].matrix, None
+        if config.style_loss == "wasserstein":
+            distance = kernels.Wasserstein(view.mean, statistic.mean, statistic.matrix)
+            target = torch.zeros_like(target)
+        weight = config.style_layer_weights[name] * region.share
+        terms[term] = kernels.Layer(view.features, view.cotangent, None, target, 0.0, weight, distance)
+        self._shares[term] = name, region.share
+        self._views.append((view, terms[term]))
+
+    def _losses(self) -> None:
+        for view, _ in self._views:
+            view.read()
+        self._layers.losses()
 
     def _losses_and_cotangents(self) -> None:
-        self._layers.losses()
+        self._losses()
+        if self._views:
+            for name, cotangent in self.network.cotangents.items():
+                if name not in self._layers.names:
+                    cotangent.zero_()
         self._layers.gradients()
+        for view, layer in self._views:
+            slope = None
+            if layer.distance is not None:
+                factor = 2 * self._style_weight * layer.style_weight / layer.features.numel()
+                slope = factor * self._layers.scale * layer.distance.slope
+            view.write(slope)
+
+
+def _at_once(launches: Callable[[], None]) -> None:
+    launches()
 
 
 def _flat(tensor: Tensor) -> Tensor:

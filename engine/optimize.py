@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,8 @@ class Iterate:
     best: Tensor
     _loss: Tensor = field(repr=False)  # in host memory
     _arrival: torch.cuda.Event | None = field(repr=False)  # of the loss, None on a CPU
+    # How to save the run; empty unless this is its newest iterate, so that a kept one holds no optimiser.
+    _saving: list[Callable[[], dict[str, Tensor]]] = field(default_factory=list, repr=False)
 
     @property
     def loss(self) -> float:
@@ -45,6 +47,16 @@ class Iterate:
         """Whether `loss` would not wait."""
         return self._arrival is None or self._arrival.query()
 
+    def save(self) -> dict[str, Tensor]:
+        """What `minimise` needs to go on after this iterate, to be copied; RuntimeError once it was asked for more."""
+        if not self._saving:
+            raise RuntimeError("the run has moved on: a checkpoint is taken before the next step is asked for")
+        return self._saving[0]()
+
+    def release(self) -> None:
+        """Let go of the optimiser: the run moves on."""
+        self._saving.clear()
+
 
 def minimise(
     evaluate: Callable[[Tensor, Tensor], Tensor],
@@ -52,6 +64,7 @@ def minimise(
     optimizer: str,
     iterations: int,
     state: State,
+    saved: Mapping[str, Tensor] | None = None,
     *,
     rate: float = kernels.RATE,
     history: int = kernels.HISTORY,
@@ -68,6 +81,8 @@ def minimise(
     decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU iterations are queued
     AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
 
+    With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
+
     Raises FloatingPointError when a loss is not finite, on a GPU when the host comes to know it; the image has not
     moved since then, and what was yielded before stays good.
     """
@@ -80,10 +95,36 @@ def minimise(
     else:
         runner = _adam(image, gradient, loss, state, rate, wrap)
     mean = _Average(image, average) if average else None
-    losses = torch.empty(iterations, pin_memory=image.is_cuda)
     queued: deque[Iterate] = deque()
-    unchecked: deque[tuple[int, Iterate]] = deque()
-    for i in range(iterations):
+    if saved:
+        runner.restore(saved)
+        if mean is not None:
+            mean.restore(saved)
+        if isinstance(runner, kernels.Adam):
+            state.steps, state.moments = runner.steps, tuple(runner.moments)
+        bests, known = saved["queued.best"].to(image.device)[:iterations], saved["queued.losses"][:iterations]
+        queued.extend(Iterate(best, each, None) for best, each in zip(bests, known, strict=True))
+
+    def save() -> dict[str, Tensor]:
+        bests = [each.best for each in queued]
+        return (
+            runner.save()
+            | ({} if mean is None else mean.save())
+            | {
+                "queued.best": torch.stack(bests).cpu() if bests else torch.empty(0),
+                "queued.losses": torch.tensor([each.loss for each in queued]),
+            }
+        )
+
+    def hand_out() -> Iterator[Iterate]:
+        iterate = queued.popleft()
+        iterate._saving.append(save)
+        yield iterate
+        iterate.release()
+
+    losses = torch.empty(iterations, pin_memory=image.is_cuda)
+    unchecked = deque(enumerate(queued, 1))
+    for i in range(len(queued), iterations):
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
@@ -98,24 +139,29 @@ def minimise(
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())
         if not image.is_cuda or i >= AHEAD:
-            yield queued.popleft()
+            yield from hand_out()
     for each in unchecked:
         _check(*each)
-    yield from queued
+    while queued:
+        yield from hand_out()
 
 
 class Stall:
     """Tells when the best loss of a scale has stalled: WINDOW evaluations lowered it by less than the share `least`."""
 
-    def __init__(self, least: float) -> None:
+    def __init__(self, least: float, saved: Iterable[float] = ()) -> None:
         self._least = least
-        self._best: deque[float] = deque(maxlen=WINDOW + 1)
+        self._best = deque(saved, WINDOW + 1)
 
     def __call__(self, loss: float) -> bool:
         """Whether it has, after an evaluation with this loss."""
         self._best.append(min(loss, self._best[-1]) if self._best else loss)
         before = self._best[0]
         return len(self._best) > WINDOW and before - self._best[-1] < self._least * before
+
+    def save(self) -> Tensor:
+        """The best losses it remembers, fp64, for another one to go on."""
+        return torch.tensor(list(self._best), dtype=torch.float64)
 
 
 class _Average:
@@ -137,6 +183,17 @@ class _Average:
         taken = torch.isfinite(loss) & (loss <= kernels.DIVERGED * self._lowest)
         self._mass = torch.where(taken, self._decay * self._mass + 1, self._mass)
         self.value.lerp_(image, (taken / self._mass.clamp(min=1)).float())
+
+    def save(self) -> dict[str, Tensor]:
+        """All that the next averages depend on, in host memory; on a CPU the memory in use, so to be copied."""
+        saved = {"value": self.value, "mass": self._mass, "lowest": self._lowest}
+        return {f"average.{name}": tensor.cpu() for name, tensor in saved.items()}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where another one was when `saved` was its `save`."""
+        self.value.copy_(saved["average.value"])
+        self._mass.copy_(saved["average.mass"])
+        self._lowest.copy_(saved["average.lowest"])
 
 
 def _check(iteration: int, iterate: Iterate) -> None:

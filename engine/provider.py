@@ -51,8 +51,11 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
         log.info("device: %s", device)
     else:
         check(device)
-    if precision == "bf16":
-        raise BackendError("precision bf16: no device here computes in it; the CPU is faster in fp32, a GPU runs fp16")
+    if precision == "bf16" and device != "tensorrt":
+        raise BackendError(
+            f"precision bf16: device {device} has no bf16 convolutions, --device tensorrt has; "
+            f"{'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
+        )
     if precision == "auto":
         precision = "fp16" if device in GPUS else "fp32"  # see `Stylizer` for runs that fp16 cannot hold
     elif precision == "fp16" and device == "cpu":
@@ -111,11 +114,11 @@ def _preload_tensorrt(line: str) -> None:
             raise BackendError(f"device tensorrt: {library} does not load ({error}): {line}") from error
 
 
-def attempts(device: str, precision: str, stream: int, model: bytes) -> Iterator[dict[str, Any]]:
+def attempts(device: str, precision: str, stream: int, model: bytes, captured: bool = True) -> Iterator[dict[str, Any]]:
     """Provider options for a serialised graph, to be tried in turn; `stream` is the CUDA stream that all work shares.
 
-    CUDA: captured as a CUDA graph, then launch by launch. TensorRT: with the engine of an earlier run, then, as that
-    may be corrupt, without it.
+    CUDA: as a CUDA graph, which ONNX Runtime captures in the third run, unless `captured` is False; then launch by
+    launch. TensorRT: with the engine of an earlier run, then, as that may be corrupt, without it.
     """
     if device == "onnxruntime":
         yield {}
@@ -145,7 +148,8 @@ def attempts(device: str, precision: str, stream: int, model: bytes) -> Iterator
         "prefer_nhwc": "1" if low else "0",
         "arena_extend_strategy": "kSameAsRequested",
     }
-    yield {**settings, "enable_cuda_graph": "1"}
+    if captured:
+        yield {**settings, "enable_cuda_graph": "1"}
     yield settings
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -17,47 +16,74 @@ from torch import Tensor
 from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
+from .export.ort import options as session_options
 from .export.weights import Weights
 from .features import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ELEMENTS = {_DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
+
+
+Model = tuple[onnx.ModelProto, Mapping[str, NDArray[Any]]]  # a graph and its external initializers
 
 
 class _Graph:
-    """A session whose inputs and outputs are bound to tensors; `run` allocates and copies nothing."""
+    """A session whose inputs and outputs are bound to tensors; `run` allocates and copies nothing.
+
+    `make` is called when the session is opened, and again if it has to be opened without a CUDA graph: ONNX Runtime
+    captures in the third run of each thread, and only then knows whether it can.
+    """
 
     def __init__(
         self,
-        model: onnx.ModelProto,
-        arrays: Mapping[str, NDArray[Any]],
+        make: Callable[[], Model],
         tensors: Mapping[str, Tensor],
         device: str,
         precision: str,
         threads: int,
         stream: int,
     ) -> None:
-        self._session = _open(model, arrays, device, precision, threads, stream)
+        self._make = make
+        self._tensors = dict(tensors)  # the binding holds addresses only
+        self._place = (device, precision, threads, stream)
+        self._options = onnxruntime().RunOptions()
+        if device in provider.GPUS:  # what follows is on the same stream: nobody has to wait
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._start(captured=True)
+
+    def _start(self, captured: bool) -> None:
+        device = self._place[0]
+        self._session, settings = _open(*self._make(), *self._place, captured)
+        self._captured = "enable_cuda_graph" in settings
         provider.verify(self._session, device)
         give_back_freed_memory()
         self._binding = self._session.io_binding()
-        self._tensors = dict(tensors)  # the binding holds addresses only
-        on_gpu = device in provider.GPUS
         for infos, bind in (
             (self._session.get_inputs(), self._binding.bind_input),
             (self._session.get_outputs(), self._binding.bind_output),
         ):
             for info in infos:
-                tensor = tensors[info.name]
-                place = ("cuda" if on_gpu else "cpu", 0, _NUMPY[tensor.dtype])
+                tensor = self._tensors[info.name]
+                place = ("cuda" if device in provider.GPUS else "cpu", 0, _ELEMENTS[tensor.dtype])
                 bind(info.name, *place, tuple(info.shape), tensor.data_ptr())
-        self._options = onnxruntime().RunOptions()
-        if on_gpu:  # what follows is on the same stream: nobody has to wait
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self) -> None:
+        """Inputs -> outputs, which are no inputs: a run that failed can be made again."""
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            if not self._captured:
+                raise
+            kernels.announce_no_graph(f"ONNX Runtime: {error}")
+            failure = error
+        else:
+            return
+        if torch.cuda.is_current_stream_capturing():  # what was queued now would be recorded, and never run
+            raise BackendError(f"device cuda: a failed capture has left its stream recording ({failure})") from failure
+        del self._session, self._binding  # two sessions need not stand side by side
+        self._start(captured=False)
         self._session.run_with_iobinding(self._binding, self._options)
 
 
@@ -68,23 +94,21 @@ def _open(
     precision: str,
     threads: int,
     stream: int,
-) -> Any:
-    """A session on the device; raises BackendError if ONNX Runtime cannot open one."""
+    captured: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """A session on the device and the provider's options; raises BackendError if ONNX Runtime cannot open one."""
     ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(arrays)  # the session keeps its own, reordered copy
     options.intra_op_num_threads = threads
     # Spinning threads take the cores from the BLAS calls between the two graphs: they cost more than they save.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device in provider.GPUS:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    # Given by value, so that the graph never reads a file; the session keeps its own, reordered copy.
-    options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays.values()])
     content = model.SerializeToString()
-    for settings in provider.attempts(device, precision, stream, content):
+    for settings in provider.attempts(device, precision, stream, content, captured):
         providers = [(provider.PROVIDERS[device], settings)]
         try:
-            return ort.InferenceSession(content, options, providers=providers)
+            return ort.InferenceSession(content, options, providers=providers), settings
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             log.info("device %s: %s does not open with %s: %s", device, model.graph.name, settings, error)
             failure = error
@@ -108,15 +132,18 @@ class Features:
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
         self.features = {name: _zeros(spec, name, dtype, place) for name in names}
         shared = (device, spec.precision, threads, self._stream.cuda_stream if self._stream else 0)
-        model, arrays = graph.forward(spec, weights, names), graph.forward_initializers(spec, weights)
-        self._forward = _Graph(model, arrays, {"image": self.image, **self.features}, *shared)
+        self._forward = _Graph(
+            lambda: (graph.forward(spec, weights, names), graph.forward_initializers(spec, weights)),
+            {"image": self.image, **self.features},
+            *shared,
+        )
         if forward_only:
             return
         self.gradient = torch.zeros_like(self.image)
         self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
         inputs = {f"cotangent.{name}": tensor for name, tensor in self.cotangents.items()}
         tensors = {**self.features, **inputs, "gradient": self.gradient}
-        self._vjp = _Graph(graph.vjp(spec, weights), graph.vjp_initializers(spec, weights), tensors, *shared)
+        self._vjp = _Graph(lambda: (graph.vjp(spec, weights), graph.vjp_initializers(spec, weights)), tensors, *shared)
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from .config import Config
 
 
 def first_pixels(
-    content: images.Picture, styles: Sequence[images.Picture], start: images.Picture | None, config: Config
+    content: images.Picture, styles: Sequence[object], start: images.Picture | None, config: Config
 ) -> Tensor:
     """Pixels (1, 3, H, W) of the content's size: the content, noise, colours drawn from the styles or `start`.
 
@@ -24,19 +24,22 @@ def first_pixels(
     if config.init == "noise":
         return noise
     if config.init == "style":
-        pixels = _drawn(styles, height, width, generator)
+        pictures = [each for each in styles if isinstance(each, images.Picture)]
+        pixels = _drawn(pictures, config.style_shares(len(pictures)), height, width, generator)
     else:
         pixels = images.to_tensor(images.resize(start or content, content.size, config.tile))
     return torch.lerp(pixels, noise, config.init_noise)
 
 
-def _drawn(styles: Sequence[images.Picture], height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Independent normal colours with the mean and the covariance of the styles, which share equally; clamped."""
+def _drawn(
+    styles: Sequence[images.Picture], shares: Sequence[float], height: int, width: int, generator: torch.Generator
+) -> Tensor:
+    """Independent normal colours with the mean and the covariance of the styles by their shares; clamped."""
     mean, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    for style in styles:
+    for style, share in zip(styles, shares, strict=True):
         colours = torch.from_numpy(style.rgb).double().flatten(0, 1)
-        mean += colours.mean(0) / len(styles)
-        second += colours.T @ colours / len(colours) / len(styles)
+        mean += share * colours.mean(0)
+        second += share * (colours.T @ colours) / len(colours)
     # Not Cholesky: the covariance of a grey or a flat style is singular.
     variances, axes = torch.linalg.eigh(second - torch.outer(mean, mean))
     normal = torch.randn(height * width, 3, dtype=torch.float64, generator=generator)

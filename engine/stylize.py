@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import Config, choice, options
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .stylizer import Step
@@ -36,23 +37,36 @@ def _parser() -> argparse.ArgumentParser:
         description="Paint the content picture in the style of the others (Gatys, Ecker, Bethge 2015).",
         allow_abbrev=False,
     )
-    parser.add_argument("content", nargs="?", metavar="CONTENT", help="picture to paint; - reads a pipe")
     parser.add_argument(
-        "styles", nargs="*", metavar="STYLE", help="picture whose style is taken; several share equally"
+        "content", nargs="?", metavar="CONTENT", help="picture to paint; - reads a pipe; none: a texture"
+    )
+    parser.add_argument(
+        "styles",
+        nargs="*",
+        metavar="STYLE",
+        help="picture whose style is taken, or a file of --save-targets; none: inverts the content's features",
     )
     parser.add_argument(
         "-o", "--out", metavar="OUT", help="picture to write: png, jpg, webp, tif, bmp; - writes a PNG pipe"
     )
     parser.add_argument("--demo", action="store_true", help="use the bundled sample pair")
     group = parser.add_argument_group("what is optimised")
+    names = ", ".join(PRESETS)
+    group.add_argument("--preset", metavar="X", help=f"options of another program, where none are given: {names}")
     for option in options():
-        default = ",".join(option.default) if isinstance(option.default, tuple) else option.default
-        text = f"{option.metadata['help']} (default {default})"
+        default = ",".join(dict(option.default)) if isinstance(option.default, tuple) else option.default
+        text = option.metadata["help"] + (f" (default {default})" if default != "" else "")
         flag = "--" + option.name.replace("_", "-")
         if isinstance(option.default, bool):
             group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=option.metadata["help"])
             continue
         group.add_argument(flag, metavar=_METAVARS.get(option.name, "X"), default=argparse.SUPPRESS, help=text)
+    group.add_argument(
+        "--mask", action="append", metavar="MASK[:MASK]",
+        help="once for each STYLE: keeps it to the white part of a mask of the content; after the colon, the part of "
+        "the style that it is taken from; the word alpha is the picture's own",
+    )  # fmt: skip
+    group.add_argument("--freeze", metavar="MASK", help="pixels of the content in the mask stay as they are")
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--weights", default="auto", help="auto, embedded, imagenet or a .pth or .safetensors file (default auto)"
@@ -61,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--precision", default="auto", help="auto, fp32, fp16 or bf16 (default auto)")
     group.add_argument("--trace", metavar="FILE", help="write options, losses and times of every iteration as JSON")
     group.add_argument("--save-every", metavar="N", type=int, help="also write OUT-00N.. every N iterations")
+    group.add_argument("--save-targets", metavar="FILE", help="also keep what is used of the STYLE, as .safetensors")
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     group.add_argument("--quiet", action="store_true", help="no progress and no messages but errors")
     group.add_argument("--version", action="store_true", help="print the version and stop")
@@ -68,11 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _METAVARS = {
-    "size": "N", "iterations": "N[,N...]", "scales": "auto|N", "content_weight": "W", "style_weight": "W",
-    "tv_weight": "W", "content_layers": "L[,L...]", "style_layers": "L[,L...]", "pooling": "avg|max",
+    "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
+    "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...]", "scales": "auto|N",
+    "content_weight": "W", "style_weight": "W", "tv_weight": "W", "tv_power": "F",
+    "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "padding": "zero|reflect|replicate", "init": "content|noise|style|PATH", "init_noise": "F",
-    "optimizer": "lbfgs|adam", "seed": "N",
-    "tv_power": "F", "learning_rate": "F", "history": "N", "average": "F", "stop": "F",
+    "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "N", "average": "F", "stop": "F", "seed": "N",
+    "colour": "none|keep-after|keep-before|match|histogram",
 }  # fmt: skip
 
 
@@ -109,7 +126,10 @@ def _run(given: argparse.Namespace) -> int:
     image.check_output(given.out, given.overwrite)
     if given.trace:
         image.check_writable(given.trace)
-    content, *styles = [image.load(path) for path in paths]
+    content, *loaded = [_load(path) for path in paths]
+    styles = None if loaded == [None] else loaded
+    if given.save_targets:
+        image.check_writable(given.save_targets)
     logging.basicConfig(level=logging.WARNING if given.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
 
     from .stylizer import Stylizer
@@ -120,7 +140,10 @@ def _run(given: argparse.Namespace) -> int:
     last: Step | None = None
     status, message = 0, ""
     try:
-        for last in _progress(stylizer.steps(content, styles, config), given.quiet):
+        steps = stylizer.steps(content, styles, config, masks=_masks(given.mask), freeze=given.freeze)
+        if given.save_targets:
+            _save_targets(given, stylizer, styles, config)
+        for last in _progress(steps, given.quiet):
             seconds = round(time.perf_counter() - start, 4)
             rows.append({"scale": last.scale, "iteration": last.iteration, "loss": last.loss, "seconds": seconds})
             if given.save_every and last.iteration % given.save_every == 0:
@@ -135,6 +158,33 @@ def _run(given: argparse.Namespace) -> int:
         if given.trace:
             _write_trace(Path(given.trace), stylizer, config, rows)
     return _fail(status, message) if status else 0
+
+
+def _load(path: Any) -> Any:
+    """A picture, a file of style targets, or None for the word none."""
+    if path == "none":
+        return None
+    from . import image
+
+    if isinstance(path, str) and path.endswith(".safetensors"):
+        from .targets import Targets
+
+        return Targets.load(path)
+    return image.load(path)
+
+
+def _masks(given: list[str] | None) -> list[Any] | None:
+    """The masks of --mask, CONTENT or CONTENT:STYLE; a file whose name has a colon is itself."""
+    if given is None:
+        return None
+    return [tuple(text.rsplit(":", 1)) if ":" in text and not Path(text).exists() else text for text in given]
+
+
+def _save_targets(given: argparse.Namespace, stylizer: Any, styles: list[Any] | None, config: Config) -> None:
+    if styles is None or len(styles) != 1:
+        raise ValueError("--save-targets keeps one STYLE: give one")
+    mask = (_masks(given.mask) or [""])[0]
+    stylizer.targets(styles[0], config, mask=mask[1] if isinstance(mask, tuple) else None).save(given.save_targets)
 
 
 def _progress(steps: Any, quiet: bool) -> Any:
@@ -152,7 +202,7 @@ def _progress(steps: Any, quiet: bool) -> Any:
 
 def _config(given: argparse.Namespace) -> Config:
     """The Config of the options that were given."""
-    values: dict[str, Any] = {}
+    values = dict(PRESETS[choice("preset", given.preset, PRESETS)]) if given.preset else {}
     for option in options():
         text = getattr(given, option.name, None)
         if text is None:
@@ -171,8 +221,13 @@ def _parse(name: str, default: Any, text: Any) -> Any:
     if name == "iterations":
         counts = tuple(int(part) for part in text.split(","))
         return counts[0] if len(counts) == 1 else counts
-    if name == "scales":
-        return text if text == "auto" else int(text)
+    if name == "size" and "x" in text:
+        width, height = text.split("x")
+        return int(width), int(height)
+    if name == "style_blend":
+        return tuple(float(part) for part in text.split(","))
+    if name in ("scales", "size", "style_size"):
+        return text if text in ("auto", "original") else int(text)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return type(default)(text)
@@ -190,6 +245,10 @@ def _paths(given: argparse.Namespace) -> list[Any]:
         if given.content is None or not given.styles:
             raise ValueError("give CONTENT and STYLE, or --demo")
         paths = [given.content, *given.styles]
+        if "none" in given.styles and len(given.styles) > 1:
+            raise ValueError("none stands for all styles: give it alone")
+        if given.content.endswith(".safetensors"):
+            raise ValueError(f"{given.content} is no picture: style targets take the place of a STYLE")
         if paths.count("-") > 1:
             raise ValueError("only one picture can come from standard input")
     if given.out is None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,16 +19,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import colour, kernels, provider
 from . import image as images
-from . import kernels, provider
+from .checkpoint import Checkpoint, dump
+from .checkpoint import load as load_checkpoint
 from .config import MIN_SIDE, Config
 from .export import vgg
 from .export.weights import load as load_weights
 from .features import Features, Open
 from .features import network as open_network
-from .losses import Objective
+from .goal import Goal, canvas
+from .goal import load as load_goal
+from .losses import Objective, Region
 from .optimize import Iterate, Stall, State, minimise, resized
+from .regions import Mask, View, frozen, guide, load_mask
 from .start import first_pixels
+from .targets import Statistic, Statistics, Targets, blend
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +60,9 @@ class Step:
     iteration: int
     total: int
     _iterate: Iterate = field(repr=False)
-    _alpha: NDArray[np.float32] | None = field(repr=False)
+    _content: images.Picture = field(repr=False)
+    _colour: str = field(repr=False)
+    _checkpoint: Callable[[], Checkpoint] = field(repr=False)
 
     @property
     def loss(self) -> float:
@@ -63,12 +72,21 @@ class Step:
     @property
     def image(self) -> Image.Image:
         """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
-        alpha, pixels = self._alpha, self._iterate.best
+        alpha, pixels = self._content.alpha, self._iterate.best
         if alpha is not None:
             height, width = pixels.shape[2:]
             rgb = np.zeros((*alpha.shape, 3), np.float32)
             alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        return images.to_pil(pixels, alpha)
+        shown = colour.finish(self._colour, images.from_tensor(pixels), self._content)
+        return images.to_pil(images.to_tensor(shown), alpha)
+
+    def checkpoint(self) -> bytes:
+        """The run so far, for `Stylizer.steps(.., resume=..)`: about 0.5 kB a pixel with L-BFGS, 60 bytes with Adam.
+
+        To be called before the next step is asked for, or after the iterator was closed at this step; raises
+        RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way.
+        """
+        return dump(self._checkpoint())
 
 
 @dataclass(frozen=True)
@@ -84,8 +102,8 @@ class Result:
 class Score:
     """Losses of a picture and the gradient of the total.
 
-    `loss` is the weighted total; `content_loss`, `style_loss` (by layer) and `tv_loss` are unweighted; `gradient` is
-    float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
+    `loss` is the weighted total; `content_loss` is the sum over its layers by their weights, `style_loss` (by layer)
+    and `tv_loss` are unweighted; `gradient` is float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
     """
 
     loss: float
@@ -95,12 +113,24 @@ class Score:
     gradient: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class _Network:
+    """An open network: its convolutions, whether it pools by maximum, its weights' name and digests by depth."""
+
+    depth: int
+    with_max: bool
+    name: str
+    digests: tuple[str, ...]
+    open: Open
+
+
 class Stylizer:
     """Stylises pictures on one device with one set of weights; safe to call from several threads.
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cuda or tensorrt; `precision`: auto, fp32 or fp16; `threads`: on a CPU, torch's own number by default. On a GPU
-    `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16 cannot hold.
+    cuda or tensorrt; `precision`: auto, fp32, fp16 or (tensorrt only) bf16; `threads`: on a CPU, torch's own number by
+    default. On a GPU `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16
+    cannot hold.
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.
@@ -120,55 +150,85 @@ class Stylizer:
         self._threads = threads or torch.get_num_threads()
         self._source = weights
         self._lock = threading.RLock()
-        self._open: tuple[int, str, Open] | None = None
+        self._opened: _Network | None = None
         self._networks: OrderedDict[Hashable, Features] = OrderedDict()
-        self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
+        self._targets: OrderedDict[Hashable, Statistics] = OrderedDict()
         self._network(Config().layers)
 
     @property
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
-        return self._network(Config().layers)[0]
+        return self._network(Config().layers).name
 
-    def __call__(self, content: Any, style: Any, config: Config | None = None) -> Result:
+    def weights_digest(self, layers: tuple[str, ...]) -> str:
+        """sha256 of the weights down to the deepest of `layers`, and of the normalisation before them."""
+        return self._network(layers).digests[len(vgg.cut(layers)) - 1]
+
+    def __call__(
+        self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
+    ) -> Result:
         """Stylise `content` (path, bytes, PIL image or array) with `style`, one such or a list of them.
 
-        Several styles share equally: their Gram matrices are averaged. The result has the content's aspect and
-        `config.size` as its long side.
+        A style may also be its `Targets` or their file. Several styles share by `config.style_blend`: their statistics
+        are averaged. The result has the content's aspect and `config.size` as its long side. Without content (None) a
+        texture is made, of `config.size`; without style (None) the content's features are inverted.
+
+        `masks`, one for each style, keeps a style to a part of the content: a mask of the content, or a pair of masks
+        of the content and the style. A mask is a picture or an array (H, W), white inside, hard or soft, or the word
+        `alpha`, the picture's own. `freeze` is a mask of the content whose pixels stay as they are.
 
         Raises ValueError, TypeError or OSError for pictures and options that cannot be used, FloatingPointError if the
         run meets a NaN or an infinity (`steps` then still has the last good picture).
         """
         start = time.perf_counter()
         trace = []
-        for step in self.steps(content, style, config):
+        for step in self.steps(content, style, config, masks=masks, freeze=freeze):
             trace.append((step.scale, step.loss, time.perf_counter() - start))
         return Result(step.image, step, tuple(trace))
 
-    def steps(self, content: Any, style: Any, config: Config | None = None) -> Iterator[Step]:
+    def steps(
+        self,
+        content: Any,
+        style: Any,
+        config: Config | None = None,
+        *,
+        masks: Any = None,
+        freeze: Any = None,
+        resume: bytes | None = None,
+    ) -> Iterator[Step]:
         """The same run as an iterator over its iterations: leave it, and it stops.
 
-        Pictures and options are checked now, the work is done as the iterator advances.
+        `resume`, the `Step.checkpoint()` of such a run, makes it go on behind that step; on a CPU every later step is
+        that of the uninterrupted run, bit for bit. Pictures and options are checked now, the work is done as the
+        iterator advances. Raises ValueError for a checkpoint that is damaged or of other pictures, options, weights,
+        device or precision.
         """
-        config = config or Config()
-        picture = images.load(content)
-        styles = _load_styles(style)
+        given = load_goal(content, style, config or Config(), masks, freeze)
+        config = given.config
+        picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
         start = images.load(config.init) if config.init not in ("content", "noise", "style") else None
-        return self._run(picture, styles, start, schedule, config)
+        identity = functools.cache(lambda: self._identity(given, start))
+        resumed = None if resume is None else self._resumed(resume, identity)
+        if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
+            raise ValueError("the run of the checkpoint is finished")
+        return self._run(picture, given.coloured(), start, schedule, identity, resumed)
 
-    def evaluate(self, image: Any, content: Any, style: Any, config: Config | None = None) -> Score:
+    def evaluate(
+        self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
+    ) -> Score:
         """Losses and pixel gradient of `image` at its own size, without optimising it.
 
-        The content is resized to the image, the styles so that their long side equals the image's.
+        The content is resized to the image, the styles so that their long side equals the image's (or as
+        `config.style_scale` and `config.style_size` have it). With `keep-before` the objective sees all of them in
+        grey, and the gradient is that at the grey image.
         """
-        config = config or Config()
-        picture = images.load(image)
-        size = picture.size
-        objective = self._objective(images.resize(images.load(content), size, config.tile), _load_styles(style), config)
+        goal = load_goal(content, style, config or Config(), masks, None).coloured()
+        picture, _ = colour.prepare(goal.config.colour, images.load(image), [])
+        objective = self._objective(images.resize(goal.content or picture, picture.size, goal.config.tile), goal)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
         if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
-            return self.evaluate(picture, content, style, config)
+            return self.evaluate(picture, content, style, config, masks=masks)
         assert gradient is not None
         return Score(
             float(terms.total),
@@ -181,58 +241,98 @@ class Stylizer:
     def _run(
         self,
         content: images.Picture,
-        styles: list[images.Picture],
+        goal: Goal,
         start: images.Picture | None,
         schedule: list[tuple[int, int]],
-        config: Config,
+        identity: Callable[[], dict[str, Any]],
+        resumed: Checkpoint | None,
     ) -> Iterator[Step]:
-        total = sum(iterations for _, iterations in schedule)
-        iteration = 0
+        """The run; `content` is what was given, `goal` what the objective sees."""
+        config, seen = goal.config, goal.content or content
+        iteration = resumed.iteration if resumed else 0
         state = State()
-        pixels: Tensor | None = None
-        for scale, iterations in schedule:
+        counts = resumed.tensors["schedule"].tolist() if resumed else [iterations for _, iterations in schedule]
+        pixels: Tensor | None = resumed.tensors["average.value" if config.average else "best"] if resumed else None
+        for index, (scale, _) in enumerate(schedule):
+            if resumed and index < resumed.scale:
+                continue
             size = config.whole(content.fit(scale))
-            scaled = images.resize(content, size, config.tile)
+            scaled = images.resize(seen, size, config.tile)
             if pixels is None:
-                pixels = first_pixels(scaled, styles, start, config)
-            else:
+                pixels = first_pixels(scaled, goal.styles, start, config)
+            elif not resumed:
                 pixels = resized(pixels, size[::-1], "bicubic", config.tile)
-            end = iteration + iterations
-            stalled = Stall(config.stop)
-            while iteration < end:
+            if goal.freeze is not None and not resumed:
+                held = frozen(goal.freeze, size).to(pixels.device)
+                pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)
+            stall = Stall(config.stop, resumed.tensors["stall"].tolist() if resumed else ())
+            while iteration < sum(counts[: index + 1]) or resumed:
+                tensors, resumed = resumed.tensors if resumed else None, None
+                left = sum(counts[: index + 1]) - iteration
                 try:
-                    for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state):
+                    for iterate in self._minimise(scaled, goal, pixels, left, state, tensors):
                         iteration += 1
                         pixels = iterate.best
-                        stops = config.stop > 0 and stalled(iterate.loss)
+                        stops = config.stop > 0 and stall(iterate.loss)
                         if stops:
-                            total -= end - iteration
-                            end = iteration
-                        yield Step(scale, iteration, total, iterate, content.alpha)
+                            counts[index] = iteration - sum(counts[:index])
+                        save = functools.partial(self._checkpoint, identity, index, iteration, iterate, counts, stall)
+                        yield Step(scale, iteration, sum(counts), iterate, content, config.colour, save)
                         if stops:
+                            iterate.release()
                             break
                 except FloatingPointError as error:
                     if not self._fall_back(error):
                         raise
 
+    def _identity(self, given: Goal, start: images.Picture | None) -> dict[str, Any]:
+        """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
+        config = given.config
+        options = asdict(config) | {"init": config.init if start is None else images.digest(start)}
+        own = {"weights": self.weights_digest(given.layers), "device": self.device}
+        return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
+
+    def _checkpoint(
+        self,
+        identity: Callable[[], dict[str, Any]],
+        scale: int,
+        iteration: int,
+        iterate: Iterate,
+        counts: list[int],
+        stall: Stall,
+    ) -> Checkpoint:
+        """The run behind `iterate`, the newest of it."""
+        tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
+        return Checkpoint(identity() | {"precision": self.precision}, scale, iteration, tensors)
+
+    def _resumed(self, data: bytes, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
+        """The checkpoint, checked; one that has fallen back to fp32 makes us do so too."""
+        checkpoint = load_checkpoint(data)
+        if checkpoint.identity["precision"] == "fp32":
+            self._fall_back("so was the run of the checkpoint")
+        checkpoint.check(identity() | {"precision": self.precision})
+        return checkpoint
+
     def _minimise(
         self,
         content: images.Picture,
-        styles: list[images.Picture],
-        config: Config,
+        goal: Goal,
         start: Tensor,
         iterations: int,
         state: State,
+        saved: Mapping[str, Tensor] | None,
     ) -> Iterator[Iterate]:
         """The run at one scale, that of `content`, whose network is let go at its end."""
-        objective = self._objective(content, styles, config)
+        objective = self._objective(content, goal)
         start = start.to(objective.network.image.device)
+        config = goal.config
         iterates = minimise(
             objective.write,
             start,
             config.optimizer,
             iterations,
             state,
+            saved,
             rate=config.learning_rate,
             history=config.history,
             clamp=config.clamp,
@@ -249,46 +349,104 @@ class Stylizer:
         self.precision = "fp32"
         return True
 
-    def _objective(self, content: images.Picture, styles: list[images.Picture], config: Config) -> Objective:
-        """The objective at the size of the content picture."""
-        grams = [self._style_grams(style, max(content.size), config) for style in styles]  # whose memory is free again
-        network = self._features(content.size, config)
-        with network.use():
-            network.image.copy_(images.to_tensor(content))
-            network.forward()
-            targets = {layer: network.features[layer].clone() for layer in config.content_layers}
-        mean = {layer: torch.stack([each[layer] for each in grams]).mean(0) for layer in config.style_layers}
-        return Objective(network, targets, mean, config)
+    def targets(self, style: Any, config: Config | None = None, *, mask: Any = None) -> Targets:
+        """The targets of a style for the scales of a run with `config`, to be saved or given in the place of the style.
 
-    def _style_grams(self, style: images.Picture, long_side: int, config: Config) -> dict[str, Tensor]:
-        """Gram matrices of a style whose long side is that of the image, or longer where its short side needs it.
-
-        A style is not expected to tile: it has borders even where the image has none.
+        `mask` is a part of the style, as in a call. Raises ValueError, TypeError or OSError.
         """
-        size = style.fit(max(long_side, math.ceil(MIN_SIDE * style.aspect)))
-        digest = hashlib.sha256(style.rgb.tobytes()).digest()
-        key = (digest, style.size, size, config.style_layers, config.pooling, config.padding, self.precision)
+        config = config or Config()
+        picture = images.load(style)
+        plane = None if mask is None else load_mask(mask, picture, "mask of the style")
+        sides = [side for side, _ in config.schedule(1.0)]
+        return Targets(
+            self._made_for(tuple(config.style_layer_weights), config),
+            {side: self._statistics(picture, side, config, plane) for side in sides},
+        )
 
-        def make() -> dict[str, Tensor]:
-            features = self._open_features(size, config.style_layers, config, config.padding, forward_only=True)
+    def _objective(self, content: images.Picture, goal: Goal) -> Objective:
+        """The objective at the size of the content picture, which stands in for a missing content."""
+        config = goal.config
+        regions = self._regions(goal, max(content.size))  # the memory of this is free again
+        network = self._features(content.size, goal.layers, config)
+        targets = {}
+        if goal.content is not None:
+            with network.use():
+                network.image.copy_(images.to_tensor(content))
+                network.forward()
+                targets = {layer: network.features[layer].clone() for layer in config.content_layer_weights}
+        return Objective(
+            network, targets, regions, config, None if goal.freeze is None else frozen(goal.freeze, content.size)
+        )
+
+    def _regions(self, goal: Goal, side: int) -> list[Region]:
+        """What the parts of an image with this long side are compared with."""
+        if not goal.styles:
+            return []
+        config = goal.config
+        layers = tuple(config.style_layer_weights)
+        masks = goal.masks or ((None, None),) * len(goal.styles)
+        found = [
+            style.at(side, layers, self._made_for(style.layers, config))
+            if isinstance(style, Targets)
+            else self._statistics(style, side, config, mask)
+            for style, (_, mask) in zip(goal.styles, masks, strict=True)
+        ]
+        device = "cpu" if self.device not in provider.GPUS else "cuda"
+        found = [
+            {layer: Statistic(each.matrix.to(device), each.mean.to(device)) for layer, each in one.items()}
+            for one in found
+        ]
+        shares = config.style_shares(len(found))
+        if not goal.masks:
+            return [Region(blend(found, shares, config.style_loss))]
+        return [Region(one, share, mask) for one, share, (mask, _) in zip(found, shares, goal.masks, strict=True)]
+
+    def _made_for(self, layers: tuple[str, ...], config: Config) -> dict[str, str]:
+        """What statistics of these layers depend on besides the picture and its size."""
+        weights = f"{self.weights_name} {self.weights_digest(layers or vgg.LAYERS)[:16]}"
+        return {
+            "weights": weights,
+            "pooling": config.pooling,
+            "padding": config.padding,
+            "style loss": config.style_loss,
+        }
+
+    def _statistics(self, style: images.Picture, side: int, config: Config, mask: Mask | None) -> Statistics:
+        """The statistics of a style, or of its part in a mask, for an image with this long side.
+
+        The style's long side follows the image's, and is longer where its short side needs it. A style is not expected
+        to tile: it has borders even where the image has none.
+        """
+        own = config.style_side(side)
+        size = style.fit(max(own, math.ceil(MIN_SIDE * style.aspect)))
+        digest = hashlib.sha256(style.rgb.tobytes())
+        digest.update(b"" if mask is None else mask.tobytes())
+        layers = tuple(config.style_layer_weights)
+        kinds = (config.pooling, config.padding, config.style_loss, self.precision)
+        key = (digest.digest(), style.size, size, layers, *kinds)
+
+        def make() -> Statistics:
+            features = self._open_features(size, layers, config, config.padding, forward_only=True)
+            found = {}
             with features.use():
                 features.image.copy_(images.to_tensor(images.resize(style, size)))
                 features.forward()
-                flat = {layer: features.features[layer].flatten(2)[0] for layer in config.style_layers}
-                return {layer: kernels.gram(each, features.products) for layer, each in flat.items()}
+                for layer in layers:
+                    own = features.features[layer]
+                    part = None if mask is None else guide(mask, (own.shape[2], own.shape[3]))
+                    view = View(own.flatten(2)[0], config.style_loss, part)
+                    view.read()
+                    found[layer] = Statistic(kernels.gram(view.features, features.products), view.mean)
+            return found
 
-        return self._cached(self._grams, key, _STYLES, make)
+        return self._cached(self._targets, key, _STYLES, make)
 
-    def _features(self, size: tuple[int, int], config: Config) -> Features:
+    def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config) -> Features:
         padding = "circular" if config.tile else config.padding
-
-        def make() -> Features:
-            return self._open_features(size, config.layers, config, padding)
-
+        make = functools.partial(self._open_features, size, layers, config, padding)
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
             return make()
-        key = (size, config.layers, config.pooling, padding, self.precision)
-        return self._cached(self._networks, key, _NETWORKS, make)
+        return self._cached(self._networks, (size, layers, config.pooling, padding, self.precision), _NETWORKS, make)
 
     def _open_features(
         self,
@@ -302,17 +460,22 @@ class Stylizer:
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
         spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
-        return self._network(config.layers)[1](spec, forward_only=forward_only)
+        return self._network(layers, config.pooling).open(spec, forward_only=forward_only)
 
-    def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
-        """Name and opener of the network down to the deepest of `layers`, made anew only for a deeper one."""
-        depth = len(vgg.cut(layers))
+    def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:
+        """The network down to the deepest of `layers`, made anew only for what it cannot do yet."""
+        depth, with_max = len(vgg.cut(layers)), pooling == "max"
         with self._lock:
-            if self._open is None or self._open[0] < depth:
-                self._open = None  # before the deeper one is made: they need not stand side by side
+            had = (self._opened.depth, self._opened.with_max) if self._opened else (0, False)
+            if had[0] < depth or had[1] < with_max:
+                self._opened = None  # before the new one is made: they need not stand side by side
+                depth, with_max = max(had[0], depth), had[1] or with_max
+                layers = vgg.LAYERS[:depth]
                 weights = load_weights(self._source, layers)
-                self._open = depth, weights.name, open_network(weights, layers, self.device, self._threads)
-            return self._open[1:]
+                opener = open_network(weights, layers, self.device, self._threads, with_max=with_max)
+                self._opened = _Network(depth, with_max, weights.name, weights.digests, opener)
+            assert self._opened
+            return self._opened
 
     def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
         """The entry of a least-recently-used cache; one thread at a time makes a new one."""
@@ -323,13 +486,6 @@ class Stylizer:
             while len(cache) > limit:
                 cache.popitem(last=False)
             return cache[key]
-
-
-def _load_styles(style: Any) -> list[images.Picture]:
-    sources = list(style) if isinstance(style, list | tuple) else [style]
-    if not sources:
-        raise ValueError("give at least one style")
-    return [images.load(source) for source in sources]
 
 
 def within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:

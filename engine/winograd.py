@@ -1,4 +1,4 @@
-"""VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions.
+"""VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions; direct ones before max pooling.
 
 Activations stand in NHWC order, fp32. The VJP works in place: it turns each ReLU output into its own masked cotangent,
 and stores nothing else but the cotangents of the loss layers.
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +21,30 @@ from torch import Tensor
 from .export import vgg
 from .export.weights import Weights
 from .features import give_back_freed_memory
-from .kernels import nhwc, program, vector, winograd
-from .kernels.program import CONVOLVE, FIRST, LAST, MASK, POOL, UNPOOL
+from .kernels import direct, nhwc, program, vector, winograd
+from .kernels.program import CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, UNPOOL
 
 
 class Network:
-    """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and its threads."""
+    """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and its threads.
 
-    def __init__(self, weights: Weights, layers: tuple[str, ...], threads: int) -> None:
+    Max pooling needs another copy of them, which is made if `with_max`.
+    """
+
+    def __init__(self, weights: Weights, layers: tuple[str, ...], threads: int, *, with_max: bool = False) -> None:
         self.threads = program.Threads(threads)
-        self.arrays: dict[str, NDArray[np.float32]] = {"mean": np.array(weights.mean, np.float32)}
+        self.arrays: dict[str, NDArray[Any]] = {"mean": np.array(weights.mean, np.float32)}
         for conv in vgg.cut(layers):
             kernel = weights.kernel(conv)
             if conv.in_channels == 3:
                 self.arrays["first"], self.arrays["last"] = nhwc.first_weights(kernel), nhwc.last_weights(kernel)
+                if with_max:
+                    exact = weights.parameters[f"{conv.name}.weight"].numpy()
+                    self.arrays["first.direct"] = direct.first_weights(exact, weights.mean, weights.std)
             else:
                 self.arrays[conv.name] = winograd.transform_kernel(kernel)
+                if with_max:
+                    self.arrays[f"{conv.name}.direct"] = direct.panels(kernel)
             self.arrays[f"{conv.name}.bias"] = weights.parameters[f"{conv.name}.bias"].numpy().copy()
         give_back_freed_memory()
 
@@ -109,9 +118,14 @@ class Features:
             target = self._spare[i % 2].data_ptr() if kept is None else kept.data_ptr()
             step = {"source": source, "target": target, "height": height, "width": width, "c_out": channels}
             step |= {"extra": network.address(f"{conv.name}.bias"), "padding": nhwc.PADDINGS.index(spec.edge(conv))}
-            if conv.in_channels == 3:
+            if conv.in_channels == 3 and largest:
+                step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
+            elif conv.in_channels == 3:
                 step |= {"op": FIRST, "tasks": -(-height // nhwc.BAND), "mean": network.address("mean")}
                 step["weights"] = network.address("first")
+            elif largest:
+                step |= {"op": DIRECT, "c_in": conv.in_channels, "weights": network.address(f"{conv.name}.direct")}
+                step |= self._groups(direct.tiles(height, width), channels)
             else:
                 step |= {"op": CONVOLVE, "c_in": conv.in_channels, "ending": winograd.RELU}
                 step |= {"weights": network.address(conv.name)} | self._shares(step)
@@ -157,10 +171,14 @@ class Features:
         """How a convolution is cut into tasks: blocks of tiles, and groups of channels where tiles are few."""
         tiles = -(-step["height"] // 4) * -(-step["width"] // 4)
         block = min(_BLOCKS[step["c_in"]], -(-tiles // winograd.TILES) * winograd.TILES)
-        blocks, groups = -(-tiles // block), 1
-        while blocks * groups < 2 * self.products.count and step["c_out"] % (2 * groups * vector.BLOCK) == 0:
+        return {"tiles": block} | self._groups(-(-tiles // block), step["c_out"])
+
+    def _groups(self, blocks: int, channels: int) -> dict[str, int]:
+        """Groups of output channels, so that there are enough tasks for the threads."""
+        groups = 1
+        while blocks * groups < 2 * self.products.count and channels % (2 * groups * vector.BLOCK) == 0:
             groups *= 2
-        return {"tasks": blocks * groups, "tiles": block, "groups": groups}
+        return {"tasks": blocks * groups, "groups": groups}
 
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.

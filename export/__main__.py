@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default=",".join(DEFAULT_LAYERS), help="loss layers (default %(default)s)")
     parser.add_argument("--pooling", choices=("avg", "max"), default="avg", help="pooling (default avg)")
     parser.add_argument("--padding", choices=vgg.PADDINGS, default="zero", help="beyond the border (default zero)")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="precision (default fp32)")
+    parser.add_argument("--precision", choices=vgg.PRECISIONS, default="fp32", help="precision (default fp32)")
     parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
     options = parser.parse_args(arguments)
     try:

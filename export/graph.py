@@ -27,11 +27,11 @@ from onnx import TensorProto, helper
 from . import vgg
 from .weights import Weights
 
-OPSET = 18
+OPSETS = {"fp32": 18, "fp16": 18, "bf16": 22}  # the first with bf16 convolutions
 IR_VERSION = 10
-DTYPES: dict[str, type] = {"fp32": np.float32, "fp16": np.float16}
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
-_ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+DTYPES = {precision: helper.tensor_dtype_to_np_dtype(element) for precision, element in ELEMENTS.items()}
 
 
 class _Builder:
@@ -57,7 +57,7 @@ class _Builder:
 
     def external(self, name: str, *shape: int) -> str:
         """An initializer whose bytes stand in the weights file."""
-        tensor = TensorProto(name=name, dims=shape, data_type=_ELEMENTS[self.spec.precision])
+        tensor = TensorProto(name=name, dims=shape, data_type=ELEMENTS[self.spec.precision])
         tensor.data_location = TensorProto.EXTERNAL
         offset, length = self.offsets[name]
         for key, value in (("location", self.location), ("offset", offset), ("length", length)):
@@ -70,7 +70,10 @@ class _Builder:
     ) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
         return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="gatys-engine"
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSETS[self.spec.precision])],
+            ir_version=IR_VERSION,
+            producer_name="gatys-engine",
         )
 
 
@@ -120,7 +123,7 @@ def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = 
     mean = build.constant("mean", np.array(weights.mean, np.float32).reshape(1, 3, 1, 1))
     x = build.node("Sub", ["image", mean], "centred")
     if spec.precision != "fp32":
-        x = build.node("Cast", [x], "centred_low", to=_ELEMENTS[spec.precision])
+        x = build.node("Cast", [x], "centred_low", to=ELEMENTS[spec.precision])
     for conv in spec.convs:
         if conv.after_pool:
             op = "AveragePool" if spec.pooling == "avg" else "MaxPool"
@@ -173,7 +176,7 @@ def _info(spec: vgg.Spec, relu: str, prefix: str = "") -> onnx.ValueInfoProto:
     """Name, type and shape of a ReLU output, or of its cotangent, as it is handed over."""
     one, channels, height, width = spec.shapes[relu]
     shape = (one, height, width, channels) if spec.nhwc else (one, channels, height, width)
-    return helper.make_tensor_value_info(prefix + relu, _ELEMENTS[spec.precision], shape)
+    return helper.make_tensor_value_info(prefix + relu, ELEMENTS[spec.precision], shape)
 
 
 def _inside(spec: vgg.Spec, name: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 POOLINGS = ("avg", "max")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 PADDINGS = ("zero", "reflect", "replicate", "circular")
 BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # (channels, convolutions) of each block
 WHOLE = 16  # pixels; sides that are multiples of it lose nothing in any pooling
@@ -166,7 +166,9 @@ class Spec:
         if min(self.height, self.width) < MIN_SIDE:
             raise ValueError(f"image of {self.width} x {self.height} pixels: both sides have to be at least {MIN_SIDE}")
         if self.pooling not in POOLINGS or self.precision not in PRECISIONS:
-            raise ValueError(f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, fp32 or fp16")
+            raise ValueError(
+                f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, {', '.join(PRECISIONS)}"
+            )
         if self.blocked and self.precision != "fp32":
             raise ValueError("blocked masks need fp32")
         if self.blocked and self.nhwc:

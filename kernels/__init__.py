@@ -5,12 +5,25 @@ current stream and without a host synchronisation. `<operation>_reference` is th
 of its input, and serves as the oracle.
 """
 
-from ._cuda import Recorded
+from ._cuda import Recorded, announce_no_graph
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, gram
 from .lbfgs import DIVERGED, HISTORY, Lbfgs
 from .pixels import Pixels
+from .wasserstein import Wasserstein
 
 __all__ = [
-    "DIVERGED", "HISTORY", "RATE", "Adam", "Layer", "Layers", "Lbfgs", "Pixels", "Products", "Recorded", "gram",
-]  # fmt: skip
+    "DIVERGED",
+    "HISTORY",
+    "RATE",
+    "Adam",
+    "Layer",
+    "Layers",
+    "Lbfgs",
+    "Pixels",
+    "Products",
+    "Recorded",
+    "Wasserstein",
+    "announce_no_graph",
+    "gram",
+]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -56,13 +57,19 @@ def _function(name: str, kernel: str, device: int) -> Any:
 class Table:
     """Rows of addresses and numbers in device memory, 64 bits each; it keeps the tensors that it points to.
 
-    None stands for a null pointer.
+    None stands for a null pointer; a float is a double.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Tensor | int | None]], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[Sequence[Tensor | float | None]], device: torch.device) -> None:
         self.rows = rows
-        numbers = [[cell.data_ptr() if isinstance(cell, Tensor) else cell or 0 for cell in row] for row in rows]
+        numbers = [[_bits(cell) for cell in row] for row in rows]
         self.tensor = torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
+def _bits(cell: Tensor | float | None) -> int:
+    if isinstance(cell, Tensor):
+        return cell.data_ptr()
+    return int(np.float64(cell).view(np.int64)) if isinstance(cell, float) else cell or 0
 
 
 class _Stream:
@@ -113,11 +120,17 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def announce_no_graph(reason: str) -> None:
+    """Say, once a process, that there is no CUDA graph for this reason."""
+    log.info("no CUDA graph, kernels are launched one by one: %s", reason)
+
+
 class Recorded:
     """A fixed sequence of launches: made one by one at first, then replayed as a CUDA graph.
 
     The launches have to use the same memory each time, and to need nothing from the host. On a CPU, and where they
-    cannot be captured, they are always made one by one.
+    cannot be captured or replayed, they are always made one by one.
     """
 
     WARM_UP = 2  # calls before the capture: they compile the kernels
@@ -129,19 +142,69 @@ class Recorded:
     def __call__(self, launches: Callable[[], None]) -> None:
         """Make the `launches`, which are the same each time."""
         if self._calls_to_capture == 0:
-            self._capture(launches)
+            self._graph = _capture(launches)
         self._calls_to_capture -= 1
-        if self._graph is None:
-            launches()
-        else:
-            self._graph.replay()
+        if self._graph is not None:
+            try:
+                self._graph.replay()
+                return
+            except RuntimeError as error:  # none of it has run: a graph is launched as a whole or not at all
+                announce_no_graph(f"replay: {error}")
+                self._graph = None
+        launches()
 
-    def _capture(self, launches: Callable[[], None]) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:  # other threads may go on using the device meanwhile
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                launches()
-        except RuntimeError as error:
-            log.info("no CUDA graph, kernels are launched one by one: %s", error)
-            return
-        self._graph = graph
+
+def _capture(launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """The launches as a graph; they do not run meanwhile. None if they cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:  # other threads may go on using the device meanwhile
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            launches()
+    except RuntimeError as error:
+        announce_no_graph(f"capture: {error}")
+        return None
+    return graph
+
+
+REPLAYS = 20  # of one timing
+MARGIN = 0.9  # of the first way's time, that another one has to stay below
+_fastest: dict[Hashable, str] = {}
+
+
+def fastest(ways: Mapping[str, Callable[[], None]], device: torch.device, key: Hashable) -> str:
+    """Which of several `ways` to the same result is the fastest on the device, timed once a process for each `key`.
+
+    The first is kept unless another one is clearly faster; one that fails is out.
+    """
+    key = (torch.cuda.get_device_name(device), *ways, key)
+    if key not in _fastest:
+        best, least = "", math.inf
+        for name, way in ways.items():
+            try:
+                seconds = _seconds(way, device)
+            except RuntimeError as error:
+                log.info("%s: not possible here: %s", name, error)
+                continue
+            if not best or seconds < MARGIN * least:
+                best, least = name, seconds
+            log.info("%s: %.1f us for %s", name, 1e6 * seconds, key[-1])
+        if not best:
+            raise RuntimeError(f"none of {', '.join(ways)} works on {key[0]}")
+        _fastest[key] = best
+    return _fastest[key]
+
+
+def _seconds(way: Callable[[], None], device: torch.device) -> float:
+    """Of one call, as it will be in use: captured, where that is possible; the least of three rounds."""
+    recorded, rounds = Recorded(device), []
+    for _ in range(Recorded.WARM_UP + 1):
+        recorded(way)
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPLAYS):
+            recorded(way)
+        end.record()
+        end.synchronize()
+        rounds.append(begin.elapsed_time(end) / 1000 / REPLAYS)
+    return min(rounds)

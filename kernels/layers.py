@@ -4,6 +4,10 @@ On a GPU every step is one launch for all layers: the blocks look their layer up
 the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so the same features give
 the same bits.
 
+The Gram products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group
+of shapes. The cotangents have no such choice: cuBLAS cannot scale by a number that only the device knows, nor add the
+content's share, so it would have to write fp32 that another pass reads, three times the traffic of the kernel.
+
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
 |(G - A) F|^2 <= |G - A|^2 |F|^2 with |F|^2 = M trace(G) bounds the style cotangent w / (C^2 M) (G - A) F. No element of
@@ -13,7 +17,7 @@ a cotangent below two in the root mean square overflows fp16 as long as C M < 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,13 +26,15 @@ from torch import Tensor
 
 from . import _cuda
 from .content import content_loss_blas
-from .gram import gram_blas
+from .gram import gram_blas, products_cublas
 from .style import style_gradient_blas
+from .wasserstein import Wasserstein
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 8192  # elements of F that one block of the losses covers
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
+MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 
 
@@ -61,24 +67,28 @@ class Layer:
 
     `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
     fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). `target` A is (C, C) fp32,
-    None unless it is a style layer.
+    None unless it is a style layer. `distance` takes the place of the distance of Gram matrices, for features without
+    their mean: A is then zero. The weights are the layer's own, beside those of all content and style losses.
     """
 
     features: Tensor
     cotangent: Tensor | None
     content: Tensor | None
     target: Tensor | None
+    content_weight: float = 1.0
+    style_weight: float = 1.0
+    distance: Wasserstein | None = None
 
 
 class Layers:
-    """The losses of `layers`, for the weights of the content loss and of each layer's style loss.
+    """The losses of `layers`: content_weight * sum of w_l c_l + style_weight * sum of v_l s_l, w and v of each `Layer`.
 
     `products` computes the matrix products on a CPU, by default BLAS.
 
     `losses` reads the features and writes `terms`, fp32: the weighted total (without total variation), the sum of the
-    content losses, a place for the total variation, then the style loss of each layer (0 if it has none), the last
-    three unweighted. `gradients` writes the cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both
-    use the same memory each time and leave the host out.
+    w_l c_l, a place for the total variation, then the s_l of each layer (0 if it has none). `gradients` writes the
+    cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both use the same memory each time and leave
+    the host out. Raises ValueError for more than MAX_LAYERS layers.
     """
 
     def __init__(
@@ -88,6 +98,8 @@ class Layers:
         style_weight: float,
         products: Products | None = None,
     ) -> None:
+        if len(layers) > MAX_LAYERS:
+            raise ValueError(f"{len(layers)} loss terms: at most {MAX_LAYERS} layers and regions fit")
         self.names = tuple(layers)
         self._layers = tuple(layers.values())
         self._content_weight, self._style_weight = float(content_weight), float(style_weight)
@@ -108,14 +120,40 @@ class Layers:
         if not self.terms.is_cuda:
             self._losses_cpu()
             return
+        ways = self.ways()
+        if not self._way:
+            shapes = tuple((tuple(a.features.shape), a.target is not None) for a in self._layers)
+            self._way = _cuda.fastest(ways, self.terms.device, (str(self._dtype), self._nhwc, shapes))
+        ways[self._way]()
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """The ways to compute `losses` on a GPU. cuBLAS takes part unless it would round fp32 to TF32."""
+        found = {"Gram matrices by our kernel": self._losses_by_kernel}
+        if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+            found["Gram matrices by cuBLAS"] = self._losses_by_cublas
+        return found
+
+    def _losses_by_kernel(self) -> None:
+        if self._gram_blocks:
+            kernel = f"gram<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
+            _cuda.launch("gram", kernel, (self._gram_blocks,), self._table, len(self._layers))
+        self._losses_of_products()
+
+    def _losses_by_cublas(self) -> None:
+        for layer, products in zip(self._layers, self._partial, strict=True):
+            if products is not None:
+                products_cublas(layer.features, self._share, products)
+        self._losses_of_products()
+
+    def _losses_of_products(self) -> None:
+        """F F^T of each share of the positions -> terms, scale."""
         count = len(self._layers)
         element = _cuda.ELEMENTS[self._dtype]
-        if self._gram_blocks:
-            _cuda.launch("gram", f"gram<{element}, {self._nhwc}>", (self._gram_blocks,), self._table, count)
         scratch = (self._table, count, self._sums, self._arrived)
         options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
         outputs = (self.terms, self._factors)
         _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), *scratch, *options, *outputs)
+        self._finish_distances()
 
     def gradients(self) -> None:
         """features, and what `losses` has found -> cotangents."""
@@ -137,6 +175,7 @@ class Layers:
         work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
         share = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
         rows = []
+        self._share, self._partial = share, list[Tensor | None]()
         self._gram_blocks = self._loss_blocks = self._gradient_blocks = 0
         for layer, difference, count in zip(self._layers, self._differences, pairs, strict=True):
             channels, positions = layer.features.shape
@@ -154,36 +193,68 @@ class Layers:
             else:
                 self._gradient_blocks += spans
             self._loss_blocks += spans if layer.content is not None else 0
+            self._partial.append(partial)
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins))
+            weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
+            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
         self._table = _cuda.Table(rows, device)
+        self._way = ""  # to the losses, once it is chosen
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def _finish_distances(self) -> None:
+        """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale."""
+        factors = self._factors[1:].view(-1, _FACTORS)
+        for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
+            if layer.distance is None or difference is None:
+                continue
+            channels, elements = len(layer.features), layer.features.numel()
+            weight = self._style_weight * layer.style_weight
+            trace = difference.trace()
+            self.terms[3 + i], matrix, means = layer.distance(difference)
+            self.terms[0] += weight * self.terms[3 + i]
+            difference.copy_(matrix)
+            norm = torch.linalg.matrix_norm(difference).clamp_min(1e-30)
+            loudness = weight / (channels * elements) * norm * (trace / channels).sqrt()
+            loudness = (loudness + 2 * weight / elements * means.sqrt()).clamp_min(1e-30)
+            if self._dtype != torch.float32:
+                smaller = torch.minimum(self.scale, torch.exp2(-loudness.log2().floor()))
+                factors[:, 1:] *= smaller / self.scale
+                self.scale.copy_(smaller)
+            factors[i, 0] = 16384 * torch.exp2(-norm.log2().floor())
+            factors[i, 1] = self.scale * weight / (channels * elements) / factors[i, 0]
 
     def _losses_cpu(self) -> None:
         """F - P goes into the cotangent, G - A has memory of its own."""
         self.terms.zero_()
-        loudest = 1e-30
+        styles, loudest = 0.0, 1e-30
         for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
             channels, elements = len(layer.features), layer.features.numel()
             loudness = 0.0
             if layer.content is not None:
                 room = torch.empty_like(layer.features) if layer.cotangent is None else layer.cotangent
                 loss = self._products.content_loss(layer.features, layer.content, room)
-                self.terms[1] += loss
-                loudness += 2 * self._content_weight / elements * math.sqrt(loss)
+                self.terms[1] += layer.content_weight * loss
+                loudness += 2 * self._content_weight * layer.content_weight / elements * math.sqrt(loss)
             if layer.target is not None:
                 assert difference is not None
                 trace = float(self._products.gram(layer.features, difference).trace())
-                difference -= layer.target
-                flat = difference.flatten()
-                square = torch.dot(flat, flat)
-                self.terms[3 + i] = square / (4 * channels**2)
-                loudness += self._style_weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
+                weight = self._style_weight * layer.style_weight
+                if layer.distance is None:
+                    difference -= layer.target
+                    flat = difference.flatten()
+                    square = torch.dot(flat, flat)
+                    self.terms[3 + i] = square / (4 * channels**2)
+                else:
+                    self.terms[3 + i], matrix, means = layer.distance(difference)
+                    square = difference.copy_(matrix).square().sum()
+                    loudness += 2 * weight / elements * math.sqrt(means)
+                styles += layer.style_weight * float(self.terms[3 + i])
+                loudness += weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
             loudest = max(loudest, loudness)
-        self.terms[0] = self._style_weight * self.terms[3:].sum() + self._content_weight * self.terms[1]
+        self.terms[0] = self._style_weight * styles + self._content_weight * self.terms[1]
         if self._dtype != torch.float32 and math.isfinite(loudest):
             self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
 
@@ -193,9 +264,9 @@ class Layers:
             assert layer.cotangent is not None
             channels, elements = len(layer.features), layer.features.numel()
             if layer.content is not None:
-                layer.cotangent.mul_(2 * scale * self._content_weight / elements)
+                layer.cotangent.mul_(2 * scale * self._content_weight * layer.content_weight / elements)
             if difference is not None:
-                factor = scale * self._style_weight / (channels * elements)
+                factor = scale * self._style_weight * layer.style_weight / (channels * elements)
                 self._products.style_gradient(
                     layer.features, difference, factor, layer.cotangent, layer.content is not None
                 )
@@ -205,7 +276,10 @@ def gram(features: Tensor, products: Products | None = None) -> Tensor:
     """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
     target = torch.zeros(len(features), len(features), device=features.device)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
-    alone.losses()
+    if features.is_cuda:  # once for a style: nothing to choose
+        alone._losses_by_kernel()
+    else:
+        alone.losses()
     (difference,) = alone._differences
     assert difference is not None
     return difference

@@ -140,9 +140,10 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
     if (step && moved) two_loops(state, dots, pairs, slots, made);
 }
 
-// Does what the plan says; image, gradient, best (count,), history (2 slots, count). A boxed image stays in [0, 1].
+// Does what the plan says, with no element moved by more than `largest`; image, gradient, best (count,), history (2
+// slots, count). A boxed image stays in [0, 1].
 __global__ void lbfgs_move(float* image, const float* gradient, float* best, float* history, const State* state,
-                           long long count, long long slots, long long boxed) {
+                           long long count, long long slots, long long boxed, float largest) {
     __shared__ float of_history[2 * SLOTS];
     if (threadIdx.x < 2 * SLOTS) of_history[threadIdx.x] = state->of_history[threadIdx.x];
     __syncthreads();
@@ -160,6 +161,7 @@ __global__ void lbfgs_move(float* image, const float* gradient, float* best, flo
             float move = of_gradient * g;
             for (int row = 0; row < 2 * slots; ++row)
                 if (of_history[row] != 0) move += of_history[row] * history[row * count + i];
+            move = move > largest ? largest : move < -largest ? -largest : move;  // NaN stays NaN
             if (boxed) move = stays ? 0.f : fminf(1.f, fmaxf(0.f, x + move)) - x;
             next[i] = move;
             next[count + i] = -g;

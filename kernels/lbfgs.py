@@ -14,6 +14,10 @@ the pair being made the move and minus the gradient before it. A pair counts if 
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
   first step has the root mean square FIRST_STEP.
+- No pixel value moves by more than LARGEST_MOVE in a step: early steps, whose curvature is that of a neighbourhood,
+  else leave the valley, and iterations are lost on the way back. On the bundled pair at 96 pixels the loss after 20, 40
+  and 80 iterations is 0.66, 0.41 and 0.37 with this bound, 1.6, 0.54 and 0.39 without, and 4.9, 0.52 and 0.38 with
+  torch's L-BFGS. s_k is the move that was made.
 - A loss above DIVERGED times the lowest one takes half of the step back, up to HALVINGS times; then L-BFGS starts again
   from the best image, with a smaller first step.
 - A loss that is not finite stops everything: neither image changes any more.
@@ -26,6 +30,7 @@ positive definite there; the move is cut off at the bounds, and s_k is what was 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +42,7 @@ from . import _cuda
 
 HISTORY = 20  # pairs: 0.5 kB a pixel, where torch's default of 100 would take 2.4 kB
 FIRST_STEP = 0.01  # root mean square of the first step, in pixel values
+LARGEST_MOVE = 0.1  # of a pixel value in one step, of the range from 0 to 1
 DIVERGED = 2.0  # a loss this many times the lowest one has diverged
 HALVINGS = 4  # of one step, before starting afresh
 HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
@@ -169,6 +175,29 @@ class Lbfgs:
         else:
             self._step_cpu(float(self._loss))
 
+    def save(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, in host memory; on a CPU partly the memory in use, so to be copied."""
+        state = self._state
+        if self._image.is_cuda:
+            state = self._device_state.cpu().numpy().view(STATE)[0]
+        saved = {"image": self._image, "best": self.best, "history": self._history[: rows_in_use(state, self._slots)]}
+        saved = {name: tensor.cpu() for name, tensor in saved.items()}
+        saved["state"] = torch.from_numpy(state.reshape(1).view("f8"))
+        if not self._image.is_cuda:
+            saved["dots"] = torch.from_numpy(self._dots)
+        return saved
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where another optimiser of this shape and device was when `saved` was its `save`."""
+        self._image.copy_(saved["image"])
+        self.best.copy_(saved["best"])
+        self._history[: len(saved["history"])].copy_(saved["history"])
+        if self._image.is_cuda:
+            self._device_state.copy_(saved["state"])
+        else:
+            self._state[()] = saved["state"].numpy().view(STATE)[0]
+            self._dots[:] = saved["dots"].numpy()
+
     def _launch(self) -> None:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
         count, chunks = self._count, self._chunks
@@ -179,7 +208,7 @@ class Lbfgs:
         sums = (self._sums, chunks, count, self._slots)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
         vectors = (image, gradient, self.best, history)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, *size)
+        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, *size, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows
@@ -199,6 +228,7 @@ class Lbfgs:
             for row in np.flatnonzero(state["of_history"]):
                 move.add_(rows[row], alpha=float(state["of_history"][row]))
             torch.neg(self._newest, out=rows[2 * to + 1])
+            move.clamp_(-LARGEST_MOVE, LARGEST_MOVE)
             if self._boxed:
                 move.masked_fill_(self._held, 0)
                 torch.sub((image + move).clamp_(0, 1), image, out=move)

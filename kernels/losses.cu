@@ -3,7 +3,7 @@
 #include "layers.cuh"
 
 constexpr int SHARE_LANES = WARPS;  // threads that add the shares of one element of G
-constexpr int MAX_LAYERS = 32;
+constexpr int MAX_LAYERS = 256;  // as in layers.py
 
 __device__ inline double power_of_two_below(double x) { return exp2(floor(log2(x))); }
 
@@ -31,8 +31,9 @@ __device__ inline void style_part(const Layer& layer, long long begin, long long
     }
 }
 
-// sums (blocks, 2) are scratch. style_weight is that of each layer. Writes
-//   terms    total without total variation, content, 0, then the style loss of each layer (0 if it is none), unweighted
+// sums (blocks, 2) are scratch. The weights are those of all layers, beside each layer's own. Writes
+//   terms    total without total variation, content by the layers' own weights, 0, then the style loss of each layer
+//            (0 if it is none), unweighted
 //   factors  see layers.cuh; the scale is 1 unless `scaled`, which brings the root mean square of the loudest cotangent
 //            under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no
 //            element can overflow, as it is at most sqrt(C M) < 65504.
@@ -83,16 +84,17 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
             norm[i] = sqrt(difference);
             style[i] = difference / (4 * channels * channels);
             content[i] = distance / elements;
-            loudest[i] = style_weight / (channels * elements) * sqrt(difference * loudness / channels) +
-                         2 * content_weight / elements * sqrt(content[i]);
+            loudest[i] = style_weight * layers[i].style_weight / (channels * elements) *
+                             sqrt(difference * loudness / channels) +
+                         2 * content_weight * layers[i].content_weight / elements * sqrt(content[i]);
         }
     }
     __syncthreads();
     if (threadIdx.x > 0) return;
     double styles = 0, contents = 0, loud = 1e-30;
     for (int i = 0; i < count; ++i) {
-        styles += style[i];
-        contents += content[i];
+        styles += layers[i].style_weight * style[i];
+        contents += layers[i].content_weight * content[i];
         loud = loudest[i] > loud ? loudest[i] : loud;
         terms[3 + i] = style[i];
     }
@@ -107,7 +109,7 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
         const double lift = norm[i] > 0 ? 16384 / power_of_two_below(norm[i]) : 1;
         float* own = factors_of(factors, i);
         own[LIFT] = lift;
-        own[STYLE] = scale * style_weight / (channels * elements) / lift;
-        own[CONTENT] = 2 * scale * content_weight / elements;
+        own[STYLE] = scale * style_weight * layers[i].style_weight / (channels * elements) / lift;
+        own[CONTENT] = 2 * scale * content_weight * layers[i].content_weight / elements;
     }
 }

@@ -21,10 +21,11 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import nhwc, products, winograd
+from . import direct, nhwc, products, winograd
 from .vector import BLOCK
 
-FIRST, CONVOLVE, POOL, MASK, UNPOOL, LAST, CONTENT, GRAM, GRAM_SUM, STYLE = range(10)  # what a step does
+# What a step does.
+FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST, CONTENT, GRAM, GRAM_SUM, STYLE = range(12)
 _STEP = np.dtype(
     [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
     + [
@@ -110,6 +111,8 @@ def scratch_size(rows: NDArray[Any]) -> int:
         if op == CONVOLVE:
             wide //= int(step["groups"])
             needed.append(winograd.scratch_size(int(step["c_in"]), wide, int(step["tiles"])))
+        elif op == DIRECT:
+            needed.append(direct.scratch_size(int(step["c_in"])))
         elif op in (FIRST, LAST):
             needed.append(nhwc.scratch_size(int(step["width"])))
         elif op == STYLE:
@@ -170,6 +173,13 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
             source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
             step.padding, first, count, task % step.groups, step.groups, scratch,
         )  # fmt: skip
+    elif step.op == DIRECT_FIRST:
+        direct.first(source, target, height, width, channels, weights, extra, step.padding, task)
+    elif step.op == DIRECT:
+        direct.convolve(
+            source, target, height, width, step.c_in, channels, weights, extra, step.padding,
+            task // step.groups, task % step.groups, step.groups, scratch,
+        )  # fmt: skip
     elif step.op == FIRST:
         nhwc.first(source, step.mean, target, height, width, channels, weights, extra, step.padding, task, scratch)
     elif step.op == POOL:
@@ -218,7 +228,7 @@ def _compile(sources: int) -> Any:
 def _sources() -> int:
     """A checksum of the code that goes into `work`."""
     folder = resources.files(__package__)
-    names = ("vector", "winograd", "nhwc", "products", "program")
+    names = ("vector", "winograd", "direct", "nhwc", "products", "program")
     return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))
 
 

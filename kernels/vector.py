@@ -18,6 +18,7 @@ BLOCK = 64  # columns that the products work on at a time
 ROWS, SQUARE = 6, 4  # rows of one result of `multiply`; rows and columns of one of `multiply_transposed`
 _COLUMNS = BLOCK // LANES
 _CHUNK = 32  # products added up on their own: the rounding of long sums would come to more than that of the products
+_SHORT = 16  # the same where the sums are exact
 
 FLOAT, _I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -182,6 +183,42 @@ def _product(rows: int, adds: bool, streams: bool) -> Any:
 # expects U to stream from memory, and asks for the panel behind it in time.
 multiply = _product(ROWS, adds=False, streams=True)
 multiply_add, multiply_add_square = _product(ROWS, True, False), _product(SQUARE, True, False)
+
+
+@intrinsic
+def multiply_add_exact(context, v, row, u, depth, m, rest):  # type: ignore[no-untyped-def]
+    """m + rest += V U for ROWS rows of V, `row` floats apart, U (depth, BLOCK), m and rest (ROWS, BLOCK).
+
+    Each sum of _SHORT products, depth is a multiple of it, is added to m, and what that rounds off goes to `rest`
+    (Knuth's two-sum).
+    """
+
+    def emit(code: Code, v: Any, row: Any, u: Any, depth: Any, m: Any, rest: Any) -> None:
+        starts = [code.step(v, row, i) for i in range(ROWS)]
+
+        def chunk(index: Any, values: list[Any]) -> list[Any]:
+            sums = [ZERO] * (ROWS * _COLUMNS)
+            for k in range(_SHORT):
+                at = code.b.add(code.times(index, _SHORT), ir.Constant(I64, k))
+                panel = code.offset(u, at, 4 * BLOCK)
+                columns = [code.load(code.offset(panel, LANES * j)) for j in range(_COLUMNS)]
+                for i, start in enumerate(starts):
+                    value = code.splat(code.load(code.offset(start, at), FLOAT))
+                    for j, each in enumerate(columns):
+                        sums[i * _COLUMNS + j] = code.fma(value, each, sums[i * _COLUMNS + j])
+            for i, part in enumerate(sums):
+                place, lost = code.offset(m, LANES * i), code.offset(rest, LANES * i)
+                before = code.load(place)
+                after = code.add(before, part)
+                share = code.sub(after, before)
+                error = code.add(code.sub(before, code.sub(after, share)), code.sub(part, share))
+                code.store(after, place)
+                code.store(code.add(code.load(lost), error), lost)
+            return []
+
+        code.loop(code.b.sdiv(depth, ir.Constant(I64, _SHORT)), [], chunk)
+
+    return procedure(6, emit)
 
 
 @intrinsic

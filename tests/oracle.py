@@ -56,32 +56,84 @@ def features(
     raise AssertionError(layers)
 
 
+EPSILON = 1e-4  # on the diagonal of covariances
+
+
+def guide(mask: np.ndarray, positions: int) -> Tensor:
+    """g (M,) with mean(g^2) = 1 from a mask of which each position covers a block."""
+    side = int(np.sqrt(mask.size // positions))
+    height, width = mask.shape[0] // side, mask.shape[1] // side
+    blocks = torch.from_numpy(mask.astype(np.float64)).reshape(height, side, width, side).mean((1, 3)).flatten()
+    return blocks / (blocks**2).mean().sqrt()
+
+
+def moments(f: Tensor, mask: np.ndarray | None, shift: float) -> tuple[Tensor, Tensor]:
+    """Second moment of F - shift and mean of F, weighted by g^2."""
+    g = torch.ones(f.shape[1], dtype=torch.float64) if mask is None else guide(mask, f.shape[1])
+    x = (f - shift) * g
+    return x @ x.T / f.shape[1], (f * g**2).mean(1)
+
+
+def style_loss(own: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], kind: str) -> Tensor:
+    (moment, mean), (wanted, goal) = own, target
+    channels = len(mean)
+    if kind != "wasserstein":
+        return ((moment - wanted) ** 2).sum() / (4 * channels**2)
+    ridge = EPSILON * torch.eye(channels, dtype=torch.float64)
+    s, t = moment - torch.outer(mean, mean) + ridge, wanted - torch.outer(goal, goal) + ridge
+    values, vectors = torch.linalg.eigh(t)
+    root = vectors @ values.clamp_min(0).sqrt().diag() @ vectors.T
+    crossed = torch.linalg.eigvalsh(root @ s @ root).clamp_min(1e-12).sqrt().sum()
+    return ((mean - goal) ** 2).mean() + (s.trace() + t.trace() - 2 * crossed) / channels
+
+
 def objective(
-    image: np.ndarray, content: np.ndarray, style: np.ndarray, state: dict[str, Tensor], config
+    image: np.ndarray,
+    content: np.ndarray | None,
+    style: np.ndarray | list[np.ndarray] | None,
+    state: dict[str, Tensor],
+    config,
+    masks: list | None = None,
 ) -> tuple[float, dict, np.ndarray]:
-    """Total loss, unweighted terms and gradient (H, W, 3) for pictures (H, W, 3) in [0, 1]."""
-    layers = set(config.content_layers) | set(config.style_layers)
+    """Total loss, unweighted terms and gradient (H, W, 3) for pictures (H, W, 3) in [0, 1].
+
+    Content or style may be missing; `masks` has a pair of masks, of content and style, for each style.
+    """
+    content_layers = config.content_layers if content is not None else ()
+    style_layers = config.style_layers if style is not None else ()
+    layers = {layer for layer, _ in (*content_layers, *style_layers)}
 
     def see(picture: Tensor, padding: str = "circular" if config.tile else config.padding) -> dict[str, Tensor]:
         return features(picture, state, config.pooling, layers, padding)
 
+    styles = style if isinstance(style, list) else [style] * (style is not None)
+    blend = config.style_blend or (1.0,) * len(styles)
+    shares = [weight / sum(blend) for weight in blend]
     x = torch.from_numpy(image.astype(np.float64)).requires_grad_()
     with torch.no_grad():
-        p = see(torch.from_numpy(content.astype(np.float64)))
-        a = see(torch.from_numpy(style.astype(np.float64)), config.padding)
+        p = {} if content is None else see(torch.from_numpy(content.astype(np.float64)))
+        a = [see(torch.from_numpy(each.astype(np.float64)), config.padding) for each in styles]
     f = see(x)
-    content_loss = sum(((f[layer] - p[layer]) ** 2).mean() for layer in config.content_layers)
-    style_loss = {}
-    for layer in config.style_layers:
-        gram = f[layer] @ f[layer].T / f[layer].shape[1]
-        target = a[layer] @ a[layer].T / a[layer].shape[1]
-        style_loss[layer] = ((gram - target) ** 2).sum() / (4 * len(gram) ** 2)
+    content_loss = sum((w * ((f[layer] - p[layer]) ** 2).mean() for layer, w in content_layers), torch.zeros(()))
+    shift = float(config.style_loss == "shifted")
+    by_layer = {}
+    for layer, _ in style_layers:
+        if masks is None:
+            targets = [moments(each[layer], None, shift) for each in a]
+            both = [sum(share * each[i] for share, each in zip(shares, targets, strict=True)) for i in range(2)]
+            by_layer[layer] = style_loss(moments(f[layer], None, shift), both, config.style_loss)
+            continue
+        by_layer[layer] = 0
+        for share, each, (own, theirs) in zip(shares, a, masks, strict=True):
+            pair = moments(f[layer], own, shift), moments(each[layer], theirs, shift)
+            by_layer[layer] = by_layer[layer] + share * style_loss(*pair, config.style_loss)
     down, across = x.roll(-1, 0) - x, x.roll(-1, 1) - x
     if not config.tile:
         down, across = down[:-1], across[:, :-1]
     tv = (down.abs() ** config.tv_power).mean() + (across.abs() ** config.tv_power).mean()
-    style_mean = sum(style_loss.values()) / len(style_loss)
+    weights = sum(weight for _, weight in style_layers)
+    style_mean = sum(weight / weights * by_layer[layer] for layer, weight in style_layers)
     total = config.content_weight * content_loss + config.style_weight * style_mean + config.tv_weight * tv
     (gradient,) = torch.autograd.grad(total, x)
-    terms = {"content": content_loss.item(), "tv": tv.item(), **{k: v.item() for k, v in style_loss.items()}}
+    terms = {"content": content_loss.item(), "tv": tv.item(), **{k: v.item() for k, v in by_layer.items()}}
     return total.item(), terms, gradient.numpy()

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import shlex
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from engine import stylize
@@ -71,15 +74,15 @@ def test_every_config_option_reaches_the_config():
     given = stylize._parser().parse_args(
         shlex.split(
             "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
-            "--content-layers relu3_1 --style-layers relu1_1,relu2_1 --pooling max --init noise --optimizer adam "
-            "--seed 9"
+            "--content-layers relu3_1 --style-layers relu1_1,relu2_1:.5 --pooling max --init noise --optimizer adam "
+            "--seed 9 --colour match"
         )
     )
     config = stylize._config(given)
     assert (config.size, config.iterations, config.scales, config.seed) == (64, (5, 4), 2, 9)
     assert (config.content_weight, config.style_weight, config.tv_weight) == (2.0, 300.0, 0.5)
-    assert (config.content_layers, config.style_layers) == (("relu3_1",), ("relu1_1", "relu2_1"))
-    assert (config.pooling, config.init, config.optimizer) == ("max", "noise", "adam")
+    assert (config.content_layers, config.style_layers) == ((("relu3_1", 1.0),), (("relu1_1", 1.0), ("relu2_1", 0.5)))
+    assert (config.pooling, config.init, config.optimizer, config.colour) == ("max", "noise", "adam", "match")
 
 
 MISTAKES = [
@@ -91,6 +94,7 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--style-layers", "relu1_1,rleu2_1"], "did you mean relu2_1"),
     (["{content}", "{style}", "-o", "{out}", "--pooling", "average"], "choose from avg, max"),
     (["{content}", "{style}", "-o", "{out}", "--optimizer", "lbgfs"], "did you mean lbfgs"),
+    (["{content}", "{style}", "-o", "{out}", "--colour", "keep-bfore"], "did you mean keep-before"),
     (["{content}", "{style}", "-o", "{out}", "--device", "cudaa"], "did you mean cuda"),
     (["{content}", "{style}", "-o", "{out}", "--precision", "fp61"], "did you mean fp16"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "choose auto"),
@@ -109,6 +113,16 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--init", "{missing}"], "No such file"),
     (["{content}", "{style}", "-o", "{out}", "--trace", "{missing}/t.json"], "not a folder"),
     (["-", "-", "-o", "{out}"], "only one picture"),
+    (["none", "none", "-o", "{out}"], "with neither"),
+    (["{content}", "{style}", "none", "-o", "{out}"], "give it alone"),
+    (["{content}", "{style}", "-o", "{out}", "--size", "64x48"], "without content"),
+    (["none", "{style}", "-o", "{out}", "--size", "64xbig"], "give N|WxH"),
+    (["{content}", "{style}", "-o", "{out}", "--style-blend", "1,2"], "2 weights, there are 1 styles"),
+    (["{content}", "{style}", "-o", "{out}", "--style-loss", "gramm"], "did you mean gram"),
+    (["{content}", "{style}", "-o", "{out}", "--style-size", "9"], "from 32"),
+    (["{content}", "{style}", "-o", "{out}", "--mask", "alpha"], "no alpha channel"),
+    (["{content}", "{style}", "-o", "{out}", "--mask", "{content}:{missing}"], "No such file"),
+    (["{content}", "{missing}.safetensors", "-o", "{out}"], "No such file"),
     (["{content}", "{style}", "--demo"], "leave CONTENT"),
 ]
 
@@ -135,6 +149,45 @@ def test_mistakes_exit_2_with_one_line_and_leave_nothing(pair, tmp_path, capsys,
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+TEXTS = st.text(max_size=12) | st.sampled_from(
+    ["nan", "-1", "1e999", "9" * 5000, "auto", "original", ",", "relu1_1,", "\0"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(stylize._METAVARS)), TEXTS), max_size=3))
+def test_any_text_for_any_option_is_a_run_or_one_line(options):
+    """The content does not exist, so that no run starts: exit 2, whatever the options say."""
+    arguments = ["--{}={}".format(name.replace("_", "-"), text) for name, text in options]
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            status = stylize.main(["missing-content.png", "style.png", "-o", "missing-out.png", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+    assert status == 2
+    assert err.getvalue().startswith("engine.stylize: ")
+    assert err.getvalue().count("\n") == 1
+    assert not Path("missing-out.png").exists()
+
+
+def test_size_original_is_the_contents_own(pair):
+    content, style, out = pair
+    assert stylize.main([content, style, "-o", out, "--size", "original", *SMALL[2:]]) == 0
+    with Image.open(out) as picture, Image.open(content) as own:
+        assert picture.size == own.size
+
+
+def test_limits_come_from_the_environment(pair, capsys, monkeypatch):
+    content, style, out = pair
+    for name, words in {"STYLIZE_MAX_PIXELS": "more than 64 pixels", "STYLIZE_MAX_BYTES": "more than 64 bytes"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "64")
+            assert stylize.main([content, style, "-o", out, *SMALL]) == 2
+        assert words in capsys.readouterr().err
+    assert not Path(out).exists()
 
 
 def test_existing_output_needs_overwrite(pair):
@@ -225,3 +278,34 @@ def test_a_full_disk_is_the_machines_fault(pair, capsys, monkeypatch):
     monkeypatch.setattr(image, "save", full)
     assert stylize.main([content, style, "-o", out, *SMALL]) == 1
     assert capsys.readouterr().err.strip().endswith("out.png: No space left on device")
+
+
+def test_texture_and_its_saved_targets(pair, tmp_path):
+    content, style, out = pair
+    options = ["--iterations", "2", "--scales", "1", "--style-layers", "relu1_1,relu2_1", "--size"]
+    kept = str(tmp_path / "style.safetensors")
+    assert stylize.main(["none", style, "-o", out, *options, "64x40", "--save-targets", kept, "--quiet"]) == 0
+    first = Path(out).read_bytes()
+    with Image.open(out) as image:
+        assert image.size == (64, 40)
+    again = str(tmp_path / "again.png")
+    assert stylize.main(["none", kept, "-o", again, *options, "64x40", "--quiet"]) == 0
+    assert Path(again).read_bytes() == first
+    inverted = str(tmp_path / "inverted.png")
+    assert stylize.main([content, "none", "-o", inverted, *options, "48", "--init", "noise", "--quiet"]) == 0
+    with Image.open(inverted) as image:
+        assert max(image.size) == 48
+
+
+def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
+    content, style, out = pair
+    seen = {}
+
+    def steps(self, content, style, config, *, masks, freeze):
+        seen.update(masks=masks, freeze=freeze, blend=config.style_blend)
+        return iter(())
+
+    monkeypatch.setattr("engine.stylizer.Stylizer.steps", steps)
+    masks = ["--mask", f"{content}:{style}", "--mask", "alpha", "--freeze", content, "--style-blend", "3,1"]
+    assert stylize.main([content, style, style, "-o", out, *masks]) == 0
+    assert seen == {"masks": [(content, style), "alpha"], "freeze": content, "blend": (3.0, 1.0)}

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from engine import Config
 
 def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
     config = Config()
-    assert config.style_layers == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    assert tuple(config.style_layer_weights) == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     assert config.layers == ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
 
 
@@ -17,6 +18,7 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
     ("options", "error", "words"),
     [
         ({"size": 31}, ValueError, "from 32"),
+        ({"size": "orignal"}, ValueError, "original or a number"),
         ({"size": 2.5}, TypeError, "whole number"),
         ({"size": True}, TypeError, "whole number"),
         ({"iterations": 0}, ValueError, "from 1"),
@@ -30,7 +32,11 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"style_layers": ("relu4_5",)}, ValueError, "did you mean relu4_"),
         ({"style_layers": "relu1_1"}, TypeError, "tuple of layers"),
         ({"content_layers": ()}, ValueError, "at least one layer"),
-        ({"content_layers": ("relu1_1", "relu1_1")}, ValueError, "twice"),
+        ({"content_layers": ("relu1_1", "relu1_1:2")}, ValueError, "twice"),
+        ({"style_layers": ("relu1_1:much",)}, ValueError, "NAME:WEIGHT"),
+        ({"style_layers": (("relu1_1", -1),)}, ValueError, "not negative"),
+        ({"style_layers": (("relu1_1", "1"),)}, TypeError, "number"),
+        ({"style_layers": ("relu1_1:0",)}, ValueError, "not zero"),
         ({"pooling": "maxx"}, ValueError, "did you mean max"),
         ({"optimizer": "lbgfs"}, ValueError, "did you mean lbfgs"),
         ({"seed": -1}, ValueError, "from 0"),
@@ -51,6 +57,14 @@ def test_mistakes_are_named(options, error, words):
         Config(**options)
 
 
+def test_layers_in_every_form_have_one_normal_form():
+    config = Config(style_layers=["relu1_1", "relu4_1:0.5", ("relu5_4", 2)], content_layers=[["relu3_1", 3]])
+    assert config.style_layers == (("relu1_1", 1.0), ("relu4_1", 0.5), ("relu5_4", 2.0))
+    assert config.style_layer_weights == {"relu1_1": 1 / 3.5, "relu4_1": 0.5 / 3.5, "relu5_4": 2 / 3.5}
+    assert config.content_layer_weights == {"relu3_1": 3.0}
+    assert dataclasses.replace(config, size=64).style_layers == config.style_layers
+
+
 def test_schedule_grows_by_sqrt_2_and_works_most_at_the_small_scales():
     schedule = Config(size=512, iterations=100).schedule(1.5)
     assert [side for side, _ in schedule] == [128, 181, 256, 362, 512]
@@ -63,6 +77,14 @@ def test_schedule_takes_numbers_for_each_scale():
     assert Config(size=200, scales=2, iterations=(7,)).schedule(1) == [(141, 7), (200, 7)]
     with pytest.raises(ValueError, match="names 2 scales, there are 3"):
         Config(size=256, iterations=(5, 4)).schedule(1)
+
+
+def test_original_is_the_size_of_the_content():
+    config = Config(size="original", scales=1, iterations=4)
+    assert config.sized(300).schedule(1.5) == [(300, 4)]
+    assert Config(size=64).sized(300).size == 64
+    with pytest.raises(ValueError, match="from 32"):
+        config.sized(20)
 
 
 @given(size=st.integers(32, 4096), aspect=st.floats(1, 40))

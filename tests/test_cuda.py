@@ -21,6 +21,7 @@ from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
 from engine.kernels.pixels import Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.wasserstein import Wasserstein
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -60,12 +61,12 @@ def test_compiles_within_its_budget(name, architecture):
     program = call(*nvrtc.nvrtcCreateProgram(_cuda.text(f"{name}.cu").encode(), f"{name}.cu".encode(), 0, [], []))
     for expression in _cuda.expressions(name):
         call(*nvrtc.nvrtcAddNameExpression(program, expression.encode()))
-    options = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{include_folder()}", "-Werror=all-warnings"]
-    options.append("--ptxas-options=-v")
+    options = [f"-arch=sm_{architecture}", "-std=c++17", f"-I{include_folder()}", "--ptxas-options=-v"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * call(*nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    assert b"warning" not in log, log.decode()
     assert call(*nvrtc.nvrtcGetCUBINSize(program)) > 1000
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?"
     used = re.findall(pattern, log.decode(), re.DOTALL)
@@ -88,8 +89,26 @@ def host(programs, monkeypatch):
     """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
     monkeypatch.setattr(_cuda, "launch", programs.launch)
     monkeypatch.setattr(_cuda, "processors", lambda device: 3)
+    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: next(iter(ways)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     return programs
+
+
+@pytest.fixture
+def cublas(host, monkeypatch):
+    """cuBLAS is taken to be faster; its products are those of the CPU, with sums and results in fp32."""
+
+    def product(multiply):
+        def multiplied(left, right, *, out, out_dtype=SINGLE):
+            assert out.dtype == out_dtype
+            assert multiply is not torch.bmm or left.data_ptr() == right.data_ptr()  # views, no copies
+            out.copy_(multiply(left.to(out_dtype), right.to(out_dtype)))
+
+        return multiplied
+
+    monkeypatch.setattr(torch, "bmm", product(torch.bmm))
+    monkeypatch.setattr(torch, "mm", product(torch.mm))
+    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: "Gram matrices by cuBLAS")
 
 
 def random(*shape, seed=0, dtype=SINGLE):
@@ -135,6 +154,7 @@ GROUPS = {
     "tiles": {(64, 300): STYLE, (128, 128): BOTH, (136, 8): STYLE, (200, 264): CONTENT},
 }
 WEIGHTS = (0.7, 30.0)  # content, style
+OWN = ((1.0, 0.5), (3.0, 2.0), (0.2, 1.0), (1.0, 1.0))  # of each layer
 
 
 def group(name, dtype, nhwc):
@@ -143,9 +163,57 @@ def group(name, dtype, nhwc):
     for i, (shape, (style, content)) in enumerate(GROUPS[name].items()):
         f, p, a = (features(*shape, seed=3 * i + k, dtype=dtype, nhwc=nhwc) for k in range(3))
         target = torch.from_numpy(gram_reference(numbers(a))).float() if style else None
-        layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target)
+        layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target, *OWN[i])
         truth.append((numbers(f), numbers(p) if content else None, numbers(target) if style else None))
     return Layers(layers, *WEIGHTS), list(layers.values()), truth
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
+    """With whole shares and a rest, next to a layer that has no style."""
+    layers, *_ = group("odd", dtype, nhwc)
+    layers.losses()
+    found = layers.terms.clone()
+    layers._losses_by_kernel()
+    torch.testing.assert_close(found, layers.terms, rtol=1e-5, atol=0)
+    assert len(layers._partial[1]) == -(-71 // layers._share) > 1
+
+
+def test_gram_matrices_by_cublas_do_not_overflow(cublas):
+    loud = torch.full((2, 300), 65504.0, dtype=HALF)
+    layers = Layers({"only": Layer(loud, None, None, torch.zeros(2, 2))}, 0, 1)
+    layers.losses()
+    assert float(layers._differences[0][0, 1]) == pytest.approx(65504.0**2, rel=1e-5)
+
+
+def test_cublas_takes_no_part_where_it_would_round_fp32(host, monkeypatch):
+    layers, *_ = group("one pixel", SINGLE, False)
+    assert len(layers.ways()) == 2
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert list(layers.ways()) == ["Gram matrices by our kernel"]
+
+
+def test_the_faster_way_is_chosen_once(monkeypatch, caplog):
+    """The first unless another one is clearly faster; what fails is out and said."""
+
+    def broken():
+        raise RuntimeError("not here")
+
+    seconds = {"a": 2.0, "b": 1.9, "c": 1.0, "d": 9.0}
+    ways = {name: (lambda name=name: name) for name in seconds} | {"e": broken}
+    timed = []
+    monkeypatch.setattr(_cuda, "_seconds", lambda way, device: (timed.append(way), seconds[way()])[1])
+    monkeypatch.setattr(_cuda, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
+    with caplog.at_level("INFO", logger="engine"):
+        assert _cuda.fastest(ways, torch.device("cuda"), "shapes") == "c"
+    assert "e: not possible here: not here" in caplog.text
+    assert _cuda.fastest(ways, torch.device("cuda"), "shapes") == "c"
+    assert len(timed) == 5
+    assert _cuda.fastest({"a": ways["a"], "b": ways["b"]}, torch.device("cuda"), "shapes") == "a"
+    with pytest.raises(RuntimeError, match="none of e works on GPU A"):
+        _cuda.fastest({"e": broken}, torch.device("cuda"), "shapes")
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -155,18 +223,20 @@ def test_losses_and_gradients_of_all_layers(host, name, dtype, nhwc):
     layers, given, truth = group(name, dtype, nhwc)
     layers.losses()
     layers.gradients()
-    contents = [content_loss_reference(f, p) for f, p, _ in truth if p is not None]
+    contents = [
+        own * content_loss_reference(f, p) for (f, p, _), (own, _) in zip(truth, OWN, strict=False) if p is not None
+    ]
     styles = [0 if a is None else style_loss_reference(gram_reference(f), a) for f, _, a in truth]
-    total = WEIGHTS[0] * sum(contents) + WEIGHTS[1] * sum(styles)
+    total = WEIGHTS[0] * sum(contents) + WEIGHTS[1] * sum(own * s for s, (_, own) in zip(styles, OWN, strict=False))
     assert numbers(layers.terms) == pytest.approx([total, sum(contents), 0, *styles], rel=1e-5)
     scale = float(layers.scale)
     loudest = 0
-    for layer, (f, p, a) in zip(given, truth, strict=True):
+    for layer, (f, p, a), own in zip(given, truth, OWN, strict=False):
         gradient = np.zeros_like(f)
         if p is not None:
-            gradient += WEIGHTS[0] * content_gradient_reference(f, p)
+            gradient += WEIGHTS[0] * own[0] * content_gradient_reference(f, p)
         if a is not None:
-            gradient += WEIGHTS[1] * style_gradient_reference(f, gram_reference(f), a)
+            gradient += WEIGHTS[1] * own[1] * style_gradient_reference(f, gram_reference(f), a)
         assert error(layer.cotangent, scale * gradient) < max(1e-5, 2 * ROUNDING[dtype])
         loudest = max(loudest, scale * np.sqrt(np.mean(gradient**2)))
     assert scale == 1 if dtype == SINGLE else 0.02 < loudest < 2
@@ -203,7 +273,7 @@ def test_offsets_beyond_32_bits(host, dtype):
     pointers = [Shifted(f, -before * channels * size), 0, Shifted(cotangent, -before * channels * size), difference]
     pointers += [difference, Shifted(partial, -(before // share) * channels**2 * 4)]
     blocks = (-(before // share), 0, -(before // tile))
-    row = (channels, before + share, *pointers, before // share + 1, share, 32, 8192, *blocks)
+    row = (channels, before + share, *pointers, before // share + 1, share, 32, 8192, *blocks, 1.0, 1.0)
     element = _cuda.ELEMENTS[dtype]
     _cuda.launch("gram", f"gram<{element}, true>", (1,), Moved(row), 1)
     _cuda.launch("gradients", f"layer_gradients<{element}, true>", (1,), Moved(row), 1, torch.tensor([1.0, 1, 1, 0]))
@@ -226,6 +296,36 @@ def test_gradients_of_faint_and_loud_features(host, dtype, factor):
         1e-6 * float(layers.scale) * style_gradient_reference(numbers(f), gram_reference(numbers(f)), numbers(target))
     )
     assert error(layer.cotangent, truth) < 2 * max(ROUNDING[dtype], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("weight", [1e-2, 30.0])
+def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
+    """It joins the total and the scale of the others; the same `Layers` on a CPU are the truth."""
+    f, a = features(24, 60, dtype=dtype), features(24, 50, seed=1)
+    x = f - f.mean(1, keepdim=True)
+    target = torch.from_numpy(gram_reference(numbers(a))).float()
+
+    def make(dtype):
+        distance = Wasserstein(f.float().mean(1), a.mean(1), torch.cov(a))
+        given = [each.to(dtype, copy=True) for each in (f, x)]
+        return Layers({
+            "gram": Layer(given[0], torch.full_like(given[0], torch.nan), None, target),
+            "distance": Layer(
+                given[1], torch.full_like(given[1], torch.nan), None, torch.zeros(24, 24), 0.0, weight, distance
+            ),
+        }, 1.0, 2.0)  # fmt: skip
+
+    found, truth = make(dtype), make(SINGLE)
+    found.losses()
+    found.gradients()
+    truth._losses_cpu()
+    truth._gradients_cpu()
+    np.testing.assert_allclose(numbers(found.terms), numbers(truth.terms), rtol=1e-4 if dtype == HALF else 1e-5)
+    for one, other in zip(found._layers, truth._layers, strict=True):
+        wanted = float(found.scale) * numbers(other.cotangent)
+        assert error(one.cotangent, wanted) < max(1e-5, 4 * ROUNDING[dtype])
+    assert max(float(layer.cotangent.double().square().mean().sqrt()) for layer in found._layers) < 2
 
 
 @pytest.mark.parametrize(("power", "wrap"), [(2, False), (1, False), (1.5, True), (2, True)])
@@ -274,12 +374,12 @@ TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torc
 
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
-@pytest.mark.parametrize(("make", "tolerance"), [(lbfgs.Lbfgs, 1e-4), (kernels.Adam, 1e-6)])
+@pytest.mark.parametrize(("make", "tolerance"), [(lbfgs.Lbfgs, 1e-3), (kernels.Adam, 1e-6)])
 def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
     on_cpu, on_cuda = optimisers(make, losses)
     for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
-        torch.testing.assert_close(cuda_image, image, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(cuda_best, best, rtol=tolerance, atol=tolerance)
+        assert error(cuda_image, numbers(image)) < tolerance
+        assert error(cuda_best, numbers(best)) < tolerance
 
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
@@ -352,34 +452,43 @@ def test_bf16_products_without_tensor_cores(programs):
     assert plain.abs().min() > 0
 
 
-@pytest.mark.parametrize("possible", [True, False])
-def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, possible):
-    """With a stand-in for CUDA's graphs: two rounds of launches, one that is recorded, then replays."""
+@pytest.mark.parametrize("failing", [None, "capture", "replay"])
+def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
+    """With a stand-in for CUDA's graphs: two rounds of launches, one that is recorded, then replays.
+
+    Where capture or replay is refused, every round is launched, none is lost, and the reason is said once.
+    """
     seen = []
 
     class Graph:
         def replay(self):
+            if failing == "replay":
+                raise RuntimeError("not on this stream")
             seen.append("replay")
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
-        if not possible:
-            raise RuntimeError("not on this stream")
-        seen.append("capture")
+        mark = len(seen)
         yield
+        seen[mark:] = ["capture"]  # what is recorded does not run
+        if failing == "capture":
+            raise RuntimeError("not on this stream")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    recorded = kernels.Recorded(torch.device("cuda"))
+    kernels.announce_no_graph.cache_clear()
+    runs = [kernels.Recorded(torch.device("cuda")) for _ in range(2)]
     with caplog.at_level("INFO", logger="engine"):
-        for _ in range(4):
-            recorded(lambda: seen.append("launch"))
-    if possible:
-        assert seen == ["launch", "launch", "capture", "launch", "replay", "replay"]
-    else:
-        assert seen == ["launch"] * 4
-        assert "launched one by one: not on this stream" in caplog.text
+        for recorded in runs:
+            seen.clear()
+            for _ in range(5):
+                recorded(lambda: seen.append("launch"))
+            repeated = "launch" if failing else "replay"
+            assert seen == ["launch", "launch", "capture", *[repeated] * 3]
+    assert [record.message for record in caplog.records] == (
+        [f"no CUDA graph, kernels are launched one by one: {failing}: not on this stream"] if failing else []
+    )
     on_cpu = kernels.Recorded(torch.device("cpu"))
     seen.clear()
     for _ in range(4):

@@ -17,6 +17,25 @@ def test_writes_validated_files_and_prints_a_table(tmp_path, capsys):
         onnx.checker.check_model(str(path), full_check=True)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_writes_16_bit_files(tmp_path, precision):
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--height",
+        "33",
+        "--width",
+        "34",
+        "--layers",
+        "relu2_1",
+        "--precision",
+        precision,
+    ]
+    assert command.main([*arguments, "--weights", "embedded"]) == 0
+    for kind in ("forward", "vjp"):
+        onnx.checker.check_model(str(tmp_path / f"{kind}-relu2_1-avg-{precision}-33x34.onnx"), full_check=True)
+
+
 def test_written_files_compute_the_same_as_the_engine(tmp_path):
     import numpy as np
 

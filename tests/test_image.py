@@ -1,6 +1,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -18,6 +20,14 @@ def png(array, **options):
     stream = io.BytesIO()
     Image.fromarray(array).save(stream, "PNG", **options)
     return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def a_million_pixels():
+    """Headers that were damaged to promise more are refused, so that trying hundreds of them takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STYLIZE_MAX_PIXELS", "1000000")
+        yield
 
 
 def colour(height=6, width=8, seed=0):
@@ -97,12 +107,12 @@ def test_icc_profile_is_brought_to_srgb(caplog):
     assert "ICC profile" in caplog.text
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def bomb():
     """A PNG of 50000 x 50000 pixels in a few bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = struct.pack(">IIBBBBB", 50000, 50000, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -124,10 +134,92 @@ def test_bad_files(tmp_path, content, words):
             image.load(source)
 
 
-def test_a_moderate_bomb_is_refused_as_well(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow itself only warns up to twice this
-    with pytest.raises(ValueError, match="more than 40 pixels"):
-        image.load(png(colour(6, 8)))
+def test_limits_can_be_changed_either_way(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(colour(6, 8)))
+    monkeypatch.setenv("STYLIZE_MAX_PIXELS", "40")  # Pillow itself only warns up to twice this
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ValueError, match="more than 40 pixels"):
+            image.load(source)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    monkeypatch.setenv("STYLIZE_MAX_PIXELS", "48")
+    assert image.load(path).size == (8, 6)
+    assert Image.MAX_IMAGE_PIXELS == 10  # the host's own limit is as it was
+    monkeypatch.setenv("STYLIZE_MAX_BYTES", "100")
+    for source in (path, path.read_bytes(), "/dev/zero"):
+        with pytest.raises(ValueError, match="more than 100 bytes"):
+            image.load(source)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    with pytest.raises(ValueError, match="standard input has more than 100 bytes"):
+        image.load("-")
+    for bad in ("0", "-1", "many", ""):
+        monkeypatch.setenv("STYLIZE_MAX_BYTES", bad)
+        with pytest.raises(ValueError, match="STYLIZE_MAX_BYTES"):
+            image.load(path)
+    monkeypatch.delenv("STYLIZE_MAX_BYTES")
+    monkeypatch.setenv("STYLIZE_MAX_PIXELS", "many")
+    with pytest.raises(ValueError, match="STYLIZE_MAX_PIXELS 'many'"):
+        image.load(Image.fromarray(colour()))
+
+
+def headers():
+    """A file of each format that promises some 1e9 pixels and holds none."""
+    yield bomb()
+    yield b"P6 50000 50000 255\n"
+    yield b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0)
+    yield b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 50000, 50000, 1, 24, *[0] * 6)
+    yield b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 17, 8, 65500, 65500, 3) + bytes([1, 17, 0, 2, 17, 0, 3, 17, 0])
+    tags = [(256, 3, 1, 60000), (257, 3, 1, 60000), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 9)]
+    rows = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    yield struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + rows + bytes(4)
+    size = struct.pack("<I", 16382)[:3] * 2
+    yield b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + size
+
+
+def test_promised_pixels_cost_no_memory():
+    """With 200 MB more than an interpreter that has loaded Pillow: nothing is decoded before the size is checked."""
+    code = (
+        "import resource, sys\nfrom engine import image\n"
+        "image.load(bytes.fromhex(sys.argv[1]))\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)\n"
+        "for data in sys.argv[2:]:\n"
+        "    try: image.load(bytes.fromhex(data))\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    files = [data.hex() for data in (png(colour()), *headers())]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    messages = done.stdout.splitlines()
+    assert len(messages) == 7
+    assert sum("more than" in message for message in messages) >= 5, messages
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PSD", "FLI", "WMF"])
+def test_formats_that_run_other_programs_are_not_pictures(kind):
+    stream = io.BytesIO()
+    if kind in ("EPS", "PDF"):
+        Image.fromarray(colour()).save(stream, kind)
+    else:
+        magic = {"PSD": b"8BPS\0\1", "FLI": b"\0\0\0\0\x11\xaf", "WMF": b"\xd7\xcd\xc6\x9a\0\0"}
+        stream.write(magic[kind] + bytes(99))
+    with pytest.raises(ValueError, match="not a picture"):
+        image.load(stream.getvalue())
+
+
+def test_sixteen_bit_colour_keeps_its_upper_bits():
+    """Pillow's limit: of 16 bits in a colour PNG or TIFF the upper 8 are read."""
+    deep = np.random.default_rng(0).integers(0, 65536, (5, 7, 3)).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    np.testing.assert_allclose(image.load(content).rgb, (deep >> 8) / 255, atol=1e-6)
+    data, end = deep.astype("<u2").tobytes(), 8 + 2 + 12 * 10 + 4
+    tags = [(256, 3, 1, 7), (257, 3, 1, 5), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, end + 6)]
+    tags += [(277, 3, 1, 3), (278, 3, 1, 5), (279, 4, 1, len(data)), (284, 3, 1, 1)]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    content = struct.pack("<2sHIH", b"II", 42, 8, 10) + table + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
+    np.testing.assert_allclose(image.load(content).rgb, (deep >> 8) / 255, atol=1e-6)
 
 
 def test_missing_files_and_other_types(tmp_path):
@@ -144,22 +236,70 @@ def test_missing_files_and_other_types(tmp_path):
             image.load(np.full((4, 4, 3), bad))
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_damaged_pictures_never_crash(data):
-    """Whatever is done to a valid file, it loads or raises ValueError."""
-    kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"]))
-    stream = io.BytesIO()
-    Image.fromarray(colour(16, 16)).save(stream, kind)
-    content = bytearray(stream.getvalue())
-    for _ in range(data.draw(st.integers(1, 8))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    content = content[: data.draw(st.integers(0, len(content)))]
+def loads_or_is_refused(content):
     try:
-        picture = image.load(bytes(content))
+        picture = image.load(content)
     except ValueError:
         return
     assert np.isfinite(picture.rgb).all()
+    assert picture.rgb.min() >= 0
+    assert picture.rgb.max() <= 1
+
+
+KINDS = ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"]
+
+
+def file(kind, **options):
+    stream = io.BytesIO()
+    Image.fromarray(colour(16, 16)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+FILES = {kind: file(kind) for kind in KINDS}
+FILES |= {"TIFF-LZW": file("TIFF", compression="tiff_lzw"), "progressive": file("JPEG", progressive=True)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_damaged_pictures_load_or_are_refused(a_million_pixels, data):
+    """Whatever is done to a valid file: bytes changed (most of all in the header), cut out, doubled, cut off."""
+    content = bytearray(FILES[data.draw(st.sampled_from(sorted(FILES)))])
+    for _ in range(data.draw(st.integers(0, 8))):
+        place = data.draw(st.integers(0, min(64, len(content) - 1)) | st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+    content = data.draw(
+        st.sampled_from([content, content[:stop], content[:start] + content[stop:], content[:stop] + content[start:]])
+    )
+    loads_or_is_refused(bytes(content))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(FILES)), st.sampled_from(sorted(FILES)), st.binary(max_size=40))
+def test_two_files_in_one_load_or_are_refused(a_million_pixels, one, other, between):
+    loads_or_is_refused(FILES[one] + between + FILES[other])
+    loads_or_is_refused(FILES[one][:12] + FILES[other])
+    loads_or_is_refused(between + FILES[one])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF"]), st.binary(max_size=60), st.binary(max_size=60))
+def test_garbage_for_exif_and_profile_leaves_the_picture(kind, exif, profile):
+    good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    options = {"icc_profile": good[: 8 * len(profile)] + profile}
+    if kind != "TIFF":
+        options["exif"] = b"Exif\0\0" + exif
+    picture = image.load(file(kind, **options))
+    assert picture.size == (16, 16)
+    if kind == "PNG":
+        np.testing.assert_allclose(picture.rgb, colour(16, 16) / 255, atol=0.01)
+
+
+@given(st.integers(0, 2**16 - 1))
+def test_any_orientation_leaves_a_picture(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert set(image.load(file("PNG", exif=exif)).size) == {16}
 
 
 def test_fit_keeps_the_aspect():

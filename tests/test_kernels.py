@@ -12,6 +12,7 @@ from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
 from engine.kernels.pixels import Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.wasserstein import Wasserstein, wasserstein_reference
 
 SHAPES = [(1, 1), (3, 7), (64, 100), (65, 63), (128, 1021)]
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]
@@ -77,27 +78,68 @@ def test_losses_and_gradients(shape, dtype, tolerance, nhwc):
     f, p, a = (features(*shape, seed=seed, dtype=dtype, nhwc=nhwc) for seed in range(3))
     target = torch.from_numpy(gram_reference(a.double().numpy())).float()
     kinds = {"style": (None, target), "content": (p, None), "both": (p, target)}
-    given = {name: Layer(f, torch.full_like(f, torch.nan), *kind) for name, kind in kinds.items()}
+    weights = {"style": (9.0, 0.5), "content": (0.25, 9.0), "both": (3.0, 2.0)}  # those of a missing term are of no use
+    given = {name: Layer(f, torch.full_like(f, torch.nan), *kind, *weights[name]) for name, kind in kinds.items()}
     layers = Layers(given, 2.0, 5.0)
     layers.losses()
     layers.gradients()
     x, y, wanted = f.double().numpy(), p.double().numpy(), target.double().numpy()
     content = content_loss_reference(x, y)
     style = style_loss_reference(gram_reference(x), wanted)
-    total = 2 * 2 * content + 5 * 2 * style
+    total = 2 * 3.25 * content + 5 * 2.5 * style
     assert layers.names == ("style", "content", "both")
     assert layers.terms.tolist() == pytest.approx(
-        [total, 2 * content, 0, style, 0, style], rel=max(1e-4, tolerance / 4)
+        [total, 3.25 * content, 0, style, 0, style], rel=max(1e-4, tolerance / 4)
     )
     slopes = {
-        "style": 5 * style_gradient_reference(x, gram_reference(x), wanted),
-        "content": 2 * content_gradient_reference(x, y),
+        "style": 5 * 0.5 * style_gradient_reference(x, gram_reference(x), wanted),
+        "content": 2 * 0.25 * content_gradient_reference(x, y),
     }
-    slopes["both"] = slopes["style"] + slopes["content"]
+    slopes["both"] = 4 * slopes["style"] + 12 * slopes["content"]
     for name, layer in given.items():
         assert error(layer.cotangent, float(layers.scale) * slopes[name]) < 3 * tolerance
     if dtype != torch.float32:
         assert all(float(layer.cotangent.double().square().mean().sqrt()) < 2 for layer in given.values())
+
+
+def wasserstein_truth(f, mean, covariance):
+    """L and dL/dF in float64 for features (C, M) and the other distribution, by autograd."""
+    x = torch.from_numpy(f).requires_grad_()
+    ridge = 1e-4 * torch.eye(len(f), dtype=torch.float64)
+    own = x.mean(1)
+    s = (x - own[:, None]) @ (x - own[:, None]).T / x.shape[1] + ridge
+    t = torch.from_numpy(covariance) + ridge
+    values, vectors = torch.linalg.eigh(t)
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    crossed = torch.linalg.eigvalsh(root @ s @ root).sqrt().sum()
+    loss = (own - torch.from_numpy(mean)).square().mean() + (s.trace() + t.trace() - 2 * crossed) / len(f)
+    return loss.item(), torch.autograd.grad(loss, x)[0].numpy()
+
+
+def test_wasserstein_against_float64():
+    f, a = random(20, 90), 2 * random(20, 70, seed=1) + 0.5
+    mean, covariance = a.mean(1), np.cov(a, bias=True)
+    loss, slope = wasserstein_truth(f, mean, covariance)
+    own = f.mean(1)
+    assert wasserstein_reference(own, np.cov(f, bias=True), mean, covariance) == pytest.approx(loss, rel=1e-9)
+    x = torch.from_numpy(f - own[:, None]).float()
+    given = [torch.from_numpy(each).float() for each in (own, mean, covariance)]
+    distance = Wasserstein(*given)
+    layer = Layer(x, torch.empty_like(x), None, torch.zeros(20, 20), style_weight=3.0, distance=distance)
+    layers = Layers({"only": layer}, 0, 2.0)
+    layers.losses()
+    layers.gradients()
+    assert layers.terms.tolist() == pytest.approx([6 * loss, 0, 0, loss], rel=1e-5)
+    found = layer.cotangent + 6 * 2 / f.size * distance.slope[:, None]
+    assert error(found, 6 * slope) < 1e-5
+
+
+def test_wasserstein_of_one_distribution_to_itself_is_zero():
+    matrix = torch.from_numpy(np.cov(random(12, 40), bias=True)).float()
+    loss, slope, means = Wasserstein(torch.ones(12), torch.ones(12), matrix)(matrix)
+    assert abs(float(loss)) < 1e-6
+    assert float(means) == 0
+    assert float(slope.abs().max()) < 1e-5
 
 
 def test_losses_alone_need_no_cotangents():

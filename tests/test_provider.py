@@ -104,6 +104,14 @@ def test_unknown_names(arguments, words):
         provider.resolve(*arguments)
 
 
+def test_bf16_is_for_tensorrt(monkeypatch):
+    monkeypatch.setattr(provider, "check", lambda device: None)
+    assert provider.resolve("tensorrt", "bf16") == ("tensorrt", "bf16")
+    for device, instead in (("cuda", "fp16"), ("auto", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
+        with pytest.raises(BackendError, match=f"bf16.*--device tensorrt has; --precision {instead}"):
+            provider.resolve(device, "bf16")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision):
     with pytest.raises(BackendError, match=precision):
@@ -131,12 +139,93 @@ def test_a_graph_that_cannot_be_captured_runs_launch_by_launch(monkeypatch, capl
     model = onnx.helper.make_model(onnx.helper.make_graph([], "net", [], []))
     failures = 2
     with caplog.at_level("INFO", logger="engine"):
-        assert session._open(model, {}, "cuda", "fp16", 1, 77) == "session"
+        found, settings = session._open(model, {}, "cuda", "fp16", 1, 77, True)
+    assert found == "session"
+    assert "enable_cuda_graph" not in settings
     assert tried == [("CUDAExecutionProvider", "1", "1"), ("CUDAExecutionProvider", "1", None)]
     assert "no graph here" in caplog.text
     failures = 9
     with pytest.raises(BackendError, match="device cuda: ONNX Runtime cannot open net"):
-        session._open(model, {}, "cuda", "fp16", 1, 77)
+        session._open(model, {}, "cuda", "fp16", 1, 77, True)
+    tried.clear()
+    failures = 0
+    session._open(model, {}, "cuda", "fp16", 1, 77, False)
+    assert tried == [("CUDAExecutionProvider", "1", None)]
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Sessions on the CPU that take themselves for captured ones, and fail in their third run; whether each was."""
+    import torch
+
+    from engine import kernels, session
+
+    opened = []
+    open_one = session._open
+
+    class Captured:
+        def __init__(self, real):
+            self._real, self._runs = real, 0
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+        def run_with_iobinding(self, binding, options):
+            self._runs += 1
+            if self._runs > 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self._real.run_with_iobinding(binding, options)
+
+    def open_captured(*arguments):
+        opened.append(arguments[-1])
+        real, _ = open_one(*arguments)
+        return (Captured(real), {"enable_cuda_graph": "1"}) if arguments[-1] else (real, {})
+
+    monkeypatch.setattr(session, "_open", open_captured)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kernels.announce_no_graph.cache_clear()
+    return opened
+
+
+def run_graphs(pictures):
+    from engine import Config
+
+    config = Config(size=48, iterations=6, scales=1)
+    stylizer = Stylizer(weights="embedded", device="onnxruntime")
+    return [step.loss for step in stylizer.steps(pictures["content"], pictures["style"], config)]
+
+
+def test_a_capture_that_fails_at_run_time_goes_on_launch_by_launch(pictures, refused, caplog, monkeypatch):
+    """The same losses, bit for bit; the reason is said once, though both graphs meet it."""
+    with caplog.at_level("INFO", logger="engine"):
+        found = run_graphs(pictures)
+    assert refused[-2:] == [False, False]  # forward and VJP, opened again
+    said = [record.message for record in caplog.records if "no CUDA graph" in record.message]
+    assert len(said) == 1
+    assert "ONNX Runtime: operation not permitted when stream is capturing" in said[0]
+    monkeypatch.undo()
+    assert found == run_graphs(pictures)
+
+
+def test_a_stream_that_is_left_recording_is_no_place_to_go_on(pictures, refused, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BackendError, match="left its stream recording"):
+        run_graphs(pictures)
+
+
+def test_other_failures_of_a_run_are_not_taken_for_a_capture(monkeypatch, pictures):
+    from engine import session
+
+    def broken(self, binding, options):
+        raise RuntimeError("out of memory")
+
+    runtime = ort.onnxruntime()
+    monkeypatch.setattr(runtime.InferenceSession, "run_with_iobinding", broken)
+    monkeypatch.setattr(session, "onnxruntime", lambda: runtime)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_graphs(pictures)
 
 
 @pytest.fixture

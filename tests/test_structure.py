@@ -11,18 +11,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
+    "presets": {"config"},
     "image": set(),
+    "colour": {"image"},
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
     "winograd": {"features", "export", "kernels"},
-    "losses": {"config", "features", "kernels"},
+    "regions": {"image"},
+    "targets": {"image"},
+    "goal": {"colour", "config", "image", "regions", "targets"},
+    "losses": {"config", "features", "kernels", "regions", "targets"},
     "autograd": {"losses"},
     "optimize": {"kernels"},
+    "checkpoint": set(),
     "start": {"config", "image"},
-    "stylizer": {"config", "features", "image", "kernels", "losses", "optimize", "provider", "start", "export"},
-    "stylize": {"config", "image", "provider", "stylizer", "__version__"},
-    "__init__": {"config", "stylizer", "export"},
+    "stylizer": (
+        {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
+        | {"start", "targets", "export", "kernels"}
+    ),
+    "stylize": {"config", "image", "presets", "provider", "stylizer", "targets", "__version__"},
+    "__init__": {"config", "presets", "stylizer", "targets", "export"},
 }
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from engine import Config, Stylizer, winograd
 from engine.export import validate, vgg, weights
-from engine.kernels import nhwc, vector
+from engine.kernels import direct, nhwc, vector
 from engine.kernels import winograd as kernel
 from engine.kernels.program import Threads
 
@@ -54,6 +54,26 @@ def test_forward_convolution(size, c_in, c_out, groups):
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
     truth = functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding=1).relu()
     assert error(torch.from_numpy(target).permute(2, 0, 1)[None], truth) < 2e-6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (5, 6), (13, 27)])
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 2), (256, 64, 1)])
+def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups):
+    generator = np.random.default_rng(0)
+    source = generator.standard_normal((*size, c_in), np.float32)
+    weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
+    bias = generator.standard_normal(c_out, np.float32)
+    target = np.full((*size, c_out), np.nan, np.float32)
+    panels, scratch = direct.panels(weight), np.full(direct.scratch_size(c_in), np.nan, np.float32)
+    for tile in range(direct.tiles(*size)):
+        for group in range(groups):
+            direct.convolve(
+                address(source), address(target), *size, c_in, c_out, address(panels), address(bias),
+                tile, group, groups, address(scratch),
+            )  # fmt: skip
+    x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
+    truth = functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding=1).relu()
+    assert error(torch.from_numpy(target).permute(2, 0, 1)[None], truth) < 1e-7  # plain fp32 sums: 2e-7 to 5e-7
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 6), (13, 22)])
@@ -102,7 +122,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def network(net):
-    return winograd.Network(net, ("relu5_4",), 2)
+    return winograd.Network(net, ("relu5_4",), 2, with_max=True)
 
 
 def forward_and_vjp(spec, network, seed=0):
@@ -137,7 +157,7 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
     spec = vgg.Spec(height, width, tuple(layer for layer in vgg.LAYERS if layer in layers), pooling)
     image, features, cotangents, gradient = forward_and_vjp(spec, network)
     for layer, truth in net.module(spec.layers, pooling, torch.float64)(image.double()).items():
-        assert error(features[layer], truth) < 5e-6
+        assert error(features[layer], truth) < (5e-6 if pooling == "avg" else 3e-7)
     relus = {name: value.contiguous().numpy() for name, value in features.items()}
     exact = {name: value.double() for name, value in cotangents.items()}
     assert error(gradient, validate.linear_piece_vjp(spec, net, relus, exact)) < 5e-6
@@ -227,9 +247,11 @@ def test_style_gradient(positions, channels, accumulate):
     assert (guarded[positions] == 3).all()
 
 
-def test_the_number_of_threads_does_not_change_a_bit(net):
-    spec = vgg.Spec(61, 90, DEFAULT)
-    results = [forward_and_vjp(spec, winograd.Network(net, DEFAULT, threads)) for threads in (1, 2, 5)]
+@pytest.mark.parametrize("pooling", vgg.POOLINGS)
+def test_the_number_of_threads_does_not_change_a_bit(net, pooling):
+    spec = vgg.Spec(61, 90, DEFAULT, pooling)
+    networks = [winograd.Network(net, DEFAULT, threads, with_max=True) for threads in (1, 2, 5)]
+    results = [forward_and_vjp(spec, network) for network in networks]
     for other in results[1:]:
         assert torch.equal(results[0][3], other[3])
         assert all(torch.equal(results[0][1][name], value) for name, value in other[1].items())

@@ -1,0 +1,125 @@
+"""What a run works towards: the pictures, targets and masks of a call, loaded and checked together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import colour
+from . import image as images
+from .config import LAYERS, Config
+from .regions import Mask, load_mask, report_coverage
+from .targets import Targets, is_targets
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a run works towards.
+
+    `config` has a size and a start that suit the pictures. `content` is None for a texture; `styles` holds pictures and
+    targets, none for an inversion. `masks` has a pair for each style, in the content and in the style (None: all of
+    it), or is empty; `freeze` is a mask of the content.
+    """
+
+    config: Config
+    content: images.Picture | None
+    styles: tuple[images.Picture | Targets, ...]
+    masks: tuple[tuple[Mask, Mask | None], ...]
+    freeze: Mask | None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of its loss."""
+        if self.content is not None and self.styles:
+            return self.config.layers
+        config = self.config
+        used = config.content_layer_weights if self.content is not None else config.style_layer_weights
+        return tuple(layer for layer in LAYERS if layer in used)
+
+    def coloured(self) -> Goal:
+        """The goal as the objective sees it with its `Config.colour`."""
+        if self.content is None or self.config.colour == "none":
+            return self
+        pictures = [each for each in self.styles if isinstance(each, images.Picture)]
+        content, prepared = colour.prepare(self.config.colour, self.content, pictures)
+        following = iter(prepared)
+        styles = tuple(each if isinstance(each, Targets) else next(following) for each in self.styles)
+        return replace(self, content=content, styles=styles)
+
+    def digests(self) -> dict[str, Any]:
+        """sha256 of each picture, target and mask, by what it is for; None for what there is not."""
+        return {
+            "content": None if self.content is None else images.digest(self.content),
+            "style": [each.digest() if isinstance(each, Targets) else images.digest(each) for each in self.styles],
+            "mask": [[_digest(plane) for plane in pair] for pair in self.masks],
+            "freeze": _digest(self.freeze),
+        }
+
+
+def _digest(mask: Mask | None) -> str | None:
+    return None if mask is None else hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()
+
+
+def load(content: Any, style: Any, config: Config, masks: Any, freeze: Any) -> Goal:
+    """Load and check the pictures of a call; raises ValueError, TypeError or OSError."""
+    if content is None and style is None:
+        raise ValueError("give a content or a style: with neither there is nothing to aim at")
+    picture = None if content is None else images.load(content)
+    sources = [] if style is None else list(style) if isinstance(style, list | tuple) else [style]
+    if style is not None and not sources:
+        raise ValueError("give at least one style")
+    styles = tuple(
+        (each if isinstance(each, Targets) else Targets.load(each)) if is_targets(each) else images.load(each)
+        for each in sources
+    )
+    if styles:
+        config.style_shares(len(styles))
+    if config.init == "style" and not (styles and all(isinstance(each, images.Picture) for each in styles)):
+        raise ValueError("init style draws the colours of the styles: give their pictures, not targets or none")
+    if picture is None:
+        if config.size == "original":
+            raise ValueError("size original is that of the content, and there is none: give a number or WxH")
+        if config.colour != "none":
+            raise ValueError(f"colour {config.colour} needs the colours of a content: give one")
+        if config.init == "content":
+            config = replace(config, init="noise")
+    elif isinstance(config.size, tuple):
+        raise ValueError("size WxH is for runs without content: give the long side, the content has the shape")
+    else:
+        config = config.sized(max(picture.size))
+    if config.colour not in ("none", "keep-after") and any(isinstance(each, Targets) for each in styles):
+        raise ValueError(f"colour {config.colour} needs the pictures of the styles, not their targets")
+    pairs = () if masks is None else _load_masks(masks, picture or canvas(config), styles)
+    if freeze is not None and picture is None:
+        raise ValueError("freeze keeps pixels of the content: give one")
+    held = None if freeze is None or picture is None else load_mask(freeze, picture, "freeze mask")
+    return Goal(config, picture, styles, pairs, held)
+
+
+def _load_masks(
+    masks: Any, content: images.Picture, styles: Sequence[images.Picture | Targets]
+) -> tuple[tuple[Mask, Mask | None], ...]:
+    given = list(masks) if isinstance(masks, list | tuple) else [masks]
+    if len(given) != len(styles):
+        raise ValueError(f"{len(given)} masks for {len(styles)} styles: give one for each style")
+    pairs = []
+    for i, (mask, style) in enumerate(zip(given, styles, strict=True), 1):
+        own, theirs = mask if isinstance(mask, tuple | list) else (mask, None)
+        if theirs is not None and isinstance(style, Targets):
+            raise ValueError(f"mask {i}: style targets have their mask in them; give the mask of the content alone")
+        plane = load_mask(own, content, f"content mask {i}")
+        assert not isinstance(style, Targets) or theirs is None
+        part = None if theirs is None or isinstance(style, Targets) else load_mask(theirs, style, f"style mask {i}")
+        pairs.append((plane, part))
+    report_coverage([plane for plane, _ in pairs])
+    return tuple(pairs)
+
+
+def canvas(config: Config) -> images.Picture:
+    """A black picture in the shape of a run without content."""
+    width, height = config.size if isinstance(config.size, tuple) else (config.long_side, config.long_side)
+    return images.Picture(np.zeros((height, width, 3), np.float32))

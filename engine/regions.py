@@ -1,0 +1,114 @@
+"""What a style statistic sees of a layer: its features without their mean or shifted, and one region of the picture.
+
+Every statistic is the second moment of X = (F - shift 1^T) diag(g) over the M positions: G = X X^T / M, with the mean
+m = F g^2 / M. The shift is zero for Gram matrices, one for shifted ones, m for covariances. The guide g of a region is
+its mask at the layer with mean(g^2) = 1 (Gatys et al. 2017, section 4), and one without masks. If dL/dX = D X, then
+dL/dF = (D X + b g^T) diag(g), where b belongs to the mean: the kernels of Gram matrices serve all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from . import image as images
+
+log = logging.getLogger(__name__)
+
+Mask = NDArray[np.float32]  # (H, W) in [0, 1]
+_FROZEN = 0.5  # a pixel is frozen whose part in the mask is not smaller
+
+
+class View:
+    """X of features F (C, M) and, with `cotangent`, dL/dX to be filled in; both in the layout and dtype of F.
+
+    `statistic` is gram, shifted or wasserstein; `guide` (M,) fp32, None for the whole picture.
+    """
+
+    def __init__(self, features: Tensor, statistic: str, guide: Tensor | None, cotangent: Tensor | None = None) -> None:
+        self._source, self._target, self._statistic = features, cotangent, statistic
+        self._guide = None if guide is None else guide.to(features.device)
+        self.features = torch.empty_like(features)
+        self.cotangent = None if cotangent is None else torch.empty_like(features)
+        self.mean = torch.zeros(len(features), device=features.device)
+
+    def read(self) -> None:
+        """F -> X, m."""
+        source, guide = self._source, self._guide
+        self.mean.copy_((source if guide is None else source * guide.square()).mean(1, dtype=torch.float32))
+        shift: Tensor | float = 1.0 if self._statistic == "shifted" else 0.0
+        if self._statistic == "wasserstein":
+            shift = self.mean[:, None]
+        shifted = source - shift
+        self.features.copy_(shifted if guide is None else shifted * guide)
+
+    def write(self, slope: Tensor | None) -> None:
+        """Add dL/dF to the cotangent of F, from dL/dX and b = `slope` (C,) fp32 (None is zero)."""
+        assert self._target is not None
+        assert self.cotangent is not None
+        found = self.cotangent
+        if self._guide is None:
+            self._target += found if slope is None else found + slope[:, None]
+        else:
+            found = found if slope is None else found + slope[:, None] * self._guide
+            self._target += found * self._guide
+
+
+def guide(mask: Mask, size: tuple[int, int]) -> Tensor:
+    """The guide (M,) fp32 of a mask for features of (height, width): its mean over each position's area, normalised."""
+    shrunk = functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None].double(), size).flatten()
+    return (shrunk / shrunk.square().mean().sqrt()).float()
+
+
+def frozen(mask: Mask, size: tuple[int, int]) -> Tensor:
+    """Which pixels (1, 1, height, width) of a picture of (width, height) are frozen, as bools."""
+    return functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], (size[1], size[0])) >= _FROZEN
+
+
+def load_mask(source: Any, picture: images.Picture, name: str) -> Mask:
+    """A mask for `picture`: grey picture or array (H, W), white is inside; the word `alpha` is the picture's alpha.
+
+    Raises ValueError if it is empty, has not the picture's shape, or there is no alpha.
+    """
+    if isinstance(source, str) and source == "alpha":
+        if picture.alpha is None:
+            raise ValueError(f"{name} alpha: the picture has no alpha channel")
+        plane = picture.alpha
+    else:
+        if isinstance(source, np.ndarray) and source.ndim == 2:
+            source = np.repeat(
+                (255 * source.astype(np.uint8) if source.dtype == bool else source)[..., None], 3, axis=2
+            )
+        found = images.load(source)
+        plane = found.rgb.mean(axis=2, dtype=np.float32)
+        if found.alpha is not None:
+            plane = plane * found.alpha
+        own, wanted = found.size[0] / found.size[1], picture.size[0] / picture.size[1]
+        if abs(own / wanted - 1) > 0.02:
+            raise ValueError(
+                f"{name} has {found.size[0]} x {found.size[1]} pixels, its picture {picture.size[0]} x "
+                f"{picture.size[1]}: the shapes have to agree"
+            )
+    plane = np.ascontiguousarray(plane, np.float32)
+    if not plane.max() > 0:
+        raise ValueError(f"{name} is empty: all of it is black")
+    return plane
+
+
+def report_coverage(masks: Sequence[Mask]) -> None:
+    """Log how much of the content each region covers, and how much of it none or several do."""
+    size = max(mask.shape for mask in masks)
+    planes = [functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], size) for mask in masks]
+    total = torch.cat(planes).sum(0)
+    parts = ", ".join(f"{i} covers {100 * float(plane.mean()):.0f}%" for i, plane in enumerate(planes, 1))
+    gap, overlap = (float(part.clamp_min(0).mean()) for part in (1 - total, total - 1))
+    trouble = [f"{100 * gap:.1f}% belongs to no style"] * (gap > 1e-3)
+    trouble += [f"{100 * overlap:.1f}% to more than one"] * (overlap > 1e-3)
+    log.info("masks: style %s%s", parts, "; " + ", ".join(trouble) if trouble else "")

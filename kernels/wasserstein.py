@@ -1,0 +1,61 @@
+"""Squared Wasserstein-2 distance of two normal distributions, those of the features of the image and of the style.
+
+    L = mean_i (m_i - n_i)^2 + 1 / C * tr(S + T - 2 (T^1/2 S T^1/2)^1/2)
+
+for means m, n (C,) and covariances S, T (C, C), EPSILON on both diagonals, of the image and the style (Olkin,
+Pukelsheim 1982). With T = R R^T, T^1/2 S T^1/2 has the eigenvalues of A = R^T S R, so that
+dL/dS = 1 / C * (I - R A^-1/2 R^T).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+EPSILON = 1e-4
+
+
+def wasserstein_reference(
+    mean: NDArray[Any], covariance: NDArray[Any], target_mean: NDArray[Any], target: NDArray[Any]
+) -> Any:
+    """L for means (C,) and covariances (C, C) without EPSILON, in their dtype."""
+    ridge = EPSILON * np.eye(len(mean), dtype=mean.dtype)
+    values, vectors = np.linalg.eigh(target + ridge)
+    root = vectors * np.sqrt(values) @ vectors.T
+    crossed = np.linalg.eigvalsh(root @ (covariance + ridge) @ root)
+    traces = np.trace(covariance + ridge) + np.trace(target + ridge)
+    return ((mean - target_mean) ** 2).mean() + (traces - 2 * np.sqrt(crossed.clip(0)).sum()) / len(mean)
+
+
+class Wasserstein:
+    """L to a style's mean (C,) and covariance (C, C), both fp32; computed in fp64, where the tensors are.
+
+    `mean` (C,) fp32 is where the image's mean has to stand when the object is called. The eigenvalues are the host's
+    to wait for, so that a call cannot be part of a CUDA graph.
+    """
+
+    def __init__(self, mean: Tensor, target_mean: Tensor, target: Tensor) -> None:
+        self.mean, self._target_mean = mean, target_mean
+        self._ridge = EPSILON * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+        covariance = target.double() + self._ridge
+        self._root, self._trace = torch.linalg.cholesky(covariance), covariance.trace()
+
+    @property
+    def slope(self) -> Tensor:
+        """m - n (C,) fp32: the gradient of L with respect to the image's mean is 2 / C times it."""
+        return self.mean - self._target_mean
+
+    def __call__(self, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, D and mean (m - n)^2 for the image's covariance (C, C) = X X^T / M fp32: dL/dX = D X / (C^2 M)."""
+        own, channels = covariance.double() + self._ridge, len(covariance)
+        values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)
+        roots = values.clamp_min(EPSILON**2).sqrt()  # no eigenvalue is smaller but by rounding
+        means = self.slope.double().square().mean()
+        loss = means + (own.trace() + self._trace - 2 * roots.sum()) / channels
+        turned = self._root @ vectors
+        identity = torch.eye(channels, dtype=torch.float64, device=own.device)
+        return loss.float(), (2 * channels * (identity - turned / roots @ turned.T)).float(), means.float()

@@ -1,0 +1,231 @@
+"""Style statistics, masks, blends, textures and inversions, against float64."""
+
+import numpy as np
+import oracle
+import pytest
+from PIL import Image
+
+from engine import Config, Stylizer
+from engine.regions import guide, load_mask
+
+WEIGHTS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
+SHALLOW = {"style_layers": ("relu1_1", "relu3_1:2"), **WEIGHTS}
+SIZE = (32, 64)
+
+
+def noise(height, width, seed):
+    return np.random.default_rng(seed).random((height, width, 3)).astype(np.float32)
+
+
+def error(value, truth):
+    return np.linalg.norm(value - truth) / np.linalg.norm(truth)
+
+
+def halves(height, width, soft=False):
+    """A mask and what it leaves, hard or with a ramp between them."""
+    x = np.arange(width, dtype=np.float32)
+    row = np.clip((x - 10) / 40, 0, 1) if soft else (x >= 32).astype(np.float32)
+    mask = np.repeat(row[None], height, axis=0)
+    return 1 - mask, mask
+
+
+@pytest.fixture(scope="module")
+def network(states):
+    path, state = states["torchvision"]
+    return Stylizer(weights=path, device="cpu"), state
+
+
+def check(network, content, style, config, masks=None):
+    stylizer, state = network
+    picture = noise(*SIZE, 0)
+    score = stylizer.evaluate(picture, content, style, config, masks=masks)
+    total, terms, gradient = oracle.objective(picture, content, style, state, config, masks)
+    assert score.loss == pytest.approx(total, rel=1e-5)
+    assert score.content_loss == pytest.approx(terms["content"], rel=1e-5)
+    for layer, value in score.style_loss.items():
+        assert value == pytest.approx(terms[layer], rel=2e-5)
+    assert error(score.gradient, gradient) < 1e-4
+    return score
+
+
+@pytest.mark.parametrize("kind", ["gram", "shifted", "wasserstein"])
+@pytest.mark.parametrize("masked", ["", "hard", "soft"])
+def test_statistics_and_masks_against_float64(network, kind, masked):
+    content, styles = noise(*SIZE, 1), [noise(*SIZE, 2), noise(*SIZE, 3) ** 3]
+    config = Config(style_loss=kind, style_blend=(3, 1), **SHALLOW)
+    left, right = halves(*SIZE, soft=masked == "soft")
+    masks = [(left, None), (right, left)] if masked else None
+    check(network, content, styles, config, masks)
+
+
+def test_the_statistics_differ(network):
+    content, style = noise(*SIZE, 1), noise(*SIZE, 2)
+    kinds = ("gram", "shifted", "wasserstein")
+    losses = {network[0].evaluate(content, content, style, Config(style_loss=kind, **SHALLOW)).loss for kind in kinds}
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("kind", ["gram", "wasserstein"])
+def test_a_layer_of_content_and_masked_style_on_the_graphs(states, kind):
+    path, state = states["torchvision"]
+    config = Config(style_loss=kind, content_layers=("relu2_1",), style_layers=("relu2_1", "relu3_1"), **WEIGHTS)
+    left, right = halves(*SIZE)
+    network = Stylizer(weights=path, device="onnxruntime"), state
+    check(network, noise(*SIZE, 1), [noise(*SIZE, 2), noise(*SIZE, 3)], config, [(left, right), (right, None)])
+
+
+@pytest.mark.parametrize("kind", ["gram", "shifted", "wasserstein"])
+def test_half_precision_holds_its_tolerance(states, kind):
+    path, state = states["torchvision"]
+    picture, content, style = noise(*SIZE, 0), noise(*SIZE, 1), noise(*SIZE, 2) ** 3
+    config = Config(style_loss=kind, **SHALLOW)
+    left, right = halves(*SIZE)
+    masks = [(left, right)]
+    half = Stylizer(weights=path, device="onnxruntime", precision="fp16")
+    score = half.evaluate(picture, content, style, config, masks=masks)
+    total, _, gradient = oracle.objective(picture, content, [style], state, config, masks)
+    assert score.loss == pytest.approx(total, rel=1e-2)
+    assert error(score.gradient, gradient) < 3e-2
+
+
+def test_without_content_and_without_style(network):
+    config = Config(**SHALLOW)
+    assert check(network, None, noise(*SIZE, 2), config).content_loss == 0
+    assert check(network, noise(*SIZE, 1), None, config).style_loss == {}
+    with pytest.raises(ValueError, match="neither"):
+        network[0].evaluate(noise(*SIZE, 0), None, None)
+
+
+def test_blend_weights_pull_towards_their_style(stylizer):
+    """The loss of a picture that is one of the styles falls with that style's share."""
+    one, other = noise(48, 48, 1), noise(48, 48, 2) ** 3
+    losses = [
+        stylizer.evaluate(one, one, [one, other], Config(style_blend=blend)).loss for blend in ((1, 3), (2, 2), (3, 1))
+    ]
+    assert losses == sorted(losses, reverse=True)
+    assert stylizer.evaluate(one, one, [one, other], Config(style_blend=(9, 0))).loss == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="2 weights, there are 1 styles"):
+        stylizer.evaluate(one, one, one, Config(style_blend=(1, 1)))
+
+
+def test_style_scale_and_style_size_set_the_side_of_the_style(stylizer, monkeypatch):
+    from engine import stylizer as module
+
+    seen = []
+    resize = module.images.resize
+    monkeypatch.setattr(module.images, "resize", lambda picture, size: (seen.append(size), resize(picture, size))[1])
+    own = Stylizer(weights="embedded", device="cpu")
+    picture, style = noise(48, 64, 0), noise(80, 100, 1)
+    losses = []
+    for config, size in (
+        (Config(), (64, 51)),
+        (Config(style_scale=1.5), (96, 77)),
+        (Config(style_size=50), (50, 40)),
+    ):
+        losses.append(own.evaluate(picture, picture, style, config).loss)
+        assert seen[-2:] == [(64, 48), size]
+    assert len(set(losses)) == 3
+
+
+def test_a_texture_has_the_size_that_was_asked_for(stylizer):
+    style = noise(40, 40, 1)
+    config = Config(size=(64, 40), iterations=4, scales=1)
+    result = stylizer(None, style, config)
+    assert result.image.size == (64, 40)
+    assert result.trace[-1][1] < result.trace[0][1]
+    assert stylizer(None, style, Config(size=40, iterations=1, scales=1)).image.size == (40, 40)
+    with pytest.raises(ValueError, match="without content"):
+        stylizer(style, style, config)
+
+
+def test_an_inversion_comes_nearer_to_the_content(stylizer, pictures):
+    config = Config(size=48, iterations=15, scales=1, init="noise")
+    result = stylizer(pictures["content"], None, config)
+    assert result.image.size == (48, 34)
+    assert result.trace[-1][1] < 0.2 * result.trace[0][1]
+
+
+def test_each_region_takes_the_colours_of_its_style(stylizer):
+    red, blue = (np.zeros((48, 48, 3), np.float32) for _ in range(2))
+    red[..., 0] = blue[..., 2] = 0.8
+    left, right = halves(48, 64)
+    config = Config(size=64, iterations=25, scales=1, content_weight=0, style_layers=("relu1_1", "relu2_1"))
+    content = np.full((48, 64, 3), 0.4, np.float32)
+    found = np.asarray(stylizer(content, [red, blue], config, masks=[left, right]).image, np.float32)
+    assert found[:, :28, 0].mean() > found[:, :28, 2].mean() + 40
+    assert found[:, 36:, 2].mean() > found[:, 36:, 0].mean() + 40
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_frozen_pixels_are_the_contents_own(stylizer, optimizer):
+    content = (255 * noise(40, 64, 1)).astype(np.uint8)
+    freeze = np.zeros((40, 64), np.float32)
+    freeze[5:20, 8:30] = 1
+    config = Config(size=64, iterations=5, scales=2, init="noise", optimizer=optimizer, tv_weight=3)
+    found = np.asarray(stylizer(content, noise(40, 40, 2), config, freeze=freeze).image)
+    held = freeze > 0
+    assert (found[held] == content[held]).all()
+    assert (found[~held] != content[~held]).mean() > 0.9
+    with pytest.raises(ValueError, match="keeps pixels of the content"):
+        stylizer(None, content, config, freeze=freeze)
+
+
+def test_coverage_is_reported(stylizer, caplog):
+    picture, styles = noise(48, 64, 1), [noise(40, 40, 2), noise(40, 40, 3)]
+    left, right = halves(48, 64)
+    with caplog.at_level("INFO", logger="engine"):
+        stylizer.evaluate(picture, picture, styles, masks=[left, right])
+        assert caplog.messages[-1] == "masks: style 1 covers 50%, 2 covers 50%"
+        left[:, :16] = 0
+        right[:, 24:32] = 1
+        stylizer.evaluate(picture, picture, styles, masks=[left, right])
+    assert caplog.messages[-1] == (
+        "masks: style 1 covers 25%, 2 covers 62%; 25.0% belongs to no style, 12.5% to more than one"
+    )
+
+
+def test_mistakes_with_masks_are_named(stylizer):
+    picture, style = noise(48, 64, 1), noise(48, 64, 2)
+    full, empty, turned = np.ones((48, 64), np.float32), np.zeros((48, 64), np.float32), np.ones((64, 48), np.float32)
+    for masks, words in (
+        ([full, full], "2 masks for 1 styles"),
+        ([empty], "content mask 1 is empty"),
+        ([(full, empty)], "style mask 1 is empty"),
+        ([turned], "shapes have to agree"),
+        (["alpha"], "no alpha channel"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            stylizer.steps(picture, style, masks=masks)
+    with pytest.raises(FileNotFoundError):
+        stylizer.steps(picture, style, masks=["missing.png"])
+
+
+def test_alpha_serves_as_a_mask(stylizer):
+    alpha = np.zeros((48, 64), np.uint8)
+    alpha[:, :32] = 255
+    rgb = (255 * noise(48, 64, 1)).astype(np.uint8)
+    content = Image.fromarray(np.dstack([rgb, alpha]))
+    style = noise(48, 64, 2)
+    by_alpha = stylizer.evaluate(rgb, content, style, masks=["alpha"])
+    assert by_alpha.loss == stylizer.evaluate(rgb, rgb, style, masks=[(alpha / 255).astype(np.float32)]).loss
+    assert by_alpha.loss != stylizer.evaluate(rgb, rgb, style).loss
+
+
+def test_guides_are_normalised_means_over_areas():
+    mask = np.zeros((8, 8), np.float32)
+    mask[:4] = 1
+    mask[4:, :2] = 0.5
+    found = guide(mask, (4, 4)).numpy()
+    assert (found**2).mean() == pytest.approx(1)
+    np.testing.assert_allclose(found / found[0], [1] * 8 + ([0.5] + [0] * 3) * 2)
+
+
+def test_masks_are_read_from_pictures_of_any_kind(tmp_path):
+    from engine import image
+
+    picture = image.load(noise(20, 30, 0))
+    plane = np.zeros((20, 30), bool)
+    plane[:, :10] = True
+    Image.fromarray(plane).save(tmp_path / "mask.png")
+    for source in (plane, plane.astype(np.float32), 255 * plane.astype(np.uint8), tmp_path / "mask.png"):
+        np.testing.assert_array_equal(load_mask(source, picture, "mask"), plane.astype(np.float32))

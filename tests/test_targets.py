@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine import Config, Stylizer, Targets
+from engine.targets import Statistic, blend
+
+TWO_SCALES = Config(size=64, scales=2, iterations=2, style_layers=("relu1_1", "relu2_1", "relu3_1"))
+
+
+def noise(height, width, seed):
+    return np.random.default_rng(seed).random((height, width, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["gram", "shifted", "wasserstein"])
+def test_a_run_with_saved_targets_is_the_run_with_the_picture(stylizer, tmp_path, kind):
+    config = replace(TWO_SCALES, style_loss=kind)
+    content, style = noise(48, 64, 1), noise(40, 50, 2)
+    stylizer.targets(style, config).save(tmp_path / "style.safetensors")
+    expected = stylizer(content, style, config).image.tobytes()
+    fresh = Stylizer(weights="embedded", device="cpu")
+    assert fresh(content, tmp_path / "style.safetensors", config).image.tobytes() == expected
+    loaded = Targets.load(tmp_path / "style.safetensors")
+    assert fresh(content, [loaded], config).image.tobytes() == expected
+    assert fresh(content, [loaded, noise(40, 50, 3)], config).image.tobytes() != expected
+
+
+def test_targets_of_a_part_of_a_style(stylizer):
+    content, style, mask = noise(48, 64, 1), noise(40, 50, 2), np.zeros((40, 50), np.float32)
+    mask[:, :20] = 1
+    targets = stylizer.targets(style, TWO_SCALES, mask=mask)
+    full = np.ones((48, 64), np.float32)
+    expected = stylizer(content, style, TWO_SCALES, masks=[(full, mask)]).image.tobytes()
+    assert stylizer(content, targets, TWO_SCALES, masks=[full]).image.tobytes() == expected
+    with pytest.raises(ValueError, match="have their mask in them"):
+        stylizer.steps(content, targets, TWO_SCALES, masks=[(full, mask)])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": 80}, "made for images of 45, 64 pixels, this one has 57"),
+        ({"pooling": "max"}, "made for pooling avg, this run has max"),
+        ({"style_loss": "shifted"}, "made for style loss gram"),
+        ({"style_layers": ("relu1_2",)}, "not for relu1_2"),
+    ],
+)
+def test_targets_of_another_run_are_refused(stylizer, options, words):
+    config = replace(TWO_SCALES, **options)
+    targets = stylizer.targets(noise(40, 50, 2), TWO_SCALES)
+    with pytest.raises(ValueError, match=words):
+        stylizer(noise(48, 64, 1), targets, config)
+
+
+def test_targets_of_other_weights_are_refused(stylizer, states):
+    other = Stylizer(weights=states["torchvision"][0], device="cpu")
+    targets = other.targets(noise(40, 50, 2), TWO_SCALES)
+    with pytest.raises(ValueError, match=r"made for weights torchvision.* this run has embedded"):
+        stylizer(noise(48, 64, 1), targets, TWO_SCALES)
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    other, cut, good = (tmp_path / f"{name}.safetensors" for name in ("other", "cut", "good"))
+    save_file({"x": torch.zeros(3)}, other)
+    statistic = Statistic(torch.eye(4), torch.arange(4.0))
+    Targets({"weights": "w"}, {64: {"relu1_1": statistic}}).save(good)
+    cut.write_bytes(good.read_bytes()[:-9])
+    for path in (other, cut):
+        with pytest.raises(ValueError, match="style targets"):
+            Targets.load(path)
+    with pytest.raises(FileNotFoundError):
+        Targets.load(tmp_path / "missing.safetensors")
+    found = Targets.load(good)
+    assert found.layers == ("relu1_1",)
+    assert torch.equal(found.sides[64]["relu1_1"].matrix, statistic.matrix)
+    assert torch.equal(found.sides[64]["relu1_1"].mean, statistic.mean)
+
+
+def test_blended_covariances_are_those_of_the_mixture():
+    """Two clouds of points, one three times as many as the other."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(5, count, generator=generator, dtype=torch.float64) for count in (300, 100))
+    other = other + 2
+    styles = [
+        {"layer": Statistic(torch.cov(each, correction=0).float(), each.mean(1).float())} for each in (one, other)
+    ]
+    found = blend(styles, (0.75, 0.25), "wasserstein")["layer"]
+    both = torch.cat([one, other], 1)
+    torch.testing.assert_close(found.matrix.double(), torch.cov(both, correction=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.mean.double(), both.mean(1), rtol=1e-5, atol=1e-6)
