@@ -45,6 +45,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(stylizer, pictures, optimizer, i
         assert everything(fresh.steps(*pair, config, resume=data)) == expected[cut:]
 
 
+RUNS = [
+    {"average": 0.8},
+    {"average": 0.8, "optimizer": "adam", "init": "style"},
+    {"stop": 0.9, "iterations": (30, 28)},
+    {"stop": 0.9, "iterations": (30, 28), "optimizer": "adam", "average": 0.5},
+    {"clamp": True, "history": 2, "tile": True, "init_noise": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=lambda options: "-".join(options))
+def test_a_resumed_run_keeps_its_average_its_stall_and_its_totals(stylizer, pictures, options):
+    """Cut in the middle of scales, at the end of the first one, and after the only step of the last."""
+    config = Config(**SMALL | options)
+    pair = pictures["content"], pictures["style"]
+    expected = everything(stylizer.steps(*pair, config))
+    first = sum(scale == expected[0][0] for scale, *_ in expected)
+    assert first < config.iterations[0] or "stop" not in options
+    assert expected[-1][1] == expected[-1][2] == len(expected)
+    for cut in (2, first - 1, first, first + 1, len(expected) - 1):
+        data = interrupted(stylizer, pictures, config, cut)
+        assert everything(stylizer.steps(*pair, config, resume=data)) == expected[cut:]
+    data = interrupted(stylizer, pictures, config, len(expected))
+    with pytest.raises(ValueError, match="finished"):
+        stylizer.steps(*pair, config, resume=data)
+
+
+def test_the_last_step_of_a_scale_that_stopped_lets_go_of_the_optimiser(stylizer, pictures):
+    config = Config(**SMALL | {"stop": 0.9, "iterations": (30, 28)})
+    steps = list(stylizer.steps(pictures["content"], pictures["style"], config))
+    assert len(steps) < 58
+    assert not any(step._iterate._saving for step in steps)
+
+
 def test_taking_checkpoints_changes_nothing_and_one_may_follow_another(stylizer, pictures):
     config = Config(**SMALL)
     pair = pictures["content"], pictures["style"]

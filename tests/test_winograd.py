@@ -58,7 +58,8 @@ def test_forward_convolution(size, c_in, c_out, groups):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (5, 6), (13, 27)])
 @pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 2), (256, 64, 1)])
-def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups):
+@pytest.mark.parametrize("padding", ["zero", "circular"])
+def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups, padding):
     generator = np.random.default_rng(0)
     source = generator.standard_normal((*size, c_in), np.float32)
     weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
@@ -69,10 +70,11 @@ def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups):
         for group in range(groups):
             direct.convolve(
                 address(source), address(target), *size, c_in, c_out, address(panels), address(bias),
-                tile, group, groups, address(scratch),
+                nhwc.PADDINGS.index(padding), tile, group, groups, address(scratch),
             )  # fmt: skip
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
-    truth = functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding=1).relu()
+    x = functional.pad(x, (1, 1, 1, 1), "constant" if padding == "zero" else padding)
+    truth = functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double()).relu()
     assert error(torch.from_numpy(target).permute(2, 0, 1)[None], truth) < 1e-7  # plain fp32 sums: 2e-7 to 5e-7
 
 
