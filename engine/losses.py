@@ -45,7 +45,7 @@ class Objective:
         }
         self._styles = tuple(grams)
         self._layers = kernels.Layers(layers, config.content_weight, config.style_weight / len(grams), network.products)
-        self._recorded = kernels.Recorded(network.image.device)
+        self._losses, self._gradients = (kernels.Recorded(network.image.device) for _ in range(2))
         self._pixels = kernels.Pixels(
             network.image, network.gradient, self._layers.scale, config.tv_weight, self._layers.terms
         )
@@ -63,8 +63,8 @@ class Objective:
             if gradient is None:
                 self._layers.losses()
             else:
-                self._recorded(self._losses_and_cotangents)
-                network.vjp()
+                self._losses(self._layers.losses)
+                network.vjp(lambda layers: self._gradients(lambda: self._layers.gradients(layers)))
             self._pixels.finish(gradient)
         return self._layers.terms[0]
 
@@ -76,10 +76,6 @@ class Objective:
             total, content, tv, *style = self._layers.terms.clone().unbind()
         by_layer = dict(zip(self._layers.names, style, strict=True))
         return Terms(total, content, {name: by_layer[name] for name in self._styles}, tv), gradient
-
-    def _losses_and_cotangents(self) -> None:
-        self._layers.losses()
-        self._layers.gradients()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,8 +128,9 @@ class Features:
         """image -> features."""
         self._forward.run()
 
-    def vjp(self) -> None:
-        """features, cotangents -> gradient."""
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; all cotangents are written at once."""
+        write(self.spec.layers)
         self._vjp.run()
 
 
