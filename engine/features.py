@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -20,7 +20,8 @@ class Features(Protocol):
 
     `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers at least,
     `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
-    order of the runtime. Everything happens inside `use`.
+    order of the runtime. Cotangents may share memory with each other and with the features: see `vjp`. Everything
+    happens inside `use`.
     """
 
     image: Tensor
@@ -51,8 +52,12 @@ class Features(Protocol):
     def forward(self) -> None:
         """image -> features."""
 
-    def vjp(self) -> None:
-        """features, cotangents -> gradient; the features are spent."""
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; the features are spent.
+
+        Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
+        their cotangents, and may read the features of these layers and of shallower ones.
+        """
 
 
 class Open(Protocol):

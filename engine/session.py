@@ -155,8 +155,9 @@ class Features:
         """image -> features."""
         self._forward.run()
 
-    def vjp(self) -> None:
-        """features, cotangents -> gradient."""
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; all cotangents are written at once."""
+        write(self.spec.layers)
         self._vjp.run()
 
 
