@@ -114,6 +114,7 @@ class Layers:
         self.terms = torch.zeros(3 + len(layers), device=device)
         self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
         self.scale = self._factors[0]
+        self._way = ""  # to the losses on a GPU, once it is chosen
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
         if first.is_cuda:
             self._plan_launches(device)
@@ -205,7 +206,6 @@ class Layers:
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
         self._table = _cuda.Table(rows, device)
-        self._way = ""  # to the losses, once it is chosen
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
