@@ -11,7 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
-    "image": set(),
+    "manifest": {"config"},
+    "image": {"manifest"},
+    "jobs": set(),
+    "painting": {"config", "image", "jobs", "manifest", "stylizer", "__version__"},
+    "batches": {"config", "image", "jobs", "painting", "stylizer"},
+    "sheet": {"config", "image", "jobs", "painting", "stylizer"},
+    "replay": {"config", "image", "manifest", "stylizer"},
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
@@ -21,7 +27,10 @@ ALLOWED = {
     "optimize": {"kernels"},
     "checkpoint": set(),
     "stylizer": {"checkpoint", "config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
-    "stylize": {"config", "image", "provider", "stylizer", "__version__"},
+    "stylize": {
+        *("batches", "config", "image", "jobs", "manifest", "painting", "provider", "replay", "sheet", "stylizer"),
+        "__version__",
+    },
     "__init__": {"config", "stylizer", "export"},
 }
 
