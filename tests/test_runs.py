@@ -275,9 +275,9 @@ def test_a_contact_sheet_over_options(main, monkeypatch):
     )
     assert [labels for labels, _ in made[:2]] == [["seed 1", "size 48"], ["seed 1", "size 56"]]
     assert [picture.size[0] for _, picture in made] == [48, 56, 64] * 2
-    assert main("c.png", "s.png", "-o", "one.png", *SMALL, "--init", "noise", "--seed", "2") == 0
+    assert main("c.png", "s.png", "-o", "one.png", *SMALL, *grid[3:], "--seed", "2") == 0
     assert np.array_equal(np.asarray(made[3][1]), pixels("one.png"))
-    width, height = Image.open("sheet.png").size
+    height, width = pixels("sheet.png").shape[:2]
     assert width > 3 * 64
     assert height > 2 * 46
 
