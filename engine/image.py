@@ -100,8 +100,8 @@ def load(source: Source) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened = Image.open(stream)
             opened.load()
-        file = source if isinstance(source, str | os.PathLike) and source != "-" else None
-        return replace(_from_pil(opened), name=file and Path(file).name)
+        named = isinstance(source, str | os.PathLike) and source != "-"
+        return replace(_from_pil(opened), name=Path(source).name if named else None)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except UnidentifiedImageError as error:

@@ -24,7 +24,8 @@ from .config import Config
 _KEY = "gatys-engine"  # of the text in a PNG
 _COMMENT, _EXIF, _ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 _FORMAT = 1
-_LOSSES = 500  # of the trace: an EXIF block holds 64 kB
+_LONGEST = 60_000  # characters: an EXIF block holds 64 kB
+_LOSSES = 500  # of the trace
 _LIBRARIES = ("gatys-engine", "torch", "numpy", "numba", "pillow")
 
 
@@ -58,6 +59,11 @@ def describe(
     }
 
 
+def of_sheet(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The manifest of a contact sheet: those of its pictures, which can be replayed one by one."""
+    return {"format": _FORMAT, "sheet": list(cells)}
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that a result depends on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES}
@@ -69,7 +75,7 @@ def holds(kind: str) -> bool:
 
 
 def embed(kind: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options of Pillow's `save` that put the manifest into a picture of this format; none if it cannot hold one."""
+    """Options of Pillow's `save` that put the manifest into a picture of this format; none if it cannot hold it."""
     if manifest is None or not holds(kind):
         return {}
     text = json.dumps(manifest)
@@ -77,6 +83,8 @@ def embed(kind: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
         info = PngImagePlugin.PngInfo()
         info.add_itxt(_KEY, text)
         return {"pnginfo": info}
+    if len(text) > _LONGEST:  # of a contact sheet
+        return {}
     exif = Image.Exif()
     exif.get_ifd(_EXIF)[_COMMENT] = _ASCII + text.encode("ascii")
     return {"exif": exif}
@@ -101,6 +109,8 @@ def read(path: str) -> dict[str, Any]:
         manifest = json.loads(text)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"{path} has a manifest of format {manifest['format']}, this version reads {_FORMAT}")
+        if "sheet" in manifest:
+            raise ValueError(f"{path} is a contact sheet: replay a manifest of its list")
         for name in ("options", "files", "content", "styles", "engine", "versions", "iterations"):
             manifest[name]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

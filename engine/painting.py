@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,9 @@ def paint(
         except FloatingPointError as error:
             status, message = 1, str(error)
     if run.last is not None and not (status and whole_only):
-        record = _manifest(stylizer, run, content, styles, time.perf_counter() - start)
+        losses = [(row["iteration"], row["loss"]) for row in run.rows]
+        seconds = time.perf_counter() - start
+        record = describe(stylizer, config, content, styles, losses, seconds, run.last.total)
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
         if given.trace:
@@ -129,15 +131,20 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str) -> Iter
             yield step
 
 
-def _manifest(
-    stylizer: Stylizer, run: Run, content: image.Picture, styles: list[image.Picture], seconds: float
+def describe(
+    stylizer: Stylizer,
+    config: Config,
+    content: image.Picture,
+    styles: Sequence[image.Picture],
+    losses: Sequence[tuple[int, float]],
+    seconds: float,
+    total: int,
 ) -> dict[str, Any]:
+    """The manifest of a run; see `manifest.describe`."""
     engine = {"device": stylizer.device, "precision": stylizer.precision, "weights": stylizer.weights_name}
-    engine["sha256"] = stylizer.weights_digest(run.config.layers)
-    losses = [(row["iteration"], row["loss"]) for row in run.rows]
+    engine["sha256"] = stylizer.weights_digest(config.layers)
     inputs = (content.name, image.digest(content)), [(style.name, image.digest(style)) for style in styles]
-    assert run.last is not None
-    return manifest.describe(run.config, *inputs, engine, losses, seconds, run.last.total)
+    return manifest.describe(config, *inputs, engine, losses, seconds, total)
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:

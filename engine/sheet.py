@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import image
+from . import image, manifest
 from .config import Config, choice, options
 from .jobs import Job
-from .painting import progress
+from .painting import describe, progress
 from .stylizer import Stylizer
 
 _CELL, _GAP, _LINE = 384, 8, 18  # pixels: longest side of a cell, gap, height of a line of text
@@ -57,13 +58,19 @@ def configs(config: Config, grid: Sequence[Axis]) -> list[tuple[list[str], Confi
 def make(
     stylizer: Stylizer, job: Job, cells: Sequence[tuple[list[str], Config]], columns: int, given: argparse.Namespace
 ) -> None:
-    """Make the pictures of the cells and the sheet."""
-    made = []
+    """Make the pictures of the cells and the sheet, whose manifest lists the manifests of the cells."""
+    made, records = [], []
     for labels, config in cells:
+        start = time.perf_counter()
+        losses = []
         for step in progress(stylizer.steps(job.content, list(job.styles), config), given, ", ".join(labels)):
             last = step
+            losses.append((step.iteration, step.loss))
         made.append((labels, last.image))
-    image.save(draw(made, columns), job.out)
+        seconds = time.perf_counter() - start
+        record = describe(stylizer, config, job.content, job.styles, losses[-1:], seconds, last.total)
+        records.append({"labels": labels} | record)
+    image.save(draw(made, columns), job.out, manifest.of_sheet(records))
 
 
 def draw(cells: Sequence[tuple[Sequence[str], Image.Image]], columns: int) -> Image.Image:

@@ -266,13 +266,12 @@ def test_plot_without_matplotlib_names_the_extra(main, capsys, monkeypatch, tmp_
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_contact_sheet_over_options(main, monkeypatch):
+def test_a_contact_sheet_over_options(main, monkeypatch, capsys):
     made = []
     draw = sheet.draw
     monkeypatch.setattr(sheet, "draw", lambda cells, columns: (made.extend(cells), draw(cells, columns))[1])
-    assert (
-        main("c.png", "s.png", "-o", "sheet.png", *SMALL, "--grid", "seed=1,2", "size=48,56,64", "--init", "noise") == 0
-    )
+    grid = ["--grid", "seed=1,2", "size=48,56,64", "--init", "noise", "--iterations", "1"]
+    assert main("c.png", "s.png", "-o", "sheet.png", *SMALL, *grid) == 0
     assert [labels for labels, _ in made[:2]] == [["seed 1", "size 48"], ["seed 1", "size 56"]]
     assert [picture.size[0] for _, picture in made] == [48, 56, 64] * 2
     assert main("c.png", "s.png", "-o", "one.png", *SMALL, *grid[3:], "--seed", "2") == 0
@@ -280,6 +279,8 @@ def test_a_contact_sheet_over_options(main, monkeypatch):
     height, width = pixels("sheet.png").shape[:2]
     assert width > 3 * 64
     assert height > 2 * 46
+    assert main("--replay", "sheet.png", "-o", "again.png") == 2
+    assert "contact sheet" in capsys.readouterr().err
 
 
 def test_cells_lie_in_rows_under_their_labels():

@@ -16,7 +16,7 @@ ALLOWED = {
     "jobs": set(),
     "painting": {"config", "image", "jobs", "manifest", "stylizer", "__version__"},
     "batches": {"config", "image", "jobs", "painting", "stylizer"},
-    "sheet": {"config", "image", "jobs", "painting", "stylizer"},
+    "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "replay": {"config", "image", "manifest", "stylizer"},
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
