@@ -55,8 +55,8 @@ def test_a_long_trace_fits(tmp_path):
 
 def test_one_too_long_for_exif_stands_beside(tmp_path):
     path = str(tmp_path / "sheet.jpg")
-    image.save(picture(), path, manifest.of_sheet([record()] * 50))
-    assert len(json.loads((tmp_path / "sheet.jpg.json").read_text())["sheet"]) == 50
+    image.save(picture(), path, manifest.of_sheet([record()] * 100))
+    assert len(json.loads((tmp_path / "sheet.jpg.json").read_text())["sheet"]) == 100
 
 
 def test_options_come_back_and_folders_stay_at_home(tmp_path):
