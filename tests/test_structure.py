@@ -12,8 +12,14 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
     "presets": {"config"},
-    "image": set(),
+    "manifest": {"config"},
+    "image": {"manifest"},
     "colour": {"image"},
+    "jobs": set(),
+    "painting": {"config", "image", "jobs", "manifest", "stylizer", "targets", "__version__"},
+    "batches": {"config", "image", "jobs", "painting", "stylizer"},
+    "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
+    "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
@@ -29,7 +35,10 @@ ALLOWED = {
         {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
         | {"targets", "export", "kernels"}
     ),
-    "stylize": {"config", "image", "presets", "provider", "stylizer", "targets", "__version__"},
+    "stylize": (
+        {"batches", "config", "image", "jobs", "manifest", "painting", "presets", "provider", "replay", "sheet"}
+        | {"stylizer", "__version__"}
+    ),
     "__init__": {"config", "presets", "stylizer", "targets", "export"},
 }
 
