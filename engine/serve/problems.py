@@ -100,9 +100,10 @@ def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:
     return json.dumps({name: value for name, value in asdict(config).items() if name in values}, sort_keys=True)
 
 
-def config_of(values: dict[str, Any]) -> Config:
+def config_of(given: dict[str, Any]) -> Config:
     """The `Config` of options that came as JSON. Raises ValueError or TypeError."""
-    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in given.items()}
+    return Config(**values)
 
 
 def _check_words(name: str, value: Any) -> None:
