@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
@@ -156,6 +157,15 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         except (ImageCms.PyCMSError, OSError) as error:
             log.warning("ICC profile left out of account: %s", error)
     return image.convert("RGB")
+
+
+def digest(picture: Picture) -> str:
+    """sha256 of the decoded picture: its size, and its values as float32."""
+    state = hashlib.sha256(repr((picture.size, picture.alpha is None)).encode())
+    for plane in (picture.rgb, picture.alpha):
+        if plane is not None:
+            state.update(np.ascontiguousarray(plane).tobytes())
+    return state.hexdigest()
 
 
 def resize(picture: Picture, size: tuple[int, int]) -> Picture:

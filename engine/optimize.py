@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,8 @@ class Iterate:
     best: Tensor
     _loss: Tensor = field(repr=False)  # in host memory
     _arrival: torch.cuda.Event | None = field(repr=False)  # of the loss, None on a CPU
+    # How to save the run; empty unless this is its newest iterate, so that a kept one holds no optimiser.
+    _saving: list[Callable[[], dict[str, Tensor]]] = field(default_factory=list, repr=False)
 
     @property
     def loss(self) -> float:
@@ -44,9 +46,20 @@ class Iterate:
         """Whether `loss` would not wait."""
         return self._arrival is None or self._arrival.query()
 
+    def save(self) -> dict[str, Tensor]:
+        """What `minimise` needs to go on after this iterate, to be copied; RuntimeError once it was asked for more."""
+        if not self._saving:
+            raise RuntimeError("the run has moved on: a checkpoint is taken before the next step is asked for")
+        return self._saving[0]()
+
 
 def minimise(
-    evaluate: Callable[[Tensor, Tensor], Tensor], start: Tensor, optimizer: str, iterations: int, state: State
+    evaluate: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    optimizer: str,
+    iterations: int,
+    state: State,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
@@ -55,16 +68,36 @@ def minimise(
     takes a step back, half by half, when it has diverged; `adam` keeps the pixels in [0, 1]. On a GPU iterations are
     queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
 
+    With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
+
     Raises FloatingPointError when a loss is not finite, on a GPU when the host comes to know it; the image has not
     moved since then, and what was yielded before stays good.
     """
     image = start.detach().clone()
     gradient, loss = torch.empty_like(image), image.new_zeros(())
     runner = kernels.Lbfgs(image, gradient, loss) if optimizer == "lbfgs" else _adam(image, gradient, loss, state)
-    losses = torch.empty(iterations, pin_memory=image.is_cuda)
     queued: deque[Iterate] = deque()
-    unchecked: deque[tuple[int, Iterate]] = deque()
-    for i in range(iterations):
+    if saved:
+        runner.restore(saved)
+        bests, known = saved["queued.best"].to(image.device), saved["queued.losses"]
+        queued.extend(Iterate(best, each, None) for best, each in zip(bests, known, strict=True))
+
+    def save() -> dict[str, Tensor]:
+        bests = [each.best for each in queued]
+        return runner.save() | {
+            "queued.best": torch.stack(bests).cpu() if bests else torch.empty(0),
+            "queued.losses": torch.tensor([each.loss for each in queued]),
+        }
+
+    def hand_out() -> Iterator[Iterate]:
+        iterate = queued.popleft()
+        iterate._saving.append(save)
+        yield iterate
+        iterate._saving.clear()
+
+    losses = torch.empty(iterations, pin_memory=image.is_cuda)
+    unchecked = deque(enumerate(queued, 1))
+    for i in range(len(queued), iterations):
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
@@ -74,10 +107,11 @@ def minimise(
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())
         if not image.is_cuda or i >= AHEAD:
-            yield queued.popleft()
+            yield from hand_out()
     for each in unchecked:
         _check(*each)
-    yield from queued
+    while queued:
+        yield from hand_out()
     if isinstance(runner, kernels.Adam):
         state.steps, state.moments = runner.steps, tuple(runner.moments)
 

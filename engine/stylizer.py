@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,8 @@ from torch.nn import functional
 
 from . import image as images
 from . import kernels, provider
+from .checkpoint import Checkpoint, dump
+from .checkpoint import load as load_checkpoint
 from .config import MIN_SIDE, Config
 from .export import vgg
 from .export.weights import load as load_weights
@@ -53,6 +56,7 @@ class Step:
     total: int
     _iterate: Iterate = field(repr=False)
     _alpha: NDArray[np.float32] | None = field(repr=False)
+    _checkpoint: Callable[[], Checkpoint] = field(repr=False)
 
     @property
     def loss(self) -> float:
@@ -68,6 +72,14 @@ class Step:
             rgb = np.zeros((*alpha.shape, 3), np.float32)
             alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
         return images.to_pil(pixels, alpha)
+
+    def checkpoint(self) -> bytes:
+        """The run so far, for `Stylizer.steps(.., resume=..)`: about 0.5 kB a pixel with L-BFGS, 60 bytes with Adam.
+
+        To be called before the next step is asked for, or after the iterator was closed at this step; raises
+        RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way.
+        """
+        return dump(self._checkpoint())
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,16 @@ class Score:
     style_loss: dict[str, float]
     tv_loss: float
     gradient: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """An open network: how many convolutions it has, the name of its weights, and their digests by depth."""
+
+    depth: int
+    name: str
+    digests: tuple[str, ...]
+    open: Open
 
 
 class Stylizer:
@@ -119,7 +141,7 @@ class Stylizer:
         self._threads = threads or torch.get_num_threads()
         self._source = weights
         self._lock = threading.RLock()
-        self._open: tuple[int, str, Open] | None = None
+        self._opened: _Network | None = None
         self._networks: OrderedDict[Hashable, Features] = OrderedDict()
         self._grams: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
         self._network(Config().layers)
@@ -127,7 +149,11 @@ class Stylizer:
     @property
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
-        return self._network(Config().layers)[0]
+        return self._network(Config().layers).name
+
+    def weights_digest(self, layers: tuple[str, ...]) -> str:
+        """sha256 of the weights down to the deepest of `layers`, and of the normalisation before them."""
+        return self._network(layers).digests[len(vgg.cut(layers)) - 1]
 
     def __call__(self, content: Any, style: Any, config: Config | None = None) -> Result:
         """Stylise `content` (path, bytes, PIL image or array) with `style`, one such or a list of them.
@@ -144,17 +170,26 @@ class Stylizer:
             trace.append((step.scale, step.loss, time.perf_counter() - start))
         return Result(step.image, step, tuple(trace))
 
-    def steps(self, content: Any, style: Any, config: Config | None = None) -> Iterator[Step]:
+    def steps(
+        self, content: Any, style: Any, config: Config | None = None, resume: bytes | None = None
+    ) -> Iterator[Step]:
         """The same run as an iterator over its iterations: leave it, and it stops.
 
-        Pictures and options are checked now, the work is done as the iterator advances.
+        `resume`, the `Step.checkpoint()` of such a run, makes it go on behind that step; on a CPU every later step is
+        that of the uninterrupted run, bit for bit. Pictures and options are checked now, the work is done as the
+        iterator advances. Raises ValueError for a checkpoint that is damaged or of other pictures, options, weights,
+        device or precision.
         """
         config = config or Config()
         picture = images.load(content)
         styles = _load_styles(style)
         schedule = config.schedule(picture.aspect)
         start = images.load(config.init) if config.init not in ("content", "noise") else None
-        return self._run(picture, styles, start, schedule, config)
+        identity = functools.cache(lambda: self._identity(picture, styles, start, config))
+        resumed = None if resume is None else self._resumed(resume, identity)
+        if resumed and resumed.iteration == sum(iterations for _, iterations in schedule):
+            raise ValueError("the run of the checkpoint is finished")
+        return self._run(picture, styles, start, schedule, config, identity, resumed)
 
     def evaluate(self, image: Any, content: Any, style: Any, config: Config | None = None) -> Score:
         """Losses and pixel gradient of `image` at its own size, without optimising it.
@@ -184,28 +219,61 @@ class Stylizer:
         start: images.Picture | None,
         schedule: list[tuple[int, int]],
         config: Config,
+        identity: Callable[[], dict[str, Any]],
+        resumed: Checkpoint | None,
     ) -> Iterator[Step]:
         total = sum(iterations for _, iterations in schedule)
-        iteration = 0
+        iteration = resumed.iteration if resumed else 0
         state = State()
-        pixels: Tensor | None = None
-        for scale, iterations in schedule:
+        pixels: Tensor | None = resumed.tensors["best"] if resumed else None
+        for index, (scale, _) in enumerate(schedule):
+            if resumed and index < resumed.scale:
+                continue
             size = content.fit(scale)
             scaled = images.resize(content, size)
             if pixels is None:
                 pixels = _first_pixels(scaled, start, config)
-            else:
+            elif not resumed:
                 pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
-            end = iteration + iterations
-            while iteration < end:
+            end = sum(iterations for _, iterations in schedule[: index + 1])
+            while iteration < end or resumed:
+                tensors, resumed = resumed.tensors if resumed else None, None
                 try:
-                    for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state):
+                    for iterate in self._minimise(scaled, styles, config, pixels, end - iteration, state, tensors):
                         iteration += 1
                         pixels = iterate.best
-                        yield Step(scale, iteration, total, iterate, content.alpha)
+                        save = functools.partial(self._checkpoint, identity, index, iteration, iterate)
+                        yield Step(scale, iteration, total, iterate, content.alpha, save)
                 except FloatingPointError as error:
                     if not self._fall_back(error):
                         raise
+
+    def _identity(
+        self, content: images.Picture, styles: list[images.Picture], start: images.Picture | None, config: Config
+    ) -> dict[str, Any]:
+        """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
+        options = asdict(config) | {"init": config.init if start is None else images.digest(start)}
+        return {name.replace("_", "-"): value for name, value in options.items()} | {
+            "content": images.digest(content),
+            "style": [images.digest(style) for style in styles],
+            "weights": self.weights_digest(config.layers),
+            "device": self.device,
+        }
+
+    def _checkpoint(
+        self, identity: Callable[[], dict[str, Any]], scale: int, iteration: int, iterate: Iterate
+    ) -> Checkpoint:
+        """The run behind `iterate`, the newest of it."""
+        tensors = iterate.save()
+        return Checkpoint(identity() | {"precision": self.precision}, scale, iteration, tensors)
+
+    def _resumed(self, data: bytes, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
+        """The checkpoint, checked; one that has fallen back to fp32 makes us do so too."""
+        checkpoint = load_checkpoint(data)
+        if checkpoint.identity["precision"] == "fp32":
+            self._fall_back("so was the run of the checkpoint")
+        checkpoint.check(identity() | {"precision": self.precision})
+        return checkpoint
 
     def _minimise(
         self,
@@ -215,11 +283,13 @@ class Stylizer:
         start: Tensor,
         iterations: int,
         state: State,
+        saved: Mapping[str, Tensor] | None,
     ) -> Iterator[Iterate]:
         """The run at one scale, that of `content`, whose network is let go at its end."""
         objective = self._objective(content, styles, config)
         start = start.to(objective.network.image.device)
-        yield from within(objective.network, minimise(objective.write, start, config.optimizer, iterations, state))
+        iterates = minimise(objective.write, start, config.optimizer, iterations, state, saved)
+        yield from within(objective.network, iterates)
 
     def _fall_back(self, reason: object) -> bool:
         """Go on in fp32 if the precision was ours to choose: whether it was."""
@@ -269,17 +339,18 @@ class Stylizer:
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
         spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
-        return self._network(config.layers)[1](spec, forward_only=forward_only)
+        return self._network(config.layers).open(spec, forward_only=forward_only)
 
-    def _network(self, layers: tuple[str, ...]) -> tuple[str, Open]:
-        """Name and opener of the network down to the deepest of `layers`, made anew only for a deeper one."""
+    def _network(self, layers: tuple[str, ...]) -> _Network:
+        """The network down to the deepest of `layers`, made anew only for a deeper one."""
         depth = len(vgg.cut(layers))
         with self._lock:
-            if self._open is None or self._open[0] < depth:
-                self._open = None  # before the deeper one is made: they need not stand side by side
+            if self._opened is None or self._opened.depth < depth:
+                self._opened = None  # before the deeper one is made: they need not stand side by side
                 weights = load_weights(self._source, layers)
-                self._open = depth, weights.name, open_network(weights, layers, self.device, self._threads)
-            return self._open[1:]
+                opener = open_network(weights, layers, self.device, self._threads)
+                self._opened = _Network(depth, weights.name, weights.digests, opener)
+            return self._opened
 
     def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
         """The entry of a least-recently-used cache; one thread at a time makes a new one."""

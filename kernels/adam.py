@@ -6,7 +6,7 @@ A loss that is not finite stops it: the image does not change any more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,26 @@ class Adam:
         vectors = (self._image, self._gradient, *self.moments, self.best)
         scalars = (self._loss, self._state, self._arrived, self._image.numel(), RATE, *BETAS, EPSILON)
         _cuda.launch("adam", "adam_step", (_cuda.blocks(self._image.numel()),), *vectors, *scalars)
+
+    def save(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, in host memory; on a CPU partly the memory in use, so to be copied."""
+        first, second = self.moments
+        saved = {"image": self._image, "best": self.best, "first": first, "second": second}
+        saved = {name: tensor.cpu() for name, tensor in saved.items()}
+        saved["steps"] = torch.tensor(self.steps)
+        saved["state"] = self._state.cpu() if self._image.is_cuda else torch.tensor(self._lowest, dtype=torch.float64)
+        return saved
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where another optimiser of this shape and device was when `saved` was its `save`."""
+        names = ("image", "best", "first", "second")
+        for name, tensor in zip(names, (self._image, self.best, *self.moments), strict=True):
+            tensor.copy_(saved[name])
+        self.steps = int(saved["steps"])
+        if self._image.is_cuda:
+            self._state.copy_(saved["state"])
+        else:
+            self._lowest = float(saved["state"])
 
     def _step_cpu(self, loss: float) -> None:
         if not math.isfinite(loss):

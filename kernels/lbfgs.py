@@ -22,6 +22,7 @@ What the plan does besides:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,29 @@ class Lbfgs:
             self._recorded(self._launch)
         else:
             self._step_cpu(float(self._loss))
+
+    def save(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, in host memory; on a CPU partly the memory in use, so to be copied."""
+        state = self._state
+        if self._image.is_cuda:
+            state = self._device_state.cpu().numpy().view(STATE)[0]
+        saved = {"image": self._image, "best": self.best, "history": self._history[: rows_in_use(state)]}
+        saved = {name: tensor.cpu() for name, tensor in saved.items()}
+        saved["state"] = torch.from_numpy(state.reshape(1).view("f8"))
+        if not self._image.is_cuda:
+            saved["dots"] = torch.from_numpy(self._dots)
+        return saved
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where another optimiser of this shape and device was when `saved` was its `save`."""
+        self._image.copy_(saved["image"])
+        self.best.copy_(saved["best"])
+        self._history[: len(saved["history"])].copy_(saved["history"])
+        if self._image.is_cuda:
+            self._device_state.copy_(saved["state"])
+        else:
+            self._state[()] = saved["state"].numpy().view(STATE)[0]
+            self._dots[:] = saved["dots"].numpy()
 
     def _launch(self) -> None:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state

@@ -19,7 +19,8 @@ ALLOWED = {
     "losses": {"config", "features", "kernels"},
     "autograd": {"losses"},
     "optimize": {"kernels"},
-    "stylizer": {"config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
+    "checkpoint": set(),
+    "stylizer": {"checkpoint", "config", "features", "image", "kernels", "losses", "optimize", "provider", "export"},
     "stylize": {"config", "image", "provider", "stylizer", "__version__"},
     "__init__": {"config", "stylizer", "export"},
 }

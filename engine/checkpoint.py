@@ -1,0 +1,78 @@
+"""Checkpoints: a run that was interrupted, as safetensors bytes whose metadata is JSON.
+
+A checkpoint holds the place in the schedule and all that the next iteration depends on. What it does not hold,
+pictures, weights and options, it names by digest or value, and is refused for others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after `iteration` iterations in all, at number `scale` of its schedule.
+
+    `identity` is what the run was made of (see `Stylizer.steps`), `tensors` the optimiser's, by name.
+    """
+
+    identity: Mapping[str, Any]
+    scale: int
+    iteration: int
+    tensors: Mapping[str, Tensor]
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming what differs, unless the run that is to go on has this identity."""
+        ours, own = json.loads(json.dumps(identity)), self.identity  # tuples become lists
+        differing = [name for name in sorted(ours | own) if ours.get(name) != own.get(name)]
+        if differing:
+            raise ValueError(f"the checkpoint is of a run with another {', another '.join(differing)}")
+
+
+def dump(checkpoint: Checkpoint) -> bytes:
+    """The checkpoint as bytes."""
+    record = {
+        "format": _FORMAT,
+        "identity": checkpoint.identity,
+        "scale": checkpoint.scale,
+        "iteration": checkpoint.iteration,
+    }
+    text = json.dumps(record, sort_keys=True)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    seal = {"run": text, "sha256": _digest(text, tensors)}
+    return safetensors.torch.save(tensors, {"checkpoint": json.dumps(seal)})  # of several entries the order would vary
+
+
+def load(data: bytes) -> Checkpoint:
+    """The checkpoint that `dump` wrote; raises ValueError if it is damaged or of another format."""
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        seal = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["checkpoint"])
+        text, expected = seal["run"], seal["sha256"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError("the checkpoint is damaged, or is none") from error
+    if _digest(text, tensors) != expected:
+        raise ValueError("the checkpoint is damaged")
+    record = json.loads(text)
+    if record["format"] != _FORMAT:
+        raise ValueError(f"the checkpoint has format {record['format']}, this version reads {_FORMAT}")
+    return Checkpoint(record["identity"], record["scale"], record["iteration"], tensors)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        state.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        state.update(tensors[name].numpy().tobytes())
+    return state.hexdigest()
