@@ -85,7 +85,7 @@ def test_from_two_pictures_to_a_download(page):
     assert page.get_by_role("button", name="Paint", exact=True).is_disabled()
     card = submit(page, iterations="30")
     card.locator("img.after:not([hidden])").wait_for()
-    page.wait_for_function("document.querySelector('polyline').getAttribute('points')?.split(' ').length > 5")
+    card.locator("polyline[points*=' ']").wait_for(state="attached")
     assert re.search(r"iteration \d+ of \d+", card.locator(".detail").inner_text())
     assert "left" in card.locator(".state").inner_text()
     shot(page, "running")

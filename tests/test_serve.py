@@ -73,7 +73,10 @@ class Wrapped:
         self.stylizer, self.act = stylizer, act
 
     def steps(self, *arguments, **options):
-        for step in self.stylizer.steps(*arguments, **options):
+        return self._acting(self.stylizer.steps(*arguments, **options))
+
+    def _acting(self, steps):
+        for step in steps:
             self.act(step.iteration)
             yield step
 
@@ -138,6 +141,46 @@ def test_cancelling_stops_within_one_iteration_and_keeps_the_picture(client, fil
     assert (done["state"], done["iteration"]) == ("cancelled", 3)
     assert client[0].get(job["image"]).status_code == 200
     assert client[0].delete(url).json()["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, stylizer, damage):
+    options = {"size": 72, "iterations": [3, 6], "scales": 2, "init": "noise"}
+    job = post(client[0], files, options).json()
+    stop, seen = threading.Event(), []
+
+    def act(iteration):
+        seen.append(iteration)
+        if iteration == 5:
+            stop.set()
+
+    run(client, Wrapped(stylizer, act), stop)
+    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "queued"
+    path = client[1].folder(job["id"]) / "checkpoint"
+    if damage:
+        path.write_bytes(path.read_bytes()[:-9])
+    run(client, Wrapped(stylizer, seen.append))
+    assert seen == [1, 2, 3, 4, 5, *range(1 if damage else 6, 10)]
+    whole = stylizer(files["content"], files["style"], problems.config_of(options))
+    assert client[0].get(job["image"]).content == worker.png(whole.image)
+
+
+def test_without_room_for_a_checkpoint_the_job_goes_on(client, files, stylizer, monkeypatch):
+    job = post(client[0], files).json()
+    monkeypatch.setattr(worker, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(worker, "_SHARE", 0.0)
+    written = []
+
+    def full(path, data):
+        written.append(path.name)
+        if path.name == "checkpoint":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        store.write(path, data)
+
+    monkeypatch.setattr(worker, "write", full)
+    run(client, stylizer)
+    assert written.count("checkpoint") == 3
+    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
 
 
 def test_a_waiting_job_is_cancelled_at_once(client, files):

@@ -93,6 +93,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
     content = (folder / "content").read_bytes()
     styles = [(folder / f"style-{i}").read_bytes() for i in range(row["styles"])]
     report, preview = _Every(_REPORT, first=True), _Every(_PREVIEW, first=True)
+    checkpoint = _Every(_CHECKPOINT, first=False)
     losses: list[tuple[int, int, float]] = []
     number, start = row["preview"], time.monotonic()
     clock = _Clock()
@@ -104,7 +105,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
         store.progress(job, {**values, "eta": clock.left(step), "preview": number, "seconds": seconds}, losses)
         losses.clear()
 
-    for step in stylizer.steps(content, styles, config):
+    for step in _steps(stylizer, content, styles, config, folder / "checkpoint"):
         clock.tick(step)
         for _ in preview.due():
             number += 1
@@ -118,8 +119,11 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
             losses.append((step.iteration, step.scale, step.loss))
             tell(step)
             return "cancelled", None
-        if stopping():
+        if step.iteration < step.total and stopping():
+            _save(step, folder / "checkpoint")
             return "queued", None
+        for _ in checkpoint.due() if step.iteration < step.total else ():
+            _save(step, folder / "checkpoint")
         if row["seconds"] + time.monotonic() - start > row["deadline"]:
             return "failed", f"the deadline of {row['deadline']:g} s has passed"
     assert step is not None
@@ -127,6 +131,24 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
     losses.append((step.iteration, step.scale, step.loss))
     tell(step)
     return "succeeded", None
+
+
+def _steps(stylizer: Stylizer, content: bytes, styles: list[bytes], config: Config, path: Path) -> Iterator[Step]:
+    """The steps of a run, from its checkpoint on if there is one."""
+    if path.exists():
+        try:
+            return stylizer.steps(content, styles, config, resume=path.read_bytes())
+        except ValueError as error:  # of another version or other weights
+            log.warning("checkpoint left out of account: %s", error)
+    return stylizer.steps(content, styles, config)
+
+
+def _save(step: Step, path: Path) -> None:
+    """Write a checkpoint; without room for it, the run goes on with the one before."""
+    try:
+        write(path, step.checkpoint())
+    except OSError as error:
+        log.warning("no checkpoint: %s", error)
 
 
 class _Clock:
