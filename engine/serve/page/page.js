@@ -138,8 +138,8 @@ const STRENGTHS = { "-4": "faint", "-2": "weak", 0: "normal", 2: "strong", 4: "o
 form.strength.addEventListener("input", () => {
   const value = Number(form.strength.value);
   const between = value < 0 ? "weaker" : "stronger";
-  $("#strength").textContent = STRENGTHS[value] || between;
-  form.strength.setAttribute("aria-valuetext", $("#strength").textContent);
+  $("#strength-name").textContent = STRENGTHS[value] || between;
+  form.strength.setAttribute("aria-valuetext", $("#strength-name").textContent);
 });
 
 form.token.addEventListener("change", () => {
