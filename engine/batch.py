@@ -1,6 +1,7 @@
 """`python -m engine.batch`: contents x styles, on processes of this machine or the actors of a Ray cluster.
 
-A worker holds one `Stylizer` and has one picture in hand; the rest waits here. Pictures are written under their final name in one go; a rerun paints only those that are not there.
+A worker holds one `Stylizer` and has one picture in hand; the rest waits here. Pictures are written under their final
+name in one go, and a rerun paints only those that are not there.
 """
 
 from __future__ import annotations

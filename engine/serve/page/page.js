@@ -77,7 +77,7 @@ function take(name, file) {
   URL.revokeObjectURL(image.src);
   image.src = URL.createObjectURL(file);
   image.onerror = () => {
-    if (!pictures[name]) return;
+    image.hidden = true;
     show(new Error(`${file.name}: this browser cannot show it`));
   };
   image.hidden = false;
