@@ -259,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.workers < 1:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
         options: dict[str, Any] = json.loads(given.options)
-        config = Config(**{name: tuple(each) if isinstance(each, list) else each for name, each in options.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        config = Config(**values)
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
         make = given.weights, given.device, config, given.threads
