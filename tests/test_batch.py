@@ -1,6 +1,7 @@
 """Contents x styles: what is planned, painted once, retried, recorded and skipped."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -130,7 +131,9 @@ def test_a_cluster_of_two_nodes_of_which_one_is_killed(folders):
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    first, again = (json.loads(text) for text in done.stdout.split("\n---\n"))
+    first, again = (
+        json.loads(text) for text in re.findall(r"^\{.*?^\}", done.stdout, re.M | re.S)
+    )  # between Ray's lines
     assert (first["painted"], first["failed"]) == (12, [])
     assert (again["painted"], again["there_already"]) == (0, 12)
     assert len(list((folders / "out").iterdir())) == 12
@@ -158,7 +161,6 @@ def on_a_cluster(arguments):
     killer.start()
     status = batch.main(arguments)
     killer.join()
-    print("---")  # noqa: T201
     status = status or batch.main(arguments)
     ray.shutdown()
     cluster.shutdown()
