@@ -35,6 +35,7 @@ ALLOWED = {
         {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
         | {"targets", "export", "kernels"}
     ),
+    "batch": {"config", "stylizer"},
     "stylize": (
         {"batches", "config", "image", "jobs", "manifest", "painting", "presets", "provider", "replay", "sheet"}
         | {"stylizer", "__version__"}
@@ -73,6 +74,15 @@ def test_kernels_and_export_import_nothing_of_the_others(room):
                 assert name not in ("engine", "kernels", "export"), f"{path.name}: {name}"
 
 
+def test_the_service_is_used_by_nobody_and_its_server_loads_no_torch():
+    for room in ("engine", "kernels", "export"):
+        for path in (ROOT / room).glob("*.py"):
+            assert "serve" not in {name for _, name in imports(path)}, path
+    code = "import sys, engine.serve.api; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_heavy_libraries_stay_in_their_rooms():
     for path in (ROOT / "engine").glob("*.py"):
         names = {name for level, name in imports(path) if level == 0}
@@ -89,7 +99,7 @@ def test_heavy_libraries_stay_in_their_rooms():
 
 
 def test_files_stay_short():
-    for room in ("engine", "kernels", "export", "benchmarks"):
+    for room in ("engine", "engine/serve", "kernels", "export", "benchmarks"):
         for path in (ROOT / room).glob("*.py"):
             assert len(path.read_text().splitlines()) < 500, path
 
@@ -143,6 +153,10 @@ def test_wheel_holds_one_package_and_all_data(tmp_path):
         "engine/py.typed",
         "engine/samples/content.jpg",
         "engine/samples/style.jpg",
+        "engine/serve/page/index.html",
+        "engine/serve/page/page.js",
+        "engine/serve/page/page.css",
+        "engine/serve/page/icon.svg",
         "engine/export/vgg19-embedded.safetensors",
     }
     for path in (ROOT / "kernels").glob("*.cu*"):
