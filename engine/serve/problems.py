@@ -24,7 +24,9 @@ from .settings import Settings
 log = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-_WORD = re.compile(r"[A-Za-z0-9_-]{1,40}")  # what an option may be: no path can be said with it, but see `init`
+_WORD = re.compile(
+    r"[A-Za-z0-9_:.-]{1,40}"
+)  # what an option may be: no folder can be named with it; `init` is checked apart
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -89,11 +91,15 @@ def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:
         for name, value in values.items():
             choice("option", name, [option.name for option in options()])
             _check_words(name, value)
-        config = config_of(values)
-        if config.init not in ("content", "noise"):
-            raise ValueError(f"init {config.init!r}: choose from content, noise")
-        if config.size > settings.max_size:
-            raise ValueError(f"size {config.size}: this server paints up to {settings.max_size}")
+        config = config_of(values).sized(max(size))
+        starts = ("content", "noise", "style")
+        if config.init not in starts:
+            raise ValueError(f"init {config.init!r}: choose from {', '.join(starts)}")
+        if isinstance(config.size, tuple):
+            raise ValueError("size: give one number, the content has the shape")
+        for name, side in (("size", config.long_side), ("style size", config.style_side(config.long_side))):
+            if side > settings.max_size:
+                raise ValueError(f"{name} {side}: this server paints up to {settings.max_size}")
         config.schedule(max(size) / min(size))
     except (ValueError, TypeError, OverflowError) as error:
         raise Problem(422, " ".join(str(error).split())) from error
