@@ -10,6 +10,7 @@ from typing import Any
 
 LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
+WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 _MAX_SIZE = 16384
@@ -47,6 +48,7 @@ class Config:
     content_weight: float = _option(1.0, "weight of the content loss")
     style_weight: float = _option(3e3, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
+    tv_power: float = _option(2.0, "power of a difference of neighbours in the total variation loss, from 1")
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
     content_layers: tuple[Any, ...] = _option(
         (("relu2_2", 1.0),), "layers of the content loss, NAME or NAME:WEIGHT; their weighted losses are added up"
@@ -63,8 +65,16 @@ class Config:
     style_scale: float = _option(1.0, "long side of the styles over that of the image")
     style_size: int | str = _option("auto", "long side of the styles in pixels at every scale; auto follows the image")
     pooling: str = _option("avg", "pooling of the network: avg or max")
-    init: str = _option("content", "start from content, noise or a picture (PATH)")
+    padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
+    tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
+    init: str = _option("content", "start from content, noise, style (its colours, drawn) or a picture (PATH)")
+    init_noise: float = _option(0.0, "share of noise in the start, from 0 to 1")
     optimizer: str = _option("lbfgs", "lbfgs or adam")
+    learning_rate: float = _option(0.03, "step of adam, in pixel values from 0 to 1")
+    history: int = _option(20, "pairs that lbfgs remembers, from 1 to 20")
+    clamp: bool = _option(False, "keep the pixels of lbfgs in range at every step, as adam does")
+    average: float = _option(0.0, "decay of the running average of the pictures, which is then the result; 0 is off")
+    stop: float = _option(0.0, "end a scale when 20 evaluations improve the best loss by a smaller share; 0 is off")
     seed: int = _option(0, "seed of the noise")
     colour: str = _option(
         "none",
@@ -115,7 +125,19 @@ class Config:
             raise ValueError("style_layers: give one weight at least that is not zero")
         choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
         choice("pooling", self.pooling, ("avg", "max"))
+        choice("padding", self.padding, ("zero", "reflect", "replicate"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
+        _number("init_noise", self.init_noise, 0, 1)
+        _number("tv_power", self.tv_power, 1, 16)
+        _number("learning_rate", self.learning_rate, 1e-6, 1)
+        _number("average", self.average, 0, 0.9999)
+        _number("stop", self.stop, 0, 1)
+        _whole("history", self.history, 1, 20)
+        for name in ("clamp", "tile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
+        if self.tile and self.padding != "zero":
+            raise ValueError(f"padding {self.padding}: a picture that tiles has no border, leave padding or tile out")
         choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
 
@@ -156,6 +178,11 @@ class Config:
         """Long side of the styles for an image with this long side."""
         return max(1, round(self.style_scale * side)) if self.style_size == "auto" else int(self.style_size)
 
+    def whole(self, size: tuple[int, int]) -> tuple[int, int]:
+        """A (width, height) that can be optimised: to tile, both are rounded up to multiples of WHOLE."""
+        width, height = (-(-side // WHOLE) * WHOLE for side in size) if self.tile else size
+        return width, height
+
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
 
@@ -165,7 +192,7 @@ class Config:
         auto = 1 + max(0, round(2 * math.log2(self.long_side / COARSEST)))
         count = auto if self.scales == "auto" else int(self.scales)
         sides = [round(self.long_side / math.sqrt(2) ** i) for i in reversed(range(count))]
-        sides = [side for side in sides if round(side / aspect) >= MIN_SIDE]
+        sides = [max(self.whole((side, side))) for side in sides if round(side / aspect) >= MIN_SIDE]
         if not sides:
             raise ValueError(
                 f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "
@@ -187,9 +214,8 @@ def options() -> Iterable[Field[Any]]:
 
 
 def _weight(name: str, weight: object) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"{name} has to be a number, not {weight!r}")
-    if not (math.isfinite(weight) and weight >= 0):
+    number = _float(name, weight)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} {weight}: give a finite number that is not negative")
 
 
@@ -223,3 +249,14 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
         raise TypeError(f"{name} has to be a whole number, not {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} {value}: give a number from {low} to {high}")
+
+
+def _float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} has to be a number, not {value!r}")
+    return value
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if not low <= _float(name, value) <= high:
+        raise ValueError(f"{name} {value}: give a number from {low:g} to {high:g}")

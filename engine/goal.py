@@ -78,6 +78,8 @@ def load(content: Any, style: Any, config: Config, masks: Any, freeze: Any) -> G
     )
     if styles:
         config.style_shares(len(styles))
+    if config.init == "style" and not (styles and all(isinstance(each, images.Picture) for each in styles)):
+        raise ValueError("init style draws the colours of the styles: give their pictures, not targets or none")
     if picture is None:
         if config.size == "original":
             raise ValueError("size original is that of the content, and there is none: give a number or WxH")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -218,17 +219,26 @@ def digest(picture: Picture) -> str:
     return state.hexdigest()
 
 
-def resize(picture: Picture, size: tuple[int, int]) -> Picture:
-    """The picture at (width, height), by Lanczos in float; the same object if it has that size already."""
+def resize(picture: Picture, size: tuple[int, int], wrap: bool = False) -> Picture:
+    """The picture at (width, height), by Lanczos in float; the same object if it has that size already.
+
+    With `wrap` its borders see each other, so that a picture that tiles still does.
+    """
     if picture.size == size:
         return picture
-    channels = [_resize_plane(picture.rgb[..., c], size) for c in range(3)]
-    alpha = None if picture.alpha is None else _resize_plane(picture.alpha, size)
+    channels = [_resize_plane(picture.rgb[..., c], size, wrap) for c in range(3)]
+    alpha = None if picture.alpha is None else _resize_plane(picture.alpha, size, wrap)
     return Picture(np.stack(channels, axis=2), alpha)
 
 
-def _resize_plane(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    resized = Image.fromarray(np.ascontiguousarray(plane)).resize(size, Image.Resampling.LANCZOS)
+def _resize_plane(plane: NDArray[np.float32], size: tuple[int, int], wrap: bool) -> NDArray[np.float32]:
+    height, width = plane.shape
+    box = (0, 0, width, height)
+    if wrap:  # Pillow's filter also reads what lies around the box
+        frame = [math.ceil(3 * max(1, have / want)) for have, want in zip((height, width), size[::-1], strict=True)]
+        plane = np.pad(plane, [(length, length) for length in frame], mode="wrap")
+        box = (frame[1], frame[0], frame[1] + width, frame[0] + height)
+    resized = Image.fromarray(np.ascontiguousarray(plane)).resize(size, Image.Resampling.LANCZOS, box)
     return np.clip(np.asarray(resized, np.float32), 0, 1)
 
 

@@ -78,7 +78,13 @@ class Objective:
             kernels.Recorded(network.image.device) if recorded else _at_once for _ in range(2)
         )
         self._pixels = kernels.Pixels(
-            network.image, network.gradient, self._layers.scale, config.tv_weight, self._layers.terms
+            network.image,
+            network.gradient,
+            self._layers.scale,
+            config.tv_weight,
+            self._layers.terms,
+            config.tv_power,
+            config.tile,
         )
 
     def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:

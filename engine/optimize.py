@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from . import kernels
 
+WINDOW = 20  # evaluations over which a stalled loss is told
 AHEAD = 2  # iterations that a GPU has been given when one is yielded: who reads its loss does not leave the GPU idle
 
 
@@ -26,7 +27,7 @@ class State:
 
 @dataclass(frozen=True)
 class Iterate:
-    """Result of one evaluation: its loss, and the best image (1, 3, H, W) of this scale so far."""
+    """Result of one evaluation: its loss, and the best or the average image (1, 3, H, W) of this scale so far."""
 
     best: Tensor
     _loss: Tensor = field(repr=False)  # in host memory
@@ -52,6 +53,10 @@ class Iterate:
             raise RuntimeError("the run has moved on: a checkpoint is taken before the next step is asked for")
         return self._saving[0]()
 
+    def release(self) -> None:
+        """Let go of the optimiser: the run moves on."""
+        self._saving.clear()
+
 
 def minimise(
     evaluate: Callable[[Tensor, Tensor], Tensor],
@@ -60,13 +65,21 @@ def minimise(
     iterations: int,
     state: State,
     saved: Mapping[str, Tensor] | None = None,
+    *,
+    rate: float = kernels.RATE,
+    history: int = kernels.HISTORY,
+    clamp: bool = False,
+    average: float = 0,
+    wrap: bool = False,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
     `evaluate` gets pixels (1, 3, H, W) fp32 and a tensor of that shape, into which it writes the gradient of the loss
-    that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step) and
-    takes a step back, half by half, when it has diverged; `adam` keeps the pixels in [0, 1]. On a GPU iterations are
-    queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
+    that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step), takes a
+    step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always does.
+    `rate` is Adam's, `history` counts the pairs of L-BFGS; with `wrap` the borders of the image see each other. With a
+    decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU iterations are queued
+    AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
 
     With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
 
@@ -74,26 +87,40 @@ def minimise(
     moved since then, and what was yielded before stays good.
     """
     image = start.detach().clone()
+    if clamp:
+        image.clamp_(0, 1)
     gradient, loss = torch.empty_like(image), image.new_zeros(())
-    runner = kernels.Lbfgs(image, gradient, loss) if optimizer == "lbfgs" else _adam(image, gradient, loss, state)
+    if optimizer == "lbfgs":
+        runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, history, clamp)
+    else:
+        runner = _adam(image, gradient, loss, state, rate, wrap)
+    mean = _Average(image, average) if average else None
     queued: deque[Iterate] = deque()
     if saved:
         runner.restore(saved)
-        bests, known = saved["queued.best"].to(image.device), saved["queued.losses"]
+        if mean is not None:
+            mean.restore(saved)
+        if isinstance(runner, kernels.Adam):
+            state.steps, state.moments = runner.steps, tuple(runner.moments)
+        bests, known = saved["queued.best"].to(image.device)[:iterations], saved["queued.losses"][:iterations]
         queued.extend(Iterate(best, each, None) for best, each in zip(bests, known, strict=True))
 
     def save() -> dict[str, Tensor]:
         bests = [each.best for each in queued]
-        return runner.save() | {
-            "queued.best": torch.stack(bests).cpu() if bests else torch.empty(0),
-            "queued.losses": torch.tensor([each.loss for each in queued]),
-        }
+        return (
+            runner.save()
+            | ({} if mean is None else mean.save())
+            | {
+                "queued.best": torch.stack(bests).cpu() if bests else torch.empty(0),
+                "queued.losses": torch.tensor([each.loss for each in queued]),
+            }
+        )
 
     def hand_out() -> Iterator[Iterate]:
         iterate = queued.popleft()
         iterate._saving.append(save)
         yield iterate
-        iterate._saving.clear()
+        iterate.release()
 
     losses = torch.empty(iterations, pin_memory=image.is_cuda)
     unchecked = deque(enumerate(queued, 1))
@@ -101,8 +128,13 @@ def minimise(
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
+        if mean is not None:
+            mean.add(image, loss)
         runner.step()
-        queued.append(Iterate(runner.best.clone(), losses[i], arrival))
+        if isinstance(runner, kernels.Adam):
+            state.steps, state.moments = runner.steps, tuple(runner.moments)
+        result = runner.best if mean is None else mean.value
+        queued.append(Iterate(result.clone(), losses[i], arrival))
         unchecked.append((i + 1, queued[-1]))
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())
@@ -112,8 +144,56 @@ def minimise(
         _check(*each)
     while queued:
         yield from hand_out()
-    if isinstance(runner, kernels.Adam):
-        state.steps, state.moments = runner.steps, tuple(runner.moments)
+
+
+class Stall:
+    """Tells when the best loss of a scale has stalled: WINDOW evaluations lowered it by less than the share `least`."""
+
+    def __init__(self, least: float, saved: Iterable[float] = ()) -> None:
+        self._least = least
+        self._best = deque(saved, WINDOW + 1)
+
+    def __call__(self, loss: float) -> bool:
+        """Whether it has, after an evaluation with this loss."""
+        self._best.append(min(loss, self._best[-1]) if self._best else loss)
+        before = self._best[0]
+        return len(self._best) > WINDOW and before - self._best[-1] < self._least * before
+
+    def save(self) -> Tensor:
+        """The best losses it remembers, fp64, for another one to go on."""
+        return torch.tensor(list(self._best), dtype=torch.float64)
+
+
+class _Average:
+    """The exponential moving average of the images evaluated, free of the bias of its start.
+
+    After k images x_i it is sum_i d^(k-i) x_i / sum_i d^(k-i). An image whose loss has diverged or is not finite has no
+    share: the optimiser takes that step back. Nothing waits for a GPU.
+    """
+
+    def __init__(self, image: Tensor, decay: float) -> None:
+        self.value = image.clone()
+        self._decay = decay
+        self._mass = image.new_zeros((), dtype=torch.float64)
+        self._lowest = image.new_full((), math.inf)
+
+    def add(self, image: Tensor, loss: Tensor) -> None:
+        """Take the image of this loss in."""
+        self._lowest = torch.fmin(self._lowest, loss)
+        taken = torch.isfinite(loss) & (loss <= kernels.DIVERGED * self._lowest)
+        self._mass = torch.where(taken, self._decay * self._mass + 1, self._mass)
+        self.value.lerp_(image, (taken / self._mass.clamp(min=1)).float())
+
+    def save(self) -> dict[str, Tensor]:
+        """All that the next averages depend on, in host memory; on a CPU the memory in use, so to be copied."""
+        saved = {"value": self.value, "mass": self._mass, "lowest": self._lowest}
+        return {f"average.{name}": tensor.cpu() for name, tensor in saved.items()}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where another one was when `saved` was its `save`."""
+        self.value.copy_(saved["average.value"])
+        self._mass.copy_(saved["average.mass"])
+        self._lowest.copy_(saved["average.lowest"])
 
 
 def _check(iteration: int, iterate: Iterate) -> None:
@@ -124,8 +204,23 @@ def _check(iteration: int, iterate: Iterate) -> None:
         )
 
 
-def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State) -> kernels.Adam:
+def resized(tensor: Tensor, size: Sequence[int], mode: str, wrap: bool) -> Tensor:
+    """A tensor (1, 3, h, w) at the (height, width) of a finer scale, by torch's interpolation of that mode.
+
+    With `wrap` its borders see each other; all sides are multiples of 16 then, so that a frame of one sixteenth of the
+    sides, 2 pixels at least, becomes one of one sixteenth.
+    """
+    if not wrap:
+        return functional.interpolate(tensor, size=tuple(size), mode=mode)
+    high, broad = (side // 16 for side in tensor.shape[2:])
+    framed = functional.pad(tensor, (broad, broad, high, high), mode="circular")
+    fine = functional.interpolate(framed, size=tuple(side + side // 8 for side in size), mode=mode)
+    height, width = size
+    return fine[:, :, height // 16 :, width // 16 :][:, :, :height, :width].contiguous()
+
+
+def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State, rate: float, wrap: bool) -> kernels.Adam:
     """Adam, started with the moments of the coarser scale."""
     size = image.shape[2:]
-    moments = [functional.interpolate(each, size=size, mode="bilinear") for each in state.moments]
-    return kernels.Adam(image, gradient, loss, moments, state.steps)
+    moments = [resized(each, size, "bilinear", wrap) for each in state.moments]
+    return kernels.Adam(image, gradient, loss, moments, state.steps, rate)

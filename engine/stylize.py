@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         default = ",".join(dict(option.default)) if isinstance(option.default, tuple) else option.default
         text = option.metadata["help"] + (f" (default {default})" if default != "" else "")
         flag = "--" + option.name.replace("_", "-")
+        if isinstance(option.default, bool):
+            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=option.metadata["help"])
+            continue
         group.add_argument(flag, metavar=_METAVARS.get(option.name, "X"), default=argparse.SUPPRESS, help=text)
     group.add_argument(
         "--mask", action="append", metavar="MASK[:MASK]",
@@ -104,9 +107,10 @@ _PROGRESS = "auto (a bar on a terminal), none, or json (a line for each iteratio
 _METAVARS = {
     "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
     "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...]", "scales": "auto|N",
-    "content_weight": "W", "style_weight": "W",
-    "tv_weight": "W", "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
-    "init": "content|noise|PATH", "optimizer": "lbfgs|adam", "seed": "N",
+    "content_weight": "W", "style_weight": "W", "tv_weight": "W", "tv_power": "F",
+    "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
+    "padding": "zero|reflect|replicate", "init": "content|noise|style|PATH", "init_noise": "F",
+    "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "N", "average": "F", "stop": "F", "seed": "N",
     "colour": "none|keep-after|keep-before|match|histogram",
 }  # fmt: skip
 
@@ -243,7 +247,9 @@ def _config(given: argparse.Namespace) -> Config:
     return Config(**values)
 
 
-def _parse(name: str, default: Any, text: str) -> Any:
+def _parse(name: str, default: Any, text: Any) -> Any:
+    if isinstance(default, bool):
+        return text
     if name == "iterations":
         counts = tuple(int(part) for part in text.split(","))
         return counts[0] if len(counts) == 1 else counts

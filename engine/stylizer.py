@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from . import colour, kernels, provider
 from . import image as images
@@ -32,8 +31,9 @@ from .features import network as open_network
 from .goal import Goal, canvas
 from .goal import load as load_goal
 from .losses import Objective, Region
-from .optimize import Iterate, State, minimise
+from .optimize import Iterate, Stall, State, minimise, resized
 from .regions import Mask, View, frozen, guide, load_mask
+from .start import first_pixels
 from .targets import Statistic, Statistics, Targets, blend
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ _STYLES = 64  # style targets kept, 2.4 MB each with the default layers
 class Step:
     """State of a run after one iteration.
 
-    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one. `loss`,
-    that of this iteration, and `image`, the best picture of this scale so far, are converted when they are asked for:
-    a GPU works ahead, and asking waits for it.
+    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one as far as
+    is known: a scale that stops early makes it smaller. `loss`, that of this iteration, and `image`, the best picture
+    of this scale so far (the average of its pictures with `Config.average`), are converted when they are asked for: a
+    GPU works ahead, and asking waits for it.
     """
 
     scale: int
@@ -70,7 +71,7 @@ class Step:
 
     @property
     def image(self) -> Image.Image:
-        """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
+        """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
         alpha, pixels = self._content.alpha, self._iterate.best
         if alpha is not None:
             height, width = pixels.shape[2:]
@@ -206,10 +207,10 @@ class Stylizer:
         config = given.config
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
-        start = images.load(config.init) if config.init not in ("content", "noise") else None
+        start = images.load(config.init) if config.init not in ("content", "noise", "style") else None
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
-        if resumed and resumed.iteration == sum(iterations for _, iterations in schedule):
+        if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
             raise ValueError("the run of the checkpoint is finished")
         return self._run(picture, given.coloured(), start, schedule, identity, resumed)
 
@@ -224,7 +225,7 @@ class Stylizer:
         """
         goal = load_goal(content, style, config or Config(), masks, None).coloured()
         picture, _ = colour.prepare(goal.config.colour, images.load(image), [])
-        objective = self._objective(images.resize(goal.content or picture, picture.size), goal)
+        objective = self._objective(images.resize(goal.content or picture, picture.size, goal.config.tile), goal)
         terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
         if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
             return self.evaluate(picture, content, style, config, masks=masks)
@@ -248,31 +249,38 @@ class Stylizer:
     ) -> Iterator[Step]:
         """The run; `content` is what was given, `goal` what the objective sees."""
         config, seen = goal.config, goal.content or content
-        total = sum(iterations for _, iterations in schedule)
         iteration = resumed.iteration if resumed else 0
         state = State()
-        pixels: Tensor | None = resumed.tensors["best"] if resumed else None
+        counts = resumed.tensors["schedule"].tolist() if resumed else [iterations for _, iterations in schedule]
+        pixels: Tensor | None = resumed.tensors["average.value" if config.average else "best"] if resumed else None
         for index, (scale, _) in enumerate(schedule):
             if resumed and index < resumed.scale:
                 continue
-            size = content.fit(scale)
-            scaled = images.resize(seen, size)
+            size = config.whole(content.fit(scale))
+            scaled = images.resize(seen, size, config.tile)
             if pixels is None:
-                pixels = _first_pixels(scaled, start, config)
+                pixels = first_pixels(scaled, goal.styles, start, config)
             elif not resumed:
-                pixels = functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic")
+                pixels = resized(pixels, size[::-1], "bicubic", config.tile)
             if goal.freeze is not None and not resumed:
                 held = frozen(goal.freeze, size).to(pixels.device)
                 pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)
-            end = sum(iterations for _, iterations in schedule[: index + 1])
-            while iteration < end or resumed:
+            stall = Stall(config.stop, resumed.tensors["stall"].tolist() if resumed else ())
+            while iteration < sum(counts[: index + 1]) or resumed:
                 tensors, resumed = resumed.tensors if resumed else None, None
+                left = sum(counts[: index + 1]) - iteration
                 try:
-                    for iterate in self._minimise(scaled, goal, pixels, end - iteration, state, tensors):
+                    for iterate in self._minimise(scaled, goal, pixels, left, state, tensors):
                         iteration += 1
                         pixels = iterate.best
-                        save = functools.partial(self._checkpoint, identity, index, iteration, iterate)
-                        yield Step(scale, iteration, total, iterate, content, config.colour, save)
+                        stops = config.stop > 0 and stall(iterate.loss)
+                        if stops:
+                            counts[index] = iteration - sum(counts[:index])
+                        save = functools.partial(self._checkpoint, identity, index, iteration, iterate, counts, stall)
+                        yield Step(scale, iteration, sum(counts), iterate, content, config.colour, save)
+                        if stops:
+                            iterate.release()
+                            break
                 except FloatingPointError as error:
                     if not self._fall_back(error):
                         raise
@@ -281,20 +289,20 @@ class Stylizer:
         """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
         config = given.config
         options = asdict(config) | {"init": config.init if start is None else images.digest(start)}
-        return (
-            {name.replace("_", "-"): value for name, value in options.items()}
-            | given.digests()
-            | {
-                "weights": self.weights_digest(given.layers),
-                "device": self.device,
-            }
-        )
+        own = {"weights": self.weights_digest(given.layers), "device": self.device}
+        return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
 
     def _checkpoint(
-        self, identity: Callable[[], dict[str, Any]], scale: int, iteration: int, iterate: Iterate
+        self,
+        identity: Callable[[], dict[str, Any]],
+        scale: int,
+        iteration: int,
+        iterate: Iterate,
+        counts: list[int],
+        stall: Stall,
     ) -> Checkpoint:
         """The run behind `iterate`, the newest of it."""
-        tensors = iterate.save()
+        tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
         return Checkpoint(identity() | {"precision": self.precision}, scale, iteration, tensors)
 
     def _resumed(self, data: bytes, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
@@ -317,7 +325,20 @@ class Stylizer:
         """The run at one scale, that of `content`, whose network is let go at its end."""
         objective = self._objective(content, goal)
         start = start.to(objective.network.image.device)
-        iterates = minimise(objective.write, start, goal.config.optimizer, iterations, state, saved)
+        config = goal.config
+        iterates = minimise(
+            objective.write,
+            start,
+            config.optimizer,
+            iterations,
+            state,
+            saved,
+            rate=config.learning_rate,
+            history=config.history,
+            clamp=config.clamp,
+            average=config.average,
+            wrap=config.tile,
+        )
         yield from within(objective.network, iterates)
 
     def _fall_back(self, reason: object) -> bool:
@@ -383,22 +404,29 @@ class Stylizer:
     def _made_for(self, layers: tuple[str, ...], config: Config) -> dict[str, str]:
         """What statistics of these layers depend on besides the picture and its size."""
         weights = f"{self.weights_name} {self.weights_digest(layers or vgg.LAYERS)[:16]}"
-        return {"weights": weights, "pooling": config.pooling, "style loss": config.style_loss}
+        return {
+            "weights": weights,
+            "pooling": config.pooling,
+            "padding": config.padding,
+            "style loss": config.style_loss,
+        }
 
     def _statistics(self, style: images.Picture, side: int, config: Config, mask: Mask | None) -> Statistics:
         """The statistics of a style, or of its part in a mask, for an image with this long side.
 
-        The style's long side follows the image's, and is longer where its short side needs it.
+        The style's long side follows the image's, and is longer where its short side needs it. A style is not expected
+        to tile: it has borders even where the image has none.
         """
         own = config.style_side(side)
         size = style.fit(max(own, math.ceil(MIN_SIDE * style.aspect)))
         digest = hashlib.sha256(style.rgb.tobytes())
         digest.update(b"" if mask is None else mask.tobytes())
         layers = tuple(config.style_layer_weights)
-        key = (digest.digest(), style.size, size, layers, config.pooling, config.style_loss, self.precision)
+        kinds = (config.pooling, config.padding, config.style_loss, self.precision)
+        key = (digest.digest(), style.size, size, layers, *kinds)
 
         def make() -> Statistics:
-            features = self._open_features(size, layers, config, forward_only=True)
+            features = self._open_features(size, layers, config, config.padding, forward_only=True)
             found = {}
             with features.use():
                 features.image.copy_(images.to_tensor(images.resize(style, size)))
@@ -414,18 +442,24 @@ class Stylizer:
         return self._cached(self._targets, key, _STYLES, make)
 
     def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config) -> Features:
+        padding = "circular" if config.tile else config.padding
+        make = functools.partial(self._open_features, size, layers, config, padding)
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
-            return self._open_features(size, layers, config)
-        key = (size, layers, config.pooling, self.precision)
-        return self._cached(self._networks, key, _NETWORKS, lambda: self._open_features(size, layers, config))
+            return make()
+        return self._cached(self._networks, (size, layers, config.pooling, padding, self.precision), _NETWORKS, make)
 
     def _open_features(
-        self, size: tuple[int, int], layers: tuple[str, ...], config: Config, forward_only: bool = False
+        self,
+        size: tuple[int, int],
+        layers: tuple[str, ...],
+        config: Config,
+        padding: str,
+        forward_only: bool = False,
     ) -> Features:
         precision = self.precision
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
-        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc)
+        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
         return self._network(layers, config.pooling).open(spec, forward_only=forward_only)
 
     def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:
@@ -462,14 +496,3 @@ def within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
         if iterate is None:
             return
         yield iterate
-
-
-def _first_pixels(content: images.Picture, start: images.Picture | None, config: Config) -> Tensor:
-    """The pixels (1, 3, H, W) that the first scale starts from."""
-    if start is not None:
-        return images.to_tensor(images.resize(start, content.size))
-    if config.init == "content":
-        return images.to_tensor(content)
-    generator = torch.Generator().manual_seed(config.seed)
-    width, height = content.size
-    return torch.rand(1, 3, height, width, generator=generator)

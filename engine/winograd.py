@@ -132,7 +132,7 @@ class Features:
             kept = self.features.get(conv.relu)
             target = self._spare[i % 2].data_ptr() if kept is None else kept.data_ptr()
             step = {"source": source, "target": target, "height": height, "width": width, "c_out": channels}
-            step["extra"] = network.address(f"{conv.name}.bias")
+            step |= {"extra": network.address(f"{conv.name}.bias"), "padding": nhwc.PADDINGS.index(spec.edge(conv))}
             if conv.in_channels == 3 and largest:
                 step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
             elif conv.in_channels == 3:
@@ -157,6 +157,7 @@ class Features:
         for i, conv in reversed(list(enumerate(spec.convs))):
             _, channels, height, width = spec.shapes[conv.relu]
             step = {"source": source, "height": height, "width": width, "c_in": channels}
+            step["padding"] = nhwc.PADDINGS.index(spec.edge(conv))
             if conv.in_channels == 3:
                 step |= {"op": LAST, "tasks": -(-height // nhwc.BAND), "target": self.gradient.data_ptr()}
                 steps.append(step | {"weights": network.address("last")})

@@ -28,12 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=256, metavar="W", help="image width (default 256)")
     parser.add_argument("--layers", default=",".join(DEFAULT_LAYERS), help="loss layers (default %(default)s)")
     parser.add_argument("--pooling", choices=("avg", "max"), default="avg", help="pooling (default avg)")
+    parser.add_argument("--padding", choices=vgg.PADDINGS, default="zero", help="beyond the border (default zero)")
     parser.add_argument("--precision", choices=vgg.PRECISIONS, default="fp32", help="precision (default fp32)")
     parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
     options = parser.parse_args(arguments)
     try:
         layers = tuple(options.layers.split(","))
-        spec = vgg.Spec(options.height, options.width, layers, options.pooling, options.precision)
+        spec = vgg.Spec(
+            options.height, options.width, layers, options.pooling, options.precision, padding=options.padding
+        )
         weights = load(options.weights, layers)
         rows = export(spec, weights, options.out)
     except (ValueError, OSError) as error:
@@ -57,7 +60,9 @@ def export(spec: vgg.Spec, weights: Weights, folder: Path) -> list[tuple[str, ..
     errors = validate.check(spec, weights)
     arrays = {**graph.forward_initializers(spec, weights), **graph.vjp_initializers(spec, weights)}
     location = graph.weights_file(spec, weights)
-    suffix = f"{spec.convs[-1].relu}-{spec.pooling}-{spec.precision}-{spec.height}x{spec.width}.onnx"
+    kind_of = f"{spec.convs[-1].relu}-{spec.pooling}-{spec.precision}"
+    padding = "" if spec.padding == "zero" else f"-{spec.padding}"
+    suffix = f"{kind_of}{padding}-{spec.height}x{spec.width}.onnx"
     rows: list[tuple[str, ...]] = [("file", "inputs", "outputs", "opset", "size", "max error")]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as staging:
         with (Path(staging) / location).open("wb") as file:

@@ -9,6 +9,9 @@ Average pooling spreads a quarter of the cotangent over its four positions; the 
 the convolution above. Max pooling routes the cotangent to the first of the four that equals the maximum, as torch
 does. Pooling floors: the odd row or column that it drops gets a zero gradient.
 
+Padding other than with zeros is a frame made of slices. The VJP of a circular one is circular again; that of a
+reflecting or replicating one goes through a full convolution, whose frame is added to the lines that it was made of.
+
 The weights are external initializers of one file, the same for every shape.
 """
 
@@ -127,7 +130,8 @@ def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = 
             x = build.node(op, [x], f"pool{conv.block - 1}", kernel_shape=[2, 2], strides=[2, 2])
         kernel = build.external(f"{conv.name}.weight", conv.out_channels, conv.in_channels, 3, 3)
         bias = build.external(f"{conv.name}.bias", conv.out_channels)
-        x = build.node("Conv", [x, kernel, bias], conv.name, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        x, pads = _framed(build, spec, conv, x)
+        x = build.node("Conv", [x, kernel, bias], conv.name, kernel_shape=[3, 3], pads=[pads] * 4)
         x = build.node("Relu", [x], _inside(spec, conv.relu))
         if spec.nhwc and conv.relu in wanted:
             build.node("Transpose", [x], conv.relu, perm=_TO_NHWC)
@@ -154,7 +158,11 @@ def vjp(spec: vgg.Spec, weights: Weights) -> onnx.ModelProto:
         cotangent = _mask(build, spec, cotangent, relu, conv.out_channels)
         kernel = build.external(f"{conv.name}.vjp", conv.in_channels, conv.out_channels, 3, 3)
         out = f"{conv.name}.cotangent"
-        cotangent = build.node("Conv", [cotangent, kernel], out, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        folds = spec.edge(conv) in ("reflect", "replicate")
+        cotangent, pads = (cotangent, 2) if folds else _framed(build, spec, conv, cotangent)
+        cotangent = build.node("Conv", [cotangent, kernel], out, kernel_shape=[3, 3], pads=[pads] * 4)
+        if folds:
+            cotangent = _folded(build, spec, conv, cotangent)
         if conv.after_pool:
             below = vgg.CONVS[vgg.CONVS.index(conv) - 1]
             unpool = _unpool_average if spec.pooling == "avg" else _unpool_max
@@ -174,6 +182,43 @@ def _info(spec: vgg.Spec, relu: str, prefix: str = "") -> onnx.ValueInfoProto:
 def _inside(spec: vgg.Spec, name: str) -> str:
     """What an input or output `name` is called in the graph, where it is (1, C, H, W)."""
     return f"{name}.nchw" if spec.nhwc else name
+
+
+def _beyond(spec: vgg.Spec, conv: vgg.Conv, length: int) -> tuple[int, int]:
+    """The lines of `length` that a convolution sees before the first and behind the last."""
+    return {"reflect": (1, length - 2), "replicate": (0, length - 1), "circular": (length - 1, 0)}[spec.edge(conv)]
+
+
+def _slice(build: _Builder, x: str, axis: int, start: int, stop: int) -> str:
+    limits = [build.constant(f"at{i}", np.array([i], np.int64)) for i in (start, stop, axis)]
+    return build.node("Slice", [x, *limits], f"{x}.{axis}_{start}_{stop}")
+
+
+def _framed(build: _Builder, spec: vgg.Spec, conv: vgg.Conv, x: str) -> tuple[str, int]:
+    """What a convolution reads, with a frame of one line where that is not zero, and the zeros still to be added."""
+    if spec.edge(conv) == "zero":
+        return x, 1
+    for axis in (2, 3):
+        before, behind = (_slice(build, x, axis, i, i + 1) for i in _beyond(spec, conv, spec.shapes[conv.relu][axis]))
+        x = build.node("Concat", [before, x, behind], f"{x}.framed{axis}", axis=axis)
+    return x, 0
+
+
+def _folded(build: _Builder, spec: vgg.Spec, conv: vgg.Conv, x: str) -> str:
+    """The transpose of the frame: its lines are added to those that they were copies of."""
+    for axis in (2, 3):
+        length = spec.shapes[conv.relu][axis]
+        total = _slice(build, x, axis, 1, length + 1)
+        for line, place in zip((0, length + 1), _beyond(spec, conv, length), strict=True):
+            pads = np.zeros(8, np.int64)
+            pads[axis], pads[4 + axis] = place, length - 1 - place
+            name = f"fold{axis}_{line}"
+            share = build.node(
+                "Pad", [_slice(build, x, axis, line, line + 1), build.constant(f"{name}.pads", pads)], name
+            )
+            total = build.node("Add", [total, share], f"{name}.sum")
+        x = total
+    return x
 
 
 def _mask(build: _Builder, spec: vgg.Spec, cotangent: str, relu: str, channels: int) -> str:

@@ -94,7 +94,7 @@ def check(spec: vgg.Spec, weights: Weights) -> Errors:
 
     Raises ArithmeticError if one is larger than TOLERANCE.
     """
-    oracle = weights.module(spec.layers, spec.pooling, torch.float64)
+    oracle = weights.module(spec.layers, spec.pooling, torch.float64, spec.padding)
     image = picture(spec.height, spec.width, seed=1)
     target = {layer: _gram(value) for layer, value in oracle(picture(spec.height, spec.width, seed=2)).items()}
     features = oracle(image)
@@ -137,7 +137,9 @@ def linear_piece_vjp(
             assert below is not None
             pooled, index = functional.max_pool2d(below, 2, return_indices=True)
             x = x.flatten(2).gather(2, index.flatten(2)).reshape(pooled.shape)
-        x = functional.conv2d(x, weights.parameters[f"{conv.name}.weight"].double(), padding=1)
+        edge = spec.edge(conv)
+        x = functional.pad(x, (1, 1, 1, 1), "constant" if edge == "zero" else edge)
+        x = functional.conv2d(x, weights.parameters[f"{conv.name}.weight"].double())
         below = torch.from_numpy(relus[conv.relu]).float()
         x = found[conv.relu] = x * (below > 0)
     outputs = [found[layer] for layer in cotangents]

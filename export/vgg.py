@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 POOLINGS = ("avg", "max")
 PRECISIONS = ("fp32", "fp16", "bf16")
+PADDINGS = ("zero", "reflect", "replicate", "circular")
 BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # (channels, convolutions) of each block
+WHOLE = 16  # pixels; sides that are multiples of it lose nothing in any pooling
 MIN_SIDE = 32  # pixels; keeps at least 2 x 2 positions in the fifth block
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A 3x3 convolution of stride 1 and zero padding 1, with the ReLU behind it."""
+    """A 3x3 convolution of stride 1 and padding 1, with the ReLU behind it."""
 
     block: int
     index: int
@@ -67,6 +69,11 @@ def shapes(convs: Iterable[Conv], height: int, width: int) -> dict[str, tuple[in
     return {conv.relu: (1, conv.out_channels, height >> (conv.block - 1), width >> (conv.block - 1)) for conv in convs}
 
 
+def edge(conv: Conv, padding: str) -> str:
+    """What a convolution sees beyond the border: `circular` holds for all, the others for the layer at the pixels."""
+    return padding if padding == "circular" or conv.in_channels == 3 else "zero"
+
+
 def flops(convs: Iterable[Conv], height: int, width: int) -> int:
     """Floating-point operations of one forward pass and one VJP, a multiply-add counted as two."""
     return sum(
@@ -76,12 +83,18 @@ def flops(convs: Iterable[Conv], height: int, width: int) -> int:
 
 
 def module(
-    parameters: Mapping[str, Tensor], mean: Tensor, std: Tensor, layers: Iterable[str], pooling: str
+    parameters: Mapping[str, Tensor],
+    mean: Tensor,
+    std: Tensor,
+    layers: Iterable[str],
+    pooling: str,
+    padding: str = "zero",
 ) -> nn.Module:
     """torchvision's VGG-19 with these parameters, cut at the deepest layer: image (1, 3, H, W) -> {layer: features}.
 
     The image is RGB in [0, 1]; `mean` and `std` (3,) normalise it. The module takes the dtype of its parameters, so
-    float64 parameters make a float64 oracle. `parameters` hold `conv1_1.weight`, `conv1_1.bias` and so on.
+    float64 parameters make a float64 oracle. `pooling` and `padding` are those of `Spec`. `parameters` hold
+    `conv1_1.weight`, `conv1_1.bias` and so on.
     """
     import torch
     from torch import nn
@@ -107,6 +120,7 @@ def module(
             self.features = nn.Sequential(*stages)
             own = [stage for stage in stages if isinstance(stage, nn.Conv2d)]
             for conv, stage in zip(convs, own, strict=True):
+                stage.padding_mode = edge(conv, padding).replace("zero", "zeros")  # type: ignore[assignment]
                 stage.weight = nn.Parameter(parameters[f"{conv.name}.weight"], requires_grad=False)
                 stage.bias = nn.Parameter(parameters[f"{conv.name}.bias"], requires_grad=False)
 
@@ -132,6 +146,8 @@ class Spec:
     VJP in its blocked channel layout; a comparison would reorder the cotangent twice at each layer. float32 only.
     `nhwc` hands features and cotangents over as (1, H, W, C): a provider that works in this order, as CUDA's does in
     16 bits, then has nothing to reorder.
+    `padding` is what conv1_1 sees beyond the border; `circular` holds for all convolutions, and wants sides that are
+    multiples of WHOLE: then the poolings wrap around as well.
     """
 
     height: int
@@ -141,6 +157,7 @@ class Spec:
     precision: str = "fp32"
     blocked: bool = False
     nhwc: bool = False
+    padding: str = "zero"
 
     def __post_init__(self) -> None:
         unknown = [layer for layer in self.layers if layer not in LAYERS]
@@ -156,11 +173,21 @@ class Spec:
             raise ValueError("blocked masks need fp32")
         if self.blocked and self.nhwc:
             raise ValueError("a graph is blocked or nhwc")
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding {self.padding!r}: choose from {', '.join(PADDINGS)}")
+        if self.padding == "circular" and (self.height % WHOLE or self.width % WHOLE):
+            raise ValueError(
+                f"image of {self.width} x {self.height} pixels: to be tiled, its sides have to be multiples of {WHOLE}"
+            )
 
     @property
     def convs(self) -> tuple[Conv, ...]:
         """The convolutions up to the deepest loss layer."""
         return cut(self.layers)
+
+    def edge(self, conv: Conv) -> str:
+        """What a convolution sees beyond the border, one of PADDINGS."""
+        return edge(conv, self.padding)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int, int]]:

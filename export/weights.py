@@ -73,11 +73,13 @@ class Weights:
         kernel: NDArray[np.float32] = self.parameters[f"{conv.name}.weight"].numpy()
         return kernel / np.array(self.std, np.float32).reshape(1, 3, 1, 1) if conv.in_channels == 3 else kernel
 
-    def module(self, layers: tuple[str, ...], pooling: str, dtype: torch.dtype = torch.float32) -> Any:
+    def module(
+        self, layers: tuple[str, ...], pooling: str, dtype: torch.dtype = torch.float32, padding: str = "zero"
+    ) -> Any:
         """The torch module with these weights in `dtype`; see `vgg.module`."""
         parameters = {key: value.to(dtype) for key, value in self.parameters.items()}
         mean, std = torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
-        return vgg.module(parameters, mean.to(dtype), std.to(dtype), layers, pooling)
+        return vgg.module(parameters, mean.to(dtype), std.to(dtype), layers, pooling, padding)
 
 
 def cache_folder() -> Path:

@@ -6,13 +6,16 @@ of its input, and serves as the oracle.
 """
 
 from ._cuda import Recorded, announce_no_graph
-from .adam import Adam
+from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, gram
-from .lbfgs import Lbfgs
+from .lbfgs import DIVERGED, HISTORY, Lbfgs
 from .pixels import Pixels
 from .wasserstein import Wasserstein
 
 __all__ = [
+    "DIVERGED",
+    "HISTORY",
+    "RATE",
     "Adam",
     "Layer",
     "Layers",

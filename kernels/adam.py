@@ -25,11 +25,17 @@ class Adam:
     """
 
     def __init__(
-        self, image: Tensor, gradient: Tensor, loss: Tensor, moments: Sequence[Tensor] = (), steps: int = 0
+        self,
+        image: Tensor,
+        gradient: Tensor,
+        loss: Tensor,
+        moments: Sequence[Tensor] = (),
+        steps: int = 0,
+        rate: float = RATE,
     ) -> None:
         self.best = image.clone()
         self.moments = [each.contiguous() for each in moments] or [torch.zeros_like(image) for _ in range(2)]
-        self.steps = steps
+        self.steps, self._rate = steps, rate
         self._image, self._gradient, self._loss = image, gradient, loss
         self._lowest = math.inf
         if image.is_cuda:
@@ -44,7 +50,7 @@ class Adam:
             self._step_cpu(float(self._loss))
             return
         vectors = (self._image, self._gradient, *self.moments, self.best)
-        scalars = (self._loss, self._state, self._arrived, self._image.numel(), RATE, *BETAS, EPSILON)
+        scalars = (self._loss, self._state, self._arrived, self._image.numel(), self._rate, *BETAS, EPSILON)
         _cuda.launch("adam", "adam_step", (_cuda.blocks(self._image.numel()),), *vectors, *scalars)
 
     def save(self) -> dict[str, Tensor]:
@@ -77,4 +83,4 @@ class Adam:
         first.lerp_(gradient, 1 - rate1)
         second.mul_(rate2).addcmul_(gradient, gradient, value=1 - rate2)
         root = (second.sqrt() / math.sqrt(1 - rate2**self.steps)).add_(EPSILON)
-        self._image.addcdiv_(first, root, value=-RATE / (1 - rate1**self.steps)).clamp_(0, 1)
+        self._image.addcdiv_(first, root, value=-self._rate / (1 - rate1**self.steps)).clamp_(0, 1)

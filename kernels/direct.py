@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .nhwc import PATCH
+from .nhwc import PATCH, inside
 from .vector import BLOCK, ROWS, array, clear, copy, multiply_add_exact
 
 HIGH, BROAD = 4, 24  # positions of a tile
@@ -44,8 +44,8 @@ def scratch_size(c_in: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, target, height, width, channels, weights, bias, row):  # type: ignore[no-untyped-def]
-    """One row of relu1_1 (height, width, channels) of an image (3, height, width)."""
+def first(image, target, height, width, channels, weights, bias, padding, row):  # type: ignore[no-untyped-def]
+    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width)."""
     pixels, biases = array(image, (3, height, width)), array(bias, (channels,))
     numbers = array(weights, (2 * (6 + PATCH * channels),)).view(np.float64)
     mean, std, lines = numbers[:3], numbers[3:6], numbers[6:].reshape((PATCH, channels))
@@ -56,9 +56,10 @@ def first(image, target, height, width, channels, weights, bias, row):  # type: 
             sums[c] = biases[c]
         for i in range(3):
             for j in range(3):
-                if 0 <= row + i - 1 < height and 0 <= x + j - 1 < width:
+                y, place = inside(row + i - 1, height, padding), inside(x + j - 1, width, padding)
+                if y >= 0 and place >= 0:
                     for colour in range(3):
-                        value = (pixels[colour, row + i - 1, x + j - 1] - mean[colour]) / std[colour]
+                        value = (pixels[colour, y, place] - mean[colour]) / std[colour]
                         line = lines[(i * 3 + j) * 3 + colour]
                         for c in range(channels):
                             sums[c] += value * line[c]
@@ -68,11 +69,12 @@ def first(image, target, height, width, channels, weights, bias, row):  # type: 
 
 @njit(nogil=True, error_model="numpy")
 def convolve(  # type: ignore[no-untyped-def]
-    source, target, height, width, c_in, c_out, weights, bias, tile, group, groups, scratch
+    source, target, height, width, c_in, c_out, weights, bias, padding, tile, group, groups, scratch
 ):
     """target (height, width, c_out) = max(convolution of source (height, width, c_in) + bias, 0) in one tile.
 
     `weights` is the address of the panels; `group` of `groups` chooses output channels, a multiple of BLOCK.
+    `padding`, an index of `nhwc.PADDINGS`, is zero or circular.
     """
     across = (width + BROAD - 1) // BROAD
     top, left = HIGH * (tile // across), BROAD * (tile % across)
@@ -82,9 +84,9 @@ def convolve(  # type: ignore[no-untyped-def]
     rest = m + 4 * HIGH * BROAD * BLOCK
     for i in range(high + 2):
         for j in range(line + 2):
-            y, x = top + i - 1, left + j - 1
+            y, x = inside(top + i - 1, height, padding), inside(left + j - 1, width, padding)
             cell = scratch + 4 * (i * (line + 2) + j) * c_in
-            if 0 <= y < height and 0 <= x < width:
+            if y >= 0 and x >= 0:
                 copy(source + 4 * (y * width + x) * c_in, cell, c_in)
             else:
                 clear(cell, c_in)

@@ -3,7 +3,7 @@
 
 #include "common.cuh"
 
-constexpr int SLOTS = 21;               // pairs of the history, and one being made
+constexpr int SLOTS = 21;               // most pairs of the history, and one being made
 constexpr int CHANGE = 2 * SLOTS;       // row of y among the dot products
 constexpr int GRADIENT = CHANGE + 1;    // and of g
 constexpr int ROWS = GRADIENT + 1;
@@ -18,23 +18,27 @@ struct State {
     double squares[SLOTS][SLOTS];   // y_i y_j
 };
 
-// Rows of the history that hold something.
-__device__ inline int rows_in_use(const State& state) {
-    const double slots = state.pairs + 1 < SLOTS ? state.pairs + 1 : SLOTS;
-    return state.moved ? 2 * slots : 0;
+// Rows of the history of `slots` pairs that hold something.
+__device__ inline int rows_in_use(const State& state, long long slots) {
+    const double used = state.pairs + 1 < slots ? state.pairs + 1 : slots;
+    return state.moved ? 2 * used : 0;
 }
 
+// Whether x lies on a bound of [0, 1], and its gradient points out.
+__device__ inline bool held(float x, float gradient) { return (x <= 0 && gradient > 0) || (x >= 1 && gradient < 0); }
+
 // sums (gridDim.x, ROWS, 2): shares of the dot products of each row with y = g + history[2 from + 1] and g = unit *
-// gradient. The blocks of a column share out the elements, those of a row the rows. history (2 SLOTS, count).
-__global__ void lbfgs_dots(const float* history, const float* gradient, const State* state, long long count,
-                           double* sums) {
+// gradient. The blocks of a column share out the elements, those of a row the rows. history (2 slots, count). Where the
+// image is boxed and held, g is 0.
+__global__ void lbfgs_dots(const float* history, const float* image, const float* gradient, const State* state,
+                           long long count, long long slots, long long boxed, double* sums) {
     __shared__ double warps[WARPS][2 * GROUP];
-    const int first = blockIdx.y * GROUP, rows = rows_in_use(*state);
+    const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
     const float unit = state->unit;
     const float* previous = history + (2 * (long long)state->to + 1) * count;
     float sum[GROUP][2] = {};
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const float g = unit * gradient[i], y = rows ? g + previous[i] : 0.f;
+        const float g = boxed && held(image[i], gradient[i]) ? 0.f : unit * gradient[i], y = rows ? g + previous[i] : 0.f;
         for (int r = 0; r < GROUP; ++r) {
             const int row = first + r;
             const float x = row == CHANGE ? y : row == GRADIENT ? g : row < rows ? history[row * count + i] : 0.f;
@@ -55,9 +59,9 @@ __global__ void lbfgs_dots(const float* history, const float* gradient, const St
 }
 
 // -H g as coefficients of the history, by the two loops on dot products: lane i holds the i-th oldest pair.
-__device__ inline void two_loops(State& state, const double (*dots)[2], long long pairs, int newest) {
-    const int lane = threadIdx.x, held = pairs < SLOTS - 1 ? pairs : SLOTS - 1;
-    const auto slot_of = [=](int age) { return static_cast<int>((pairs - held + age) % SLOTS); };
+__device__ inline void two_loops(State& state, const double (*dots)[2], long long pairs, long long slots, int newest) {
+    const int lane = threadIdx.x, held = pairs < slots - 1 ? pairs : slots - 1;
+    const auto slot_of = [=](int age) { return static_cast<int>((pairs - held + age) % slots); };
     const int slot = lane < held ? slot_of(lane) : newest;
     const double curvature = state.products[slot][slot];
     double along = -dots[2 * slot][1];  // s_i q
@@ -86,7 +90,7 @@ __device__ inline void two_loops(State& state, const double (*dots)[2], long lon
 
 // One block. sums (chunks, ROWS, 2) from lbfgs_dots over `count` elements.
 __global__ void lbfgs_plan(State* shared_state, const float* loss, const double* sums, long long chunks,
-                           long long count, float diverged, long long halvings) {
+                           long long count, long long slots, float diverged, long long halvings) {
     __shared__ double dots[ROWS][2];
     for (int v = threadIdx.x; v < 2 * ROWS; v += THREADS) {
         double sum = 0;
@@ -119,7 +123,7 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
             state.halvings = 0;
             state.moved = 1;
             state.pairs = pairs;
-            state.to = pairs % SLOTS;
+            state.to = pairs % slots;
         }
         if (step && !moved) {
             const double size = sqrt(dots[GRADIENT][1] / count);
@@ -133,13 +137,13 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
         }
     }
     __syncwarp();
-    if (step && moved) two_loops(state, dots, pairs, made);
+    if (step && moved) two_loops(state, dots, pairs, slots, made);
 }
 
 // Does what the plan says, with no element moved by more than `largest`; image, gradient, best (count,), history (2
-// SLOTS, count).
+// slots, count). A boxed image stays in [0, 1].
 __global__ void lbfgs_move(float* image, const float* gradient, float* best, float* history, const State* state,
-                           long long count, float largest) {
+                           long long count, long long slots, long long boxed, float largest) {
     __shared__ float of_history[2 * SLOTS];
     if (threadIdx.x < 2 * SLOTS) of_history[threadIdx.x] = state->of_history[threadIdx.x];
     __syncthreads();
@@ -151,18 +155,20 @@ __global__ void lbfgs_move(float* image, const float* gradient, float* best, flo
         const float x = image[i];
         if (improved) best[i] = x;
         if (action == STEP) {
-            const float g = unit * gradient[i];
+            const bool stays = boxed && held(x, gradient[i]);
+            const float g = stays ? 0.f : unit * gradient[i];
             if (accepted) made[count + i] += g;
             float move = of_gradient * g;
-            for (int row = 0; row < 2 * SLOTS; ++row)
+            for (int row = 0; row < 2 * slots; ++row)
                 if (of_history[row] != 0) move += of_history[row] * history[row * count + i];
             move = move > largest ? largest : move < -largest ? -largest : move;  // NaN stays NaN
+            if (boxed) move = stays ? 0.f : fminf(1.f, fmaxf(0.f, x + move)) - x;
             next[i] = move;
             next[count + i] = -g;
             image[i] = x + move;
         } else if (action == HALVE) {
             made[i] /= 2;
-            image[i] = x - made[i];
+            image[i] = boxed ? fminf(1.f, fmaxf(0.f, x - made[i])) : x - made[i];
         } else if (action == RESTART) {
             image[i] = best[i];
         }

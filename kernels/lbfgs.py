@@ -8,8 +8,8 @@ s_k, the y_k and g. Each evaluation takes three passes:
     plan    the two-loop recursion on these numbers alone, and what to do
     move    one combination of the vectors
 
-The history is a ring of HISTORY pairs and the one being made: row 2k holds s_k, row 2k + 1 holds y_k, and of the pair
-being made the move and minus the gradient before it. A pair counts if the curvature s y is positive.
+The history is a ring of at most HISTORY pairs and the one being made: row 2k holds s_k, row 2k + 1 holds y_k, and of
+the pair being made the move and minus the gradient before it. A pair counts if the curvature s y is positive.
 
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
@@ -21,6 +21,10 @@ What the plan does besides:
 - A loss above DIVERGED times the lowest one takes half of the step back, up to HALVINGS times; then L-BFGS starts again
   from the best image, with a smaller first step.
 - A loss that is not finite stops everything: neither image changes any more.
+
+In a box [0, 1] it is a two-metric projection (Bertsekas 1982): where the image lies on a bound and the gradient points
+out of the box, the gradient counts as zero and the image stays. Among the rest -H g is a descent direction, as H is
+positive definite there; the move is cut off at the bounds, and s_k is what was moved indeed.
 """
 
 from __future__ import annotations
@@ -62,9 +66,9 @@ def initial_state() -> NDArray[Any]:
     return state
 
 
-def rows_in_use(state: NDArray[Any]) -> int:
+def rows_in_use(state: NDArray[Any], slots: int = _SLOTS) -> int:
     """Rows of the history that hold something: those of the pairs and of the one being made."""
-    return 2 * min(int(state["pairs"]) + 1, _SLOTS) if state["moved"] else 0
+    return 2 * min(int(state["pairs"]) + 1, slots) if state["moved"] else 0
 
 
 def decide(state: NDArray[Any], loss: float) -> int:
@@ -91,8 +95,11 @@ def decide(state: NDArray[Any], loss: float) -> int:
     return STEP
 
 
-def plan(state: NDArray[Any], dots: NDArray[np.float64], count: int) -> None:
-    """The coefficients of a step for `dots` (2 HISTORY + 4, 2): the products of the history, y and g with y and g."""
+def plan(state: NDArray[Any], dots: NDArray[np.float64], count: int, slots: int = _SLOTS) -> None:
+    """The coefficients of a step for `dots` (2 HISTORY + 4, 2): the products of the history, y and g with y and g.
+
+    The ring has `slots` places, one more than pairs.
+    """
     moved, made = bool(state["moved"]), int(state["to"])
     state["moved"] = 1
     if not moved:
@@ -107,14 +114,14 @@ def plan(state: NDArray[Any], dots: NDArray[np.float64], count: int) -> None:
         state["squares"][:, made] = state["squares"][made] = across[:, 0]
         state["accepted"] = 1
         state["pairs"] += 1
-        state["to"] = state["pairs"] % _SLOTS
-    _two_loops(state, along[:, 1], across[:, 1])
+        state["to"] = state["pairs"] % slots
+    _two_loops(state, along[:, 1], across[:, 1], slots)
 
 
-def _two_loops(state: NDArray[Any], along: NDArray[np.float64], across: NDArray[np.float64]) -> None:
+def _two_loops(state: NDArray[Any], along: NDArray[np.float64], across: NDArray[np.float64], places: int) -> None:
     """The coefficients of -H g, where `along` holds the s_k g and `across` the y_k g."""
     pairs, products, squares = int(state["pairs"]), state["products"], state["squares"]
-    slots = [k % _SLOTS for k in range(max(0, pairs - HISTORY), pairs)]
+    slots = [k % places for k in range(max(0, pairs - places + 1), pairs)]
     curvature = products.diagonal()
     along, across = -along, -across  # s_k q and y_k q, where q starts as -g
     alpha = np.zeros(_SLOTS)
@@ -136,14 +143,18 @@ class Lbfgs:
     """Moves `image` by what `gradient` and `loss` hold after each evaluation.
 
     Image and gradient are fp32 of one shape, contiguous, the loss is a 0-dim fp32 tensor; all are kept and used again.
-    `best` is the image of the lowest loss so far, in memory of its own.
+    `best` is the image of the lowest loss so far, in memory of its own. `history` pairs are kept, at most HISTORY. With
+    `boxed` the image, which has to start in [0, 1], stays there.
     """
 
-    def __init__(self, image: Tensor, gradient: Tensor, loss: Tensor) -> None:
+    def __init__(
+        self, image: Tensor, gradient: Tensor, loss: Tensor, history: int = HISTORY, boxed: bool = False
+    ) -> None:
         self.best = image.clone()
+        self._slots, self._boxed = history + 1, boxed
         self._image, self._gradient, self._loss = image, gradient, loss
         self._count = image.numel()
-        self._history = image.new_empty((2 * _SLOTS, self._count))
+        self._history = image.new_empty((2 * self._slots, self._count))
         self._state = initial_state()
         if image.is_cuda:
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
@@ -154,6 +165,7 @@ class Lbfgs:
         else:
             self._rows = list(self._history)
             self._newest = image.new_empty(self._count)  # the gradient times the unit
+            self._held = torch.zeros(self._count if boxed else 0, dtype=torch.bool)  # on a bound, pulled outwards
             self._dots = np.zeros((_ROWS, 2))
 
     def step(self) -> None:
@@ -168,7 +180,7 @@ class Lbfgs:
         state = self._state
         if self._image.is_cuda:
             state = self._device_state.cpu().numpy().view(STATE)[0]
-        saved = {"image": self._image, "best": self.best, "history": self._history[: rows_in_use(state)]}
+        saved = {"image": self._image, "best": self.best, "history": self._history[: rows_in_use(state, self._slots)]}
         saved = {name: tensor.cpu() for name, tensor in saved.items()}
         saved["state"] = torch.from_numpy(state.reshape(1).view("f8"))
         if not self._image.is_cuda:
@@ -189,11 +201,14 @@ class Lbfgs:
     def _launch(self) -> None:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
         count, chunks = self._count, self._chunks
-        _cuda.launch("lbfgs", "lbfgs_dots", (chunks, _ROWS // _GROUP), history, gradient, state, count, self._sums)
-        sums = (self._sums, chunks, count)
+        size = (count, self._slots, int(self._boxed))
+        _cuda.launch(
+            "lbfgs", "lbfgs_dots", (chunks, _ROWS // _GROUP), history, image, gradient, state, *size, self._sums
+        )
+        sums = (self._sums, chunks, count, self._slots)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
         vectors = (image, gradient, self.best, history)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, count, LARGEST_MOVE)
+        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, *size, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows
@@ -201,17 +216,27 @@ class Lbfgs:
         action, made = decide(state, loss), int(state["to"])
         if state["improved"]:
             self.best.copy_(self._image)
+        if self._boxed:
+            gradient = self._gradient.view(-1)
+            self._held = ((image <= 0) & (gradient > 0)) | ((image >= 1) & (gradient < 0))
+            gradient.masked_fill_(self._held, 0)
         if action == STEP:
             self._multiply()
-            plan(state, self._dots, self._count)
+            plan(state, self._dots, self._count, self._slots)
             to = int(state["to"])
             move = torch.mul(self._unit_gradient(), float(state["of_gradient"]), out=rows[2 * to])
             for row in np.flatnonzero(state["of_history"]):
                 move.add_(rows[row], alpha=float(state["of_history"][row]))
             torch.neg(self._newest, out=rows[2 * to + 1])
-            image.add_(move.clamp_(-LARGEST_MOVE, LARGEST_MOVE))
+            move.clamp_(-LARGEST_MOVE, LARGEST_MOVE)
+            if self._boxed:
+                move.masked_fill_(self._held, 0)
+                torch.sub((image + move).clamp_(0, 1), image, out=move)
+            image.add_(move)
         elif action == HALVE:
             image.sub_(rows[2 * made].mul_(0.5))
+            if self._boxed:
+                image.clamp_(0, 1)
         elif action == RESTART:
             self._image.copy_(self.best)
 
@@ -227,7 +252,7 @@ class Lbfgs:
         gradient = self._unit_gradient()
         move, change = rows[2 * made], rows[2 * made + 1].add_(gradient)
         before = dots[:, 1].copy()
-        for row in range(rows_in_use(self._state)):
+        for row in range(rows_in_use(self._state, self._slots)):
             dots[row, 1] = float(torch.dot(rows[row], gradient))
         dots[:, 0] = dots[:, 1] - before
         dots[2 * made, 0] = float(torch.dot(move, change))

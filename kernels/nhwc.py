@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from .vector import BLOCK, ROWS, array, multiply
 
+PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
+_ZERO, _REFLECT, _REPLICATE, _CIRCULAR = range(4)
+
 PATCH = 27  # inputs of one position of conv1_1: kernel row, kernel column, colour
 BAND = 4  # rows of the picture in one task of `first` and `last`
 
@@ -31,26 +34,42 @@ def scratch_size(width: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, mean, target, height, width, channels, weights, bias, task, scratch):  # type: ignore[no-untyped-def]
-    """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,)."""
+def inside(place, length, padding):  # type: ignore[no-untyped-def]
+    """The row or column that stands at `place`, -1 for a zero; `padding` is an index of PADDINGS."""
+    if 0 <= place < length:
+        return place
+    if padding == _CIRCULAR:
+        return place % length
+    if padding == _REPLICATE:
+        return 0 if place < 0 else length - 1
+    if padding == _REFLECT:
+        return -place if place < 0 else 2 * length - 2 - place
+    return -1
+
+
+@njit(nogil=True, error_model="numpy")
+def first(image, mean, target, height, width, channels, weights, bias, padding, task, scratch):  # type: ignore[no-untyped-def]
+    """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,), then padded."""
     pixels, means = array(image, (3, height, width)), array(mean, (3,))
     results, biases = array(target, (height, width, channels)), array(bias, (channels,))
     patches = array(scratch, (width + ROWS, PATCH))
     sums = scratch + 4 * (width + ROWS) * PATCH
     found = array(sums, (width + ROWS, channels))
+    left, right = inside(-1, width, padding), inside(width, width, padding)
     for y in range(task * BAND, min(height, (task + 1) * BAND)):
         for i in range(3):
+            row = inside(y + i - 1, height, padding)
             for j in range(3):
                 low, high = max(0, 1 - j), min(width, width + 1 - j)
                 for c in range(3):
                     k = (i * 3 + j) * 3 + c
-                    if 0 <= y + i - 1 < height:
+                    if row >= 0:
                         for x in range(low, high):
-                            patches[x, k] = pixels[c, y + i - 1, x + j - 1] - means[c]
+                            patches[x, k] = pixels[c, row, x + j - 1] - means[c]
                         for x in range(low):
-                            patches[x, k] = 0
+                            patches[x, k] = pixels[c, row, left] - means[c] if left >= 0 else np.float32(0)
                         for x in range(high, width):
-                            patches[x, k] = 0
+                            patches[x, k] = pixels[c, row, right] - means[c] if right >= 0 else np.float32(0)
                     else:
                         for x in range(width):
                             patches[x, k] = 0
@@ -64,28 +83,43 @@ def first(image, mean, target, height, width, channels, weights, bias, task, scr
 
 
 @njit(nogil=True, error_model="numpy")
-def last(source, target, height, width, channels, weights, task, scratch):  # type: ignore[no-untyped-def]
-    """Gradient (3, height, width) of the image from the masked cotangent (height, width, channels) of relu1_1."""
+def last(source, target, height, width, channels, weights, padding, task, scratch):  # type: ignore[no-untyped-def]
+    """Gradient (3, height, width) of the image from the masked cotangent (height, width, channels) of relu1_1.
+
+    A pixel that stands beyond the border too gets the gradient of that place as well.
+    """
     gradient = array(target, (3, height, width))
     padded = width + ROWS
     shares = array(scratch, (BAND + 2, padded, BLOCK))
     top, end = task * BAND, min(height, (task + 1) * BAND)
-    for y in range(max(0, top - 1), min(height, end + 1)):
-        for x in range(0, width, ROWS):
-            rows, result = source + 4 * (y * width + x) * channels, scratch + 4 * ((y - top + 1) * padded + x) * BLOCK
-            multiply(rows, channels, 1, weights, BLOCK, channels, result, BLOCK)
+    wraps, folds = padding == _CIRCULAR, padding in (_REFLECT, _REPLICATE)
+    near = 1 if padding == _REFLECT else 0  # the line that is seen beyond the border
+    for y in range(top - 1, end + 1):
+        line = y % height if wraps else y
+        if 0 <= line < height:
+            for x in range(0, width, ROWS):
+                rows = source + 4 * (line * width + x) * channels
+                result = scratch + 4 * ((y - top + 1) * padded + x) * BLOCK
+                multiply(rows, channels, 1, weights, BLOCK, channels, result, BLOCK)
     for y in range(top, end):
+        twice_y = folds and (y == near or y == height - 1 - near)
         for x in range(width):
+            twice_x = folds and (x == near or x == width - 1 - near)
             red = green = blue = np.float32(0)
-            for i in range(3):
-                if 0 <= y + 1 - i < height:
-                    for j in range(3):
-                        if 0 <= x + 1 - j < width:
-                            share = shares[y + 2 - i - top, x + 1 - j]
-                            k = (i * 3 + j) * 3
-                            red += share[k]
-                            green += share[k + 1]
-                            blue += share[k + 2]
+            for v in range(2 if twice_y else 1):
+                row = y if v == 0 else (-1 if y == near else height)
+                for u in range(2 if twice_x else 1):
+                    column = x if u == 0 else (-1 if x == near else width)
+                    for i in range(3):
+                        if wraps or 0 <= row + 1 - i < height:
+                            for j in range(3):
+                                place = (column + 1 - j) % width if wraps else column + 1 - j
+                                if 0 <= place < width:
+                                    share = shares[row + 2 - i - top, place]
+                                    k = (i * 3 + j) * 3
+                                    red += share[k]
+                                    green += share[k + 1]
+                                    blue += share[k + 2]
             gradient[0, y, x], gradient[1, y, x], gradient[2, y, x] = red, green, blue
 
 

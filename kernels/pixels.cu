@@ -1,35 +1,42 @@
-// Total variation: mean squared difference of neighbouring pixels; and the gradient of the whole loss.
+// Total variation: mean power of the difference of neighbouring pixels; and the gradient of the whole loss.
 
 #include "common.cuh"
 
-// pixels (3, height, width). Writes gradient = vjp / *scale + weight * dTV/dx unless it is null, adds to the terms of
+// |d|^power / d, and 0 at d = 0.
+__device__ inline float sharpened(float d, float power) {
+    return power == 2 || d == 0 ? d : copysignf(powf(fabsf(d), power - 1), d);
+}
+
+// pixels (3, height, width), whose last column and row have the first as neighbours if wrap. Writes gradient = vjp / *scale + weight * dTV/dx unless it is null, adds to the terms of
 // layer_losses: terms[2] = TV, terms[0] += weight * TV, which becomes NaN if the gradient is not finite.
 // sums (gridDim.x, 2) are scratch.
 __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gradient, const float* scale,
-                               long long height, long long width, float weight, double* sums, unsigned* arrived,
-                               float* terms) {
-    const float across = 1.f / (3 * height * (width - 1)), down = 1.f / (3 * (height - 1) * width);
-    const long long count = 3 * height * width;
+                               long long height, long long width, float weight, float power, long long wrap,
+                               double* sums, unsigned* arrived, float* terms) {
+    const long long open = wrap ? 0 : 1, count = 3 * height * width;
+    const float across = 1.f / (3 * height * (width - open)), down = 1.f / (3 * (height - open) * width);
     const float unscale = 1 / *scale;
     double value = 0, broken = 0;
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
         const long long column = i % width, row = i / width % height;
         const float x = pixels[i];
         float slope = 0;
-        if (column + 1 < width) {
-            const float d = pixels[i + 1] - x;
-            value += across * d * d;
-            slope -= across * d;
+        if (wrap || column + 1 < width) {
+            const float d = pixels[column + 1 < width ? i + 1 : i - column] - x, e = sharpened(d, power);
+            value += across * d * e;
+            slope -= across * e;
         }
-        if (column > 0) slope += across * (x - pixels[i - 1]);
-        if (row + 1 < height) {
-            const float d = pixels[i + width] - x;
-            value += down * d * d;
-            slope -= down * d;
+        if (wrap || column > 0)
+            slope += across * sharpened(x - pixels[column > 0 ? i - 1 : i + width - 1], power);
+        if (wrap || row + 1 < height) {
+            const float d = pixels[row + 1 < height ? i + width : i - row * width] - x, e = sharpened(d, power);
+            value += down * d * e;
+            slope -= down * e;
         }
-        if (row > 0) slope += down * (x - pixels[i - width]);
+        if (wrap || row > 0)
+            slope += down * sharpened(x - pixels[row > 0 ? i - width : i + (height - 1) * width], power);
         if (gradient) {
-            gradient[i] = unscale * vjp[i] + 2 * weight * slope;
+            gradient[i] = unscale * vjp[i] + power * weight * slope;
             broken += !isfinite(gradient[i]);
         }
     }

@@ -29,7 +29,10 @@ FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
 CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE = range(8, 13)
 _STEP = np.dtype(
     [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
-    + [(name, np.int64) for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest")]
+    + [
+        (name, np.int64)
+        for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest", "padding")
+    ]
 )
 _PATIENCE = 200  # looks at a counter before the processor is offered to others
 
@@ -176,17 +179,17 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         count = min(step.tiles, tiles - first)
         winograd.convolve(
             source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
-            first, count, task % step.groups, step.groups, scratch,
+            step.padding, first, count, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == DIRECT_FIRST:
-        direct.first(source, target, height, width, channels, weights, extra, task)
+        direct.first(source, target, height, width, channels, weights, extra, step.padding, task)
     elif step.op == DIRECT:
         direct.convolve(
-            source, target, height, width, step.c_in, channels, weights, extra,
+            source, target, height, width, step.c_in, channels, weights, extra, step.padding,
             task // step.groups, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == FIRST:
-        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, task, scratch)
+        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, step.padding, task, scratch)
     elif step.op == POOL:
         nhwc.pool(source, target, height, width, channels, step.largest, task)
     elif step.op == UNPOOL:
@@ -204,7 +207,7 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     elif step.op == STYLE:
         products.style_gradient(source, weights, target, width, channels, extra, task, scratch)
     else:
-        nhwc.last(source, target, height, width, step.c_in, weights, task, scratch)
+        nhwc.last(source, target, height, width, step.c_in, weights, step.padding, task, scratch)
 
 
 def _compile(sources: int) -> Any:

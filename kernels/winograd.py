@@ -21,6 +21,7 @@ from numba import njit
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .nhwc import inside
 from .vector import BLOCK, LANES, ROWS, SQUARE, ZERO, Code, clear, copy, multiply, multiply_transposed, procedure
 
 TILES = 12  # tiles are worked on in multiples of this
@@ -137,14 +138,16 @@ def scratch_size(c_in: int, c_out: int, tiles: int) -> int:
 
 @njit(nogil=True, error_model="numpy")
 def convolve(  # type: ignore[no-untyped-def]
-    source, target, height, width, c_in, c_out, u, extra, turned, ending, first, count, group, groups, scratch
+    source, target, height, width, c_in, c_out, u, extra, turned, ending, padding, first, count, group, groups, scratch
 ):
     """Results of one block of tiles and one group of output channels.
 
     `source` (height, width, c_in) and `target` (height, width, c_out) are addresses; `u` is the address of the panels
     of the kernel or, if `turned`, of the kernel whose VJP is wanted: turned by 180 degrees, its channel axes swapped.
     `first` and `count` choose tiles in row-major order, `group` of `groups` the channels, which are a multiple of
-    BLOCK. `extra` is the address of the bias or of what is added (see `ending`); `scratch` has `scratch_size` floats.
+    BLOCK. `extra` is the address of the bias or of what is added (see `ending`). `padding`, an index of
+    `nhwc.PADDINGS`, is zero or circular: the VJP of either is padded in the same way. `scratch` has `scratch_size`
+    floats.
     """
     across = (width + 3) // 4
     rows = -(-count // TILES) * TILES  # of V and M; those past `count` hold leftovers, which nobody reads
@@ -159,11 +162,12 @@ def convolve(  # type: ignore[no-untyped-def]
         if y < 0 or x < 0 or y + 6 > height or x + 6 > width:
             row, tile = 6 * c_in, patch
             for i in range(6):
+                line = inside(y + i, height, padding)
                 for j in range(6):
-                    inside = 0 <= y + i < height and 0 <= x + j < width
+                    place = inside(x + j, width, padding)
                     cell = patch + 4 * (6 * i + j) * c_in
-                    if inside:
-                        copy(source + 4 * ((y + i) * width + x + j) * c_in, cell, c_in)
+                    if line >= 0 and place >= 0:
+                        copy(source + 4 * (line * width + place) * c_in, cell, c_in)
                     else:
                         clear(cell, c_in)
         for c in range(0, c_in, LANES):

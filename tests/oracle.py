@@ -26,7 +26,9 @@ def random_state(seed: int = 0, caffe: bool = False) -> dict[str, Tensor]:
     return state
 
 
-def features(image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[str]) -> dict[str, Tensor]:
+def features(
+    image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[str], padding: str = "zero"
+) -> dict[str, Tensor]:
     """ReLU outputs (C, M) float64 of an image (H, W, 3) in [0, 1]."""
     x = image.permute(2, 0, 1)[None]
     caffe = "conv1_1.weight" in state
@@ -35,11 +37,14 @@ def features(image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[
     else:
         mean, std = (torch.tensor(v, dtype=torch.float64).reshape(1, 3, 1, 1) for v in IMAGENET)
         x = (x - mean) / std
-    found, index = {}, 0
+    found, index, channels_in = {}, 0, 3
     for block, (_, count) in enumerate(WIDTHS, 1):
         for i in range(1, count + 1):
             name = f"conv{block}_{i}" if caffe else f"features.{index}"
-            x = functional.conv2d(x, state[f"{name}.weight"].double(), state[f"{name}.bias"].double(), padding=1)
+            edge = padding if padding == "circular" or channels_in == 3 else "zero"
+            x = functional.pad(x, (1, 1, 1, 1), "constant" if edge == "zero" else edge)
+            x = functional.conv2d(x, state[f"{name}.weight"].double(), state[f"{name}.bias"].double())
+            channels_in = x.shape[1]
             x = functional.relu(x)
             if f"relu{block}_{i}" in layers:
                 found[f"relu{block}_{i}"] = x[0].flatten(1)
@@ -98,8 +103,8 @@ def objective(
     style_layers = config.style_layers if style is not None else ()
     layers = {layer for layer, _ in (*content_layers, *style_layers)}
 
-    def see(picture: Tensor) -> dict[str, Tensor]:
-        return features(picture, state, config.pooling, layers)
+    def see(picture: Tensor, padding: str = "circular" if config.tile else config.padding) -> dict[str, Tensor]:
+        return features(picture, state, config.pooling, layers, padding)
 
     styles = style if isinstance(style, list) else [style] * (style is not None)
     blend = config.style_blend or (1.0,) * len(styles)
@@ -107,7 +112,7 @@ def objective(
     x = torch.from_numpy(image.astype(np.float64)).requires_grad_()
     with torch.no_grad():
         p = {} if content is None else see(torch.from_numpy(content.astype(np.float64)))
-        a = [see(torch.from_numpy(each.astype(np.float64))) for each in styles]
+        a = [see(torch.from_numpy(each.astype(np.float64)), config.padding) for each in styles]
     f = see(x)
     content_loss = sum((w * ((f[layer] - p[layer]) ** 2).mean() for layer, w in content_layers), torch.zeros(()))
     shift = float(config.style_loss == "shifted")
@@ -122,7 +127,10 @@ def objective(
         for share, each, (own, theirs) in zip(shares, a, masks, strict=True):
             pair = moments(f[layer], own, shift), moments(each[layer], theirs, shift)
             by_layer[layer] = by_layer[layer] + share * style_loss(*pair, config.style_loss)
-    tv = ((x[1:] - x[:-1]) ** 2).mean() + ((x[:, 1:] - x[:, :-1]) ** 2).mean()
+    down, across = x.roll(-1, 0) - x, x.roll(-1, 1) - x
+    if not config.tile:
+        down, across = down[:-1], across[:, :-1]
+    tv = (down.abs() ** config.tv_power).mean() + (across.abs() ** config.tv_power).mean()
     weights = sum(weight for _, weight in style_layers)
     style_mean = sum(weight / weights * by_layer[layer] for layer, weight in style_layers)
     total = config.content_weight * content_loss + config.style_weight * style_mean + config.tv_weight * tv

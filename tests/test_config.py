@@ -40,6 +40,16 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"pooling": "maxx"}, ValueError, "did you mean max"),
         ({"optimizer": "lbgfs"}, ValueError, "did you mean lbfgs"),
         ({"seed": -1}, ValueError, "from 0"),
+        ({"tv_power": 0.5}, ValueError, "from 1 to 16"),
+        ({"average": 1.0}, ValueError, "from 0 to 0.9999"),
+        ({"stop": math.nan}, ValueError, "from 0 to 1"),
+        ({"stop": "0.1"}, TypeError, "number"),
+        ({"learning_rate": 0}, ValueError, "from 1e-06"),
+        ({"history": 21}, ValueError, "from 1 to 20"),
+        ({"clamp": 1}, TypeError, "True or False"),
+        ({"tile": "yes"}, TypeError, "True or False"),
+        ({"padding": "replicat"}, ValueError, "did you mean replicate"),
+        ({"padding": "reflect", "tile": True}, ValueError, "no border"),
     ],
 )
 def test_mistakes_are_named(options, error, words):
@@ -90,3 +100,16 @@ def test_every_scale_is_large_enough(size, aspect):
     assert sides == sorted(sides)
     assert all(round(side / aspect) >= 32 for side in sides)
     assert all(count >= 1 for _, count in schedule)
+
+
+@given(size=st.integers(32, 2048), aspect=st.floats(1, 8))
+def test_sides_of_a_picture_that_tiles_are_multiples_of_16(size, aspect):
+    if round(size / aspect) < 32:
+        return
+    config = Config(size=size, tile=True)
+    for side, _ in config.schedule(aspect):
+        width, height = config.whole((side, round(side / aspect)))
+        assert width == side
+        assert width % 16 == height % 16 == 0
+    assert size <= side < size + 16
+    assert Config().whole((33, 47)) == (33, 47)

@@ -328,12 +328,13 @@ def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
     assert max(float(layer.cotangent.double().square().mean().sqrt()) for layer in found._layers) < 2
 
 
+@pytest.mark.parametrize(("power", "wrap"), [(2, False), (1, False), (1.5, True), (2, True)])
 @pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31)])
-def test_pixels(host, size):
+def test_pixels(host, size, power, wrap):
     pixels, vjp = random(1, 3, *size), random(1, 3, *size, seed=1)
-    truth, slope = total_variation_reference(numbers(pixels[0]))
+    truth, slope = total_variation_reference(numbers(pixels[0]), power, wrap)
     terms, gradient = torch.tensor([5.0, 1.0, 0.0, 2.0]), torch.full_like(pixels, torch.nan)
-    finish = Pixels(pixels, vjp, torch.tensor(8.0), 7, terms)
+    finish = Pixels(pixels, vjp, torch.tensor(8.0), 7, terms, power, wrap)
     finish.finish(gradient)
     assert numbers(terms) == pytest.approx([5 + 7 * truth, 1, truth, 2], rel=1e-6)
     assert error(gradient[0], numbers(vjp[0]) / 8 + 7 * slope) < 1e-6
@@ -381,7 +382,22 @@ def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
         assert error(cuda_best, numbers(best)) < tolerance
 
 
-def test_the_plan_is_that_of_the_reference(host):
+@pytest.mark.parametrize("losses", [FALL, TROUBLE])
+def test_lbfgs_in_a_box_with_a_short_history_does_what_it_does_on_a_cpu(host, losses):
+    def make(image, gradient, loss):
+        image.clamp_(0, 1)  # half of the elements start on the lower bound
+        return lbfgs.Lbfgs(image, gradient, loss, 3, boxed=True)
+
+    on_cpu, on_cuda = optimisers(make, losses)
+    for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
+        torch.testing.assert_close(cuda_image, image, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cuda_best, best, rtol=1e-4, atol=1e-4)
+        assert cuda_image.min() >= 0
+        assert cuda_image.max() <= 1
+
+
+@pytest.mark.parametrize("slots", [21, 4])
+def test_the_plan_is_that_of_the_reference(host, slots):
     """The state after each step of a long history, field by field, from the same dot products in fp64."""
     generator = np.random.default_rng(0)
     state = lbfgs.initial_state()
@@ -394,10 +410,10 @@ def test_the_plan_is_that_of_the_reference(host):
         sums = torch.from_numpy(np.stack([0.25 * dots, 0.75 * dots]))
         loss = 1.0 - step / 100
         _cuda.launch(
-            "lbfgs", "lbfgs_plan", (1,), device, torch.tensor(loss), sums, 2, 60, lbfgs.DIVERGED, lbfgs.HALVINGS
+            "lbfgs", "lbfgs_plan", (1,), device, torch.tensor(loss), sums, 2, 60, slots, lbfgs.DIVERGED, lbfgs.HALVINGS
         )
         if lbfgs.decide(state, float(torch.tensor(loss))) == lbfgs.STEP:
-            lbfgs.plan(state, dots, 60)
+            lbfgs.plan(state, dots, 60, slots)
         found = device.numpy().view(lbfgs.STATE)[0]
         for name in lbfgs.STATE.names:
             np.testing.assert_allclose(found[name], state[name], rtol=1e-7, atol=1e-9, err_msg=f"{name} {step}")

@@ -32,6 +32,15 @@ def test_pair_agrees_with_float64(net, pooling, precision, blocked):
     assert errors.vjp < {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1e-2}[precision]
 
 
+@pytest.mark.parametrize(("padding", "size"), [("reflect", (61, 47)), ("replicate", (46, 61)), ("circular", (64, 48))])
+@pytest.mark.parametrize(("precision", "blocked"), [("fp32", True), ("fp32", False), ("fp16", False)])
+def test_padded_pair_agrees_with_float64(net, padding, size, precision, blocked):
+    spec = vgg.Spec(*size, STYLE_AND_CONTENT, "avg", precision, blocked, padding=padding)
+    errors = validate.check(spec, net)
+    assert errors.forward < (1e-5 if precision == "fp32" else 5e-3)
+    assert errors.vjp < (2e-6 if precision == "fp32" else 2e-3)
+
+
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_bf16_graphs_are_strongly_typed(net, pooling, nhwc, tmp_path):
@@ -185,6 +194,8 @@ def test_initializers_do_not_overlap(net):
         ((64, 64, ("relu1_1",), "median"), "avg or max"),
         ((64, 64, ("relu1_1",), "avg", "fp8"), "fp32, fp16, bf16"),
         ((64, 64, ("relu1_1",), "avg", "fp16", True), "blocked"),
+        ((64, 64, ("relu1_1",), "avg", "fp32", False, False, "mirror"), "choose from zero"),
+        ((64, 72, ("relu1_1",), "avg", "fp32", False, False, "circular"), "multiples of 16"),
     ],
 )
 def test_spec_refuses(arguments, words):

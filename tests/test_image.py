@@ -399,3 +399,15 @@ def test_written_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert Path(tmp_path / "out.png").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("size", [(32, 48), (40, 24), (16, 96)])
+def test_a_picture_that_wraps_is_resized_without_borders(size):
+    """As the middle of three by three of it."""
+    rgb = np.random.default_rng(0).random((48, 32, 3)).astype(np.float32)
+    found = image.resize(image.load(rgb), size, wrap=True).rgb
+    width, height = size
+    truth = image.resize(image.load(np.tile(rgb, (3, 3, 1))), (3 * width, 3 * height)).rgb
+    np.testing.assert_allclose(found, truth[height : 2 * height, width : 2 * width], atol=1e-5)
+    if size != (32, 48):
+        assert np.abs(found - image.resize(image.load(rgb), size).rgb).max() > 0.02

@@ -161,13 +161,14 @@ def test_content_gradient_is_the_derivative_of_the_loss():
     assert error(content_gradient_reference(f, target), numeric) < 1e-7
 
 
+@pytest.mark.parametrize(("power", "wrap"), [(2, False), (1, False), (1.5, True), (2, True)])
 @pytest.mark.parametrize("size", [(2, 2), (2, 9), (31, 17)])
-def test_pixels(size):
+def test_pixels(size, power, wrap):
     x, vjp = random(3, *size), random(3, *size, seed=1)
-    truth, slope = total_variation_reference(x)
+    truth, slope = total_variation_reference(x, power, wrap)
     terms, gradient = torch.tensor([5.0, 1.0, 0.0]), torch.full((1, 3, *size), torch.nan)
-    pixels = Pixels(torch.from_numpy(x)[None].float(), torch.from_numpy(vjp)[None].float(), torch.tensor(4.0), 7, terms)
-    pixels.finish(gradient)
+    arguments = torch.from_numpy(x)[None].float(), torch.from_numpy(vjp)[None].float(), torch.tensor(4.0), 7, terms
+    Pixels(*arguments, power, wrap).finish(gradient)
     assert terms.tolist() == pytest.approx([5 + 7 * truth, 1, truth], rel=1e-6)
     assert error(gradient[0], vjp / 4 + 7 * slope) < 1e-6
 
@@ -180,14 +181,27 @@ def test_a_gradient_that_is_not_finite_makes_the_loss_nan(value):
     assert torch.isnan(terms[0])
 
 
-def test_total_variation_gradient_is_the_derivative_of_the_loss():
+@pytest.mark.parametrize("power", [1, 1.25, 2, 3])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_total_variation_gradient_is_the_derivative_of_the_loss(power, wrap):
     pixels = random(3, 4, 5)
-    numeric = numeric_gradient(lambda x: total_variation_reference(x)[0], pixels)
-    assert error(total_variation_reference(pixels)[1], numeric) < 1e-7
+    numeric = numeric_gradient(lambda x: total_variation_reference(x, power, wrap)[0], pixels)
+    assert error(total_variation_reference(pixels, power, wrap)[1], numeric) < 1e-7
+
+
+@pytest.mark.parametrize("power", [1, 1.25, 2, 3])
+def test_total_variation_is_torchs_mean_power(power):
+    pixels = random(3, 4, 5)
+    x = torch.from_numpy(pixels)
+    plain = sum(x.diff(dim=axis).abs().pow(power).mean() for axis in (1, 2))
+    assert total_variation_reference(pixels, power)[0] == pytest.approx(float(plain))
+    rolled = sum((x.roll(-1, axis) - x).abs().pow(power).mean() for axis in (1, 2))
+    assert total_variation_reference(pixels, power, wrap=True)[0] == pytest.approx(float(rolled))
 
 
 def test_total_variation_of_a_flat_picture_is_zero():
     flat, terms, gradient = torch.full((1, 3, 8, 8), 0.3), torch.zeros(3), torch.ones(1, 3, 8, 8)
-    Pixels(flat, torch.zeros_like(flat), torch.tensor(1.0), 1, terms).finish(gradient)
+    for power in (1, 1.5, 2):
+        Pixels(flat, torch.zeros_like(flat), torch.tensor(1.0), 1, terms, power).finish(gradient)
     assert not terms.any()
     assert not gradient.any()

@@ -8,10 +8,10 @@ from engine import optimize
 from engine.kernels import lbfgs
 from engine.kernels.adam import BETAS, RATE
 from engine.kernels.lbfgs import FIRST_STEP, HISTORY, LARGEST_MOVE
-from engine.optimize import State
+from engine.optimize import WINDOW, Stall, State
 
 
-def minimise(loss, *arguments):
+def minimise(loss, *arguments, **options):
     """Of a torch function of the pixels."""
 
     def evaluate(pixels, gradient):
@@ -21,7 +21,7 @@ def minimise(loss, *arguments):
             gradient.copy_(torch.autograd.grad(value, x)[0])
         return value.detach()
 
-    return optimize.minimise(evaluate, *arguments)
+    return optimize.minimise(evaluate, *arguments, **options)
 
 
 @pytest.fixture
@@ -126,7 +126,98 @@ def test_adam_carries_its_moments_to_the_next_scale():
     assert state.moments[0].shape == (1, 3, 8, 8)
 
 
-def torchs_lbfgs(loss, start, iterations, first_step=None):
+def boxed_minimum(loss, start):
+    """The minimiser over [0, 1], by many steps of projected gradient descent in fp64."""
+    x = start.double()
+    for _ in range(20000):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(x), x)
+        x = (x.detach() - 0.05 * gradient).clamp(0, 1)
+    return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lbfgs_in_a_box_finds_the_minimum_of_the_box(seed):
+    """Of a quadratic whose free minimum lies far outside: projecting its minimum would be wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(48, 48, generator=generator, dtype=torch.float64)
+    matrix = root @ root.T / 48 + 0.1 * torch.eye(48)
+    free = 3 * torch.rand(1, 3, 4, 4, generator=generator, dtype=torch.float64) - 1
+
+    def loss(x):
+        d = (x - free).flatten().to(x.dtype)
+        return d @ matrix.to(x.dtype) @ d
+
+    start = torch.full((1, 3, 4, 4), 0.5)
+    truth = boxed_minimum(loss, start)
+    steps = list(minimise(loss, start, "lbfgs", 80, State(), clamp=True))
+    assert all(step.best.min() >= 0 and step.best.max() <= 1 for step in steps)
+    assert (steps[-1].best - truth).abs().max() < 2e-3
+    assert (free.clamp(0, 1) - truth).abs().max() > 0.1
+    unclamped = list(minimise(loss, start, "lbfgs", 80, State()))[-1].best
+    assert unclamped.min() < 0
+    assert unclamped.max() > 1
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_a_box_around_the_minimum_changes_nothing(clamp):
+    loss, minimum = quadratic()
+    steps = list(minimise(loss, 0.5 * minimum + 0.25, "lbfgs", 60, State(), clamp=clamp))
+    assert (steps[-1].best - minimum).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_the_average_is_the_weighted_mean_of_the_images(optimizer, decay):
+    """In fp64, from its definition."""
+    loss, _ = quadratic()
+    seen = []
+
+    def watched(x):
+        seen.append(x.detach().double().clone())
+        return loss(x)
+
+    steps = minimise(watched, torch.full((1, 3, 5, 5), 0.5), optimizer, 15, State(), average=decay)
+    for k, step in enumerate(steps, 1):
+        weights = [decay ** (k - i) for i in range(1, k + 1)]
+        truth = sum(w * x for w, x in zip(weights, seen, strict=True)) / sum(weights)
+        assert (step.best - truth).abs().max() < 1e-6
+
+
+def test_a_diverged_image_has_no_share_in_the_average():
+    losses = iter([4.0, 3.0, 50.0, 2.0])
+    seen = []
+
+    def evaluate(pixels, gradient):
+        seen.append(pixels.clone())
+        gradient.fill_(1)
+        return torch.tensor(next(losses))
+
+    steps = list(optimize.minimise(evaluate, torch.zeros(1, 3, 2, 2), "lbfgs", 4, State(), average=0.5))
+    truth = (0.25 * seen[0] + 0.5 * seen[1] + seen[3]) / 1.75
+    assert (steps[-1].best - truth).abs().max() < 1e-6
+    assert torch.equal(steps[1].best, steps[2].best)
+
+
+def test_adams_rate_is_its_first_step():
+    start = torch.full((1, 3, 2, 2), 0.5)
+    for rate in (0.01, 0.2):
+        steps = list(minimise(lambda x: ((x - 0.9) ** 2).sum(), start, "adam", 2, State(), rate=rate))
+        assert (steps[-1].best - start - rate).abs().max() < 1e-5
+
+
+def test_a_stalled_loss_is_told_after_the_window():
+    stall = Stall(0.01)
+    told = [stall(loss) for loss in [100, 50, *[49.9] * (WINDOW + 5)]]
+    assert told.index(True) == WINDOW + 1  # of the best of 50, WINDOW evaluations ago
+    falling, noisy = Stall(0.01), Stall(0.01)
+    assert not any(falling(0.99**i) for i in range(200))
+    assert not any(noisy(0.99**i * (1 + i % 3)) for i in range(200))  # the best counts
+    off = Stall(0)
+    assert not any(off(1.0) for _ in range(100))
+
+
+def torchs_lbfgs(loss, start, iterations, first_step=None, history=HISTORY):
     """The losses of torch.optim.LBFGS with our history and, if it is given, this first step, and no line search."""
     image = start.clone().requires_grad_()
     rate = torch.tensor(1.0)
@@ -134,7 +225,7 @@ def torchs_lbfgs(loss, start, iterations, first_step=None):
         first = torch.autograd.grad(loss(image), image)[0]
         rate = first_step / first.square().mean().sqrt() / min(1.0, 1.0 / first.abs().sum())
     reference = torch.optim.LBFGS(
-        [image], lr=float(rate), max_iter=1, history_size=HISTORY, tolerance_grad=0, tolerance_change=0
+        [image], lr=float(rate), max_iter=1, history_size=history, tolerance_grad=0, tolerance_change=0
     )
 
     def closure():
@@ -151,14 +242,16 @@ def torchs_lbfgs(loss, start, iterations, first_step=None):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
-@pytest.mark.parametrize("seed", range(3))
-def test_lbfgs_takes_the_steps_of_torchs(seed, unbounded):
+@pytest.mark.parametrize(("seed", "history"), [(0, HISTORY), (1, HISTORY), (2, HISTORY), (0, 1), (1, 3)])
+def test_lbfgs_takes_the_steps_of_torchs(seed, history, unbounded):
     """The same history, the same first step: the same iterates, to rounding."""
     loss, _ = quadratic(seed)
     start = torch.full((1, 3, 5, 5), 0.5)
-    losses = torchs_lbfgs(loss, start, 35, FIRST_STEP)
-    ours = [step.loss for step in minimise(loss, start, "lbfgs", 35, State())]
+    losses = torchs_lbfgs(loss, start, 35, FIRST_STEP, history)
+    ours = [step.loss for step in minimise(loss, start, "lbfgs", 35, State(), history=history)]
     assert ours[:12] == pytest.approx(losses[:12], rel=1e-3)
+    if history < HISTORY:
+        assert ours[:12] != pytest.approx(torchs_lbfgs(loss, start, 12), rel=1e-2)
     assert ours[-1] < 1e-3 * ours[0]
 
 
@@ -258,3 +351,16 @@ def test_adam_is_torchs():
 def test_a_start_at_the_minimum_stays_there():
     steps = list(minimise(lambda x: (x**2).sum(), torch.zeros(1, 3, 3, 3), "lbfgs", 5, State()))
     assert [step.loss for step in steps] == [0] * 5
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_a_picture_that_wraps_is_enlarged_without_borders(mode):
+    """Shifted by a sixteenth it becomes the same picture, shifted by a sixteenth."""
+    coarse = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    fine = optimize.resized(coarse, (48, 64), mode, wrap=True)
+    assert fine.shape == (1, 3, 48, 64)
+    shifted = optimize.resized(coarse.roll((2 * 3, 3 * 5), (2, 3)), (48, 64), mode, wrap=True)
+    assert (shifted - fine.roll((3 * 3, 4 * 5), (2, 3))).abs().max() < 1e-5
+    plain = optimize.resized(coarse, (48, 64), mode, wrap=False)
+    assert (plain - fine)[..., 4:-4, 4:-4].abs().max() < 1e-5
+    assert (plain - fine).abs().max() > 0.05

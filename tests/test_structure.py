@@ -31,9 +31,10 @@ ALLOWED = {
     "autograd": {"losses"},
     "optimize": {"kernels"},
     "checkpoint": set(),
+    "start": {"config", "image"},
     "stylizer": (
         {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
-        | {"targets", "export", "kernels"}
+        | {"start", "targets", "export", "kernels"}
     ),
     "batch": {"config", "stylizer"},
     "stylize": (

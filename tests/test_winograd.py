@@ -27,7 +27,7 @@ def address(array):
     return array.ctypes.data
 
 
-def convolve(source, weight, extra, target, turned, ending, tiles=24, groups=1):
+def convolve(source, weight, extra, target, turned, ending, tiles=24, groups=1, padding=0):
     """Every task of one convolution; `weight` (C_out, C_in, 3, 3) is that of the forward direction."""
     height, width, c_in = source.shape
     c_out = target.shape[2]
@@ -38,7 +38,7 @@ def convolve(source, weight, extra, target, turned, ending, tiles=24, groups=1):
         for group in range(groups):
             kernel.convolve(
                 address(source), address(target), height, width, c_in, c_out, address(u), address(extra),
-                int(turned), ending, first, min(tiles, count - first), group, groups, address(scratch),
+                int(turned), ending, padding, first, min(tiles, count - first), group, groups, address(scratch),
             )  # fmt: skip
 
 
@@ -165,6 +165,25 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
     relus = {name: value.contiguous().numpy() for name, value in features.items()}
     exact = {name: value.double() for name, value in cotangents.items()}
     assert error(gradient, validate.linear_piece_vjp(spec, net, relus, exact)) < 5e-6
+
+
+EDGES = [("reflect", 33, 46), ("replicate", 47, 32), ("reflect", 36, 37), ("circular", 48, 32), ("circular", 32, 80)]
+
+
+@pytest.mark.parametrize(("padding", "height", "width"), EDGES)
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_what_lies_beyond_the_border(net, network, padding, height, width, pooling):
+    """Against float64 autograd; and it is not what zeros give."""
+    spec = vgg.Spec(height, width, ("relu1_1", "relu3_1", "relu5_2"), pooling, padding=padding)
+    image, features, cotangents, gradient = forward_and_vjp(spec, network)
+    for layer, truth in net.module(spec.layers, pooling, torch.float64, padding)(image.double()).items():
+        assert error(features[layer], truth) < 5e-6
+    relus = {name: value.contiguous().numpy() for name, value in features.items()}
+    exact = {name: value.double() for name, value in cotangents.items()}
+    truth = validate.linear_piece_vjp(spec, net, relus, exact)
+    assert error(gradient, truth) < 5e-6
+    zeros = validate.linear_piece_vjp(vgg.Spec(height, width, spec.layers, pooling), net, relus, exact)
+    assert error(zeros, truth) > 1e-3
 
 
 @pytest.mark.parametrize("largest", [0, 1])

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import Config, image
+from engine.start import first_pixels
+
+
+def picture(height, width, seed, low=0.3, high=0.7):
+    """Colours whose channels are correlated."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.random((height, width, 3)) @ [[0.6, 0.2, 0.1], [0.2, 0.6, 0.3], [0.2, 0.2, 0.6]]
+    return image.load((low + (high - low) * mixed).astype(np.float32))
+
+
+def test_content_is_the_default_and_a_file_is_resized_to_it():
+    content, start = picture(40, 60, 0), picture(20, 30, 1)
+    assert torch.equal(first_pixels(content, [], None, Config()), image.to_tensor(content))
+    from_file = first_pixels(content, [], start, Config(init="start.png"))
+    assert torch.equal(from_file, image.to_tensor(image.resize(start, (60, 40))))
+
+
+def test_noise_is_uniform_and_has_a_seed():
+    content = picture(100, 120, 0)
+    one, same, other = (first_pixels(content, [], None, Config(init="noise", seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert float(one.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(one.var()) == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_style_draws_the_mean_and_the_covariance_of_all_styles():
+    styles = [picture(60, 50, 1), picture(30, 20, 2, low=0.4, high=0.9)]
+    pixels = first_pixels(picture(300, 300, 0), styles, None, Config(init="style", seed=3))
+    drawn = pixels[0].flatten(1).double().numpy()
+    moments = [(c.mean(0), c.T @ c / len(c)) for c in (each.rgb.reshape(-1, 3).astype(np.float64) for each in styles)]
+    mean, second = (np.mean([each[i] for each in moments], axis=0) for i in (0, 1))
+    covariance = second - np.outer(mean, mean)
+    np.testing.assert_allclose(drawn.mean(1), mean, atol=2e-3)
+    np.testing.assert_allclose(np.cov(drawn), covariance, atol=0.03 * covariance.max())
+    assert covariance[0, 1] > 0.1 * covariance.max()  # the test would see independent channels
+
+
+def test_style_without_variance_gives_its_colour():
+    flat = image.load(np.full((8, 8, 3), [0.2, 0.4, 0.6], np.float32))
+    pixels = first_pixels(picture(40, 40, 0), [flat], None, Config(init="style"))
+    np.testing.assert_allclose(pixels[0].flatten(1).numpy(), np.tile([[0.2], [0.4], [0.6]], 1600), atol=1e-4)
+
+
+@given(share=st.floats(0, 1))
+def test_the_share_of_noise(share):
+    content = picture(16, 20, 0)
+    noise = first_pixels(content, [], None, Config(init="noise", seed=5)).double()
+    blend = first_pixels(content, [], None, Config(seed=5, init_noise=share))
+    truth = (1 - share) * image.to_tensor(content).double() + share * noise
+    assert (blend - truth).abs().max() < 1e-6
+
+
+def test_a_run_starts_there(stylizer, pictures, tmp_path):
+    """The first evaluation is that of the start: its loss tells it."""
+    image.save(image.to_pil(image.to_tensor(picture(40, 40, 7))), str(tmp_path / "start.png"))
+    losses = {}
+    for options in (
+        {},
+        {"init": "noise"},
+        {"init": "style"},
+        {"init": str(tmp_path / "start.png")},
+        {"init_noise": 0.4},
+    ):
+        config = Config(size=48, scales=1, iterations=1, **options)
+        losses[str(options)] = next(stylizer.steps(pictures["content"], pictures["style"], config)).loss
+    assert len({f"{loss:.4g}" for loss in losses.values()}) == len(losses)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_a_share_outside_its_range_is_named(value):
+    with pytest.raises(ValueError, match=r"init_noise .* from 0 to 1"):
+        Config(init_noise=value)
