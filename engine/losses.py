@@ -11,6 +11,7 @@ from torch import Tensor
 from . import kernels
 from .config import Config
 from .features import Features
+from .stages import Stages
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Objective:
         }
         self._styles = tuple(grams)
         self._layers = kernels.Layers(layers, config.content_weight, config.style_weight / len(grams), network.products)
+        self.stages = Stages(measures=not network.image.is_cuda)
         self._losses, self._gradients = (kernels.Recorded(network.image.device) for _ in range(2))
         self._pixels = kernels.Pixels(
             network.image, network.gradient, self._layers.scale, config.tv_weight, self._layers.terms
@@ -59,14 +61,23 @@ class Objective:
         network = self.network
         with network.use():
             network.image.copy_(pixels)
-            network.forward()
-            if gradient is None:
-                self._layers.losses()
-            else:
-                self._losses(self._layers.losses)
-                network.vjp(lambda layers: self._gradients(lambda: self._layers.gradients(layers)))
-            self._pixels.finish(gradient)
+            with self.stages.stage("forward"):
+                network.forward()
+            with self.stages.stage("losses"):
+                if gradient is None:
+                    self._layers.losses()
+                else:
+                    self._losses(self._layers.losses)
+            if gradient is not None:
+                with self.stages.stage("vjp"):
+                    network.vjp(self._write_cotangents)
+            with self.stages.stage("losses"):
+                self._pixels.finish(gradient)
         return self._layers.terms[0]
+
+    def _write_cotangents(self, layers: tuple[str, ...]) -> None:
+        with self.stages.stage("cotangents"):
+            self._gradients(lambda: self._layers.gradients(layers))
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import kernels
+from .stages import Stages
 
 AHEAD = 2  # iterations that a GPU has been given when one is yielded: who reads its loss does not leave the GPU idle
 
@@ -26,11 +27,12 @@ class State:
 
 @dataclass(frozen=True)
 class Iterate:
-    """Result of one evaluation: its loss, and the best image (1, 3, H, W) of this scale so far."""
+    """Result of one evaluation: its loss, the best image (1, 3, H, W) of this scale so far, seconds by stage."""
 
     best: Tensor
     _loss: Tensor = field(repr=False)  # in host memory
     _arrival: torch.cuda.Event | None = field(repr=False)  # of the loss, None on a CPU
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -46,19 +48,26 @@ class Iterate:
 
 
 def minimise(
-    evaluate: Callable[[Tensor, Tensor], Tensor], start: Tensor, optimizer: str, iterations: int, state: State
+    evaluate: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    optimizer: str,
+    iterations: int,
+    state: State,
+    stages: Stages | None = None,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
     `evaluate` gets pixels (1, 3, H, W) fp32 and a tensor of that shape, into which it writes the gradient of the loss
     that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step) and
     takes a step back, half by half, when it has diverged; `adam` keeps the pixels in [0, 1]. On a GPU iterations are
-    queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
+    queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image. `stages` is what
+    `evaluate` counts its time in.
 
     Raises FloatingPointError when a loss is not finite, on a GPU when the host comes to know it; the image has not
     moved since then, and what was yielded before stays good.
     """
     image = start.detach().clone()
+    stages = stages or Stages(measures=not image.is_cuda)
     gradient, loss = torch.empty_like(image), image.new_zeros(())
     runner = kernels.Lbfgs(image, gradient, loss) if optimizer == "lbfgs" else _adam(image, gradient, loss, state)
     losses = torch.empty(iterations, pin_memory=image.is_cuda)
@@ -68,8 +77,10 @@ def minimise(
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
-        runner.step()
-        queued.append(Iterate(runner.best.clone(), losses[i], arrival))
+        with stages.stage("optimiser"):
+            runner.step()
+            best = runner.best.clone()
+        queued.append(Iterate(best, losses[i], arrival, stages.take()))
         unchecked.append((i + 1, queued[-1]))
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())

@@ -117,7 +117,9 @@ def _run(given: argparse.Namespace) -> int:
     try:
         for last in _progress(stylizer.steps(content, styles, config), given.quiet):
             seconds = round(time.perf_counter() - start, 4)
-            rows.append({"scale": last.scale, "iteration": last.iteration, "loss": last.loss, "seconds": seconds})
+            stages = {name: round(value, 6) for name, value in last.stages.items()}
+            row = {"scale": last.scale, "iteration": last.iteration, "loss": last.loss, "seconds": seconds}
+            rows.append(row | {"stages": stages})
             if given.save_every and last.iteration % given.save_every == 0:
                 image.save(last.image, _numbered(given.out, last.iteration))
     except KeyboardInterrupt:

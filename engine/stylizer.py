@@ -60,6 +60,11 @@ class Step:
         return self._iterate.loss
 
     @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of this iteration by stage: forward, losses, cotangents, vjp, optimiser; empty on a GPU."""
+        return self._iterate.stages
+
+    @property
     def image(self) -> Image.Image:
         """The best picture of this scale so far, RGB or (if the content has alpha) RGBA."""
         alpha, pixels = self._alpha, self._iterate.best
@@ -219,7 +224,8 @@ class Stylizer:
         """The run at one scale, that of `content`, whose network is let go at its end."""
         objective = self._objective(content, styles, config)
         start = start.to(objective.network.image.device)
-        yield from within(objective.network, minimise(objective.write, start, config.optimizer, iterations, state))
+        run = minimise(objective.write, start, config.optimizer, iterations, state, objective.stages)
+        yield from within(objective.network, run)
 
     def _fall_back(self, reason: object) -> bool:
         """Go on in fp32 if the precision was ours to choose: whether it was."""
