@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from . import kernels
 from .export import vgg
 from .export.weights import Weights
+
+_T = TypeVar("_T")
 
 
 class Features(Protocol):
@@ -89,6 +91,16 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
         return session.Features(spec, weights, device, threads, forward_only=forward_only)
 
     return open_graphs
+
+
+def within(network: Features, values: Iterator[_T]) -> Iterator[_T]:
+    """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
+    while True:
+        with network.use():
+            value = next(values, None)
+        if value is None:
+            return
+        yield value
 
 
 def give_back_freed_memory() -> None:

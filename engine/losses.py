@@ -12,6 +12,7 @@ from . import kernels
 from .config import Config
 from .features import Features
 from .regions import Mask, View, guide
+from .stages import Stages
 from .targets import Statistics
 
 
@@ -77,6 +78,7 @@ class Objective:
         self._run_losses, self._run_cotangents = (
             kernels.Recorded(network.image.device) if recorded else _at_once for _ in range(2)
         )
+        self.stages = Stages(measures=not network.image.is_cuda)
         self._pixels = kernels.Pixels(
             network.image,
             network.gradient,
@@ -97,16 +99,25 @@ class Objective:
         network = self.network
         with network.use():
             network.image.copy_(pixels)
-            network.forward()
-            if gradient is None:
-                self._losses()
-            else:
-                self._run_losses(self._losses)
-                network.vjp(lambda layers: self._run_cotangents(lambda: self._cotangents(layers)))
-            self._pixels.finish(gradient)
+            with self.stages.stage("forward"):
+                network.forward()
+            with self.stages.stage("losses"):
+                if gradient is None:
+                    self._losses()
+                else:
+                    self._run_losses(self._losses)
+            if gradient is not None:
+                with self.stages.stage("vjp"):
+                    network.vjp(self._write_cotangents)
+            with self.stages.stage("losses"):
+                self._pixels.finish(gradient)
             if gradient is not None and self._frozen is not None:
                 gradient.masked_fill_(self._frozen, 0)
         return self._layers.terms[0]
+
+    def _write_cotangents(self, layers: tuple[str, ...]) -> None:
+        with self.stages.stage("cotangents"):
+            self._run_cotangents(lambda: self._cotangents(layers))
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""

@@ -75,7 +75,8 @@ def paint(
             for step in progress(steps, given, job.out):
                 run.last, now = step, time.perf_counter()
                 row = {"scale": step.scale, "iteration": step.iteration, "loss": step.loss}
-                run.rows.append(row | {"seconds": round(now - start, 4)})
+                stages = {name: round(value, 6) for name, value in step.stages.items()}
+                run.rows.append(row | {"seconds": round(now - start, 4), "stages": stages})
                 if given.save_every and step.iteration % given.save_every == 0:
                     image.save(step.image, _numbered(job.out, step.iteration))
                 interrupted = asked() or (stop is not None and stop.is_set())

@@ -27,9 +27,10 @@ ALLOWED = {
     "regions": {"image"},
     "targets": {"image"},
     "goal": {"colour", "config", "image", "regions", "targets"},
-    "losses": {"config", "features", "kernels", "regions", "targets"},
+    "stages": set(),
+    "losses": {"config", "features", "kernels", "regions", "stages", "targets"},
     "autograd": {"losses"},
-    "optimize": {"kernels"},
+    "optimize": {"kernels", "stages"},
     "checkpoint": set(),
     "start": {"config", "image"},
     "stylizer": (
