@@ -16,9 +16,10 @@ from torch import Tensor
 
 from engine import BackendError, kernels, provider
 from engine.export import vgg
+from engine.features import within
 from engine.kernels.lbfgs import HISTORY
 from engine.optimize import State, minimise
-from engine.stylizer import Stylizer, within
+from engine.stylizer import Stylizer
 
 from . import cases, machine, timing, torch_network
 from .gpu import Rows
