@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SET_UP := .venv/.set-up
-MARK ?= not slow and not gpu
+MARK ?= not slow and not gpu and not browser
+CHROMIUM ?= /usr/bin/chromium
 DEMO ?= --size 256 --iterations 60
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-browser lint bench clean
 
 demo: $(SET_UP)
 	$(BIN)/python -m engine.stylize --demo $(DEMO) --overwrite -o demo.png
@@ -16,6 +17,11 @@ test: $(SET_UP)
 
 test-slow: $(SET_UP)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(SET_UP)
+	test -x $(CHROMIUM) || (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium)
+	$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[cpu,dev,browser]'
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser
 
 # mypy does not follow the folder mapping of pyproject.toml, so it sees the package as links laid out as installed.
 lint: $(SET_UP)

@@ -99,8 +99,8 @@ class Engine:
 
     def iterate(self, start: Tensor) -> Iterator[float]:
         """On a GPU the loss is waited for: the times are those of finished iterations."""
+        from engine.features import within
         from engine.optimize import State, minimise
-        from engine.stylizer import within
 
         run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State())
         for iterate in within(self._objective.network, run):

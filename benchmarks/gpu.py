@@ -1,19 +1,25 @@
 """`python -m benchmarks.gpu --out DIR`: everything that only a GPU can show, in one table of checks and some of times.
 
 The sections of `gpu_sections` run one after the other, each in a process and with a time limit of its own: what fails,
-or is not installed, is named, and the rest goes on. DIR gets a JSON file for each section, whose rows are written as
-they are found, and `report.json` with all of them. Exit 0 if all checks that could run have passed, 1 if one failed, 2
-without a GPU.
+or is not installed, is named, and the rest goes on. DIR gets `report.json`, written again after each section, and a
+file for the section that is running, with the rows found so far. A bare checkout will do, with torch, torchvision,
+NumPy, Pillow, ONNX and safetensors; what else is missing is skipped. Exit 0 if all checks that could run have passed, 1
+if one failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +56,18 @@ class Rows:
         shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
         print(f"  {name:<34}{verdict:<7}{shown}", flush=True)
 
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """What goes wrong inside fails the row of this name, and the section goes on; what is missing is skipped."""
+        from engine import BackendError
+
+        try:
+            yield
+        except BackendError as error:
+            self.skip(name, str(error))
+        except Exception as error:  # of torch, CuPy, ONNX Runtime or TensorRT
+            self.add(name, False, failed=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
     def skip(self, name: str, reason: str) -> None:
         """A row that cannot be found here."""
         self.add(name, skipped=reason)
@@ -71,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no GPU: torch {torch.__version__} finds no CUDA device, nothing to check here", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("platformdirs") is None:
+        os.environ.setdefault("STYLIZE_HOME", str(Path(tempfile.gettempdir()) / "gatys-engine"))
     if args.inside:
         from . import gpu_sections
 
@@ -96,6 +116,7 @@ def run(sections: Sequence[str], out: Path) -> int:
         rows = json.loads(file.read_text()) if file.exists() else []
         report["sections"][name] = {"status": status, "seconds": time.monotonic() - begin, "rows": rows}
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        file.unlink(missing_ok=True)
         if status != "ok":
             print(f"  {name}: {status}", flush=True)
     failed = [name for name, section in report["sections"].items() if section["status"] not in ("ok", "no time left")]
@@ -105,15 +126,24 @@ def run(sections: Sequence[str], out: Path) -> int:
 
 def process(name: str, out: Path, limit: float) -> str:
     """Run one section in a process of its own: `ok`, or what became of it."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--sections", name, "--out", str(out)]
-    try:
-        done = subprocess.run(command, cwd=machine.ROOT, stderr=subprocess.PIPE, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s"
-    if done.returncode == 0:
-        return "ok"
-    last = (done.stderr.strip().splitlines() or ["a check failed"])[-1]
-    return f"exit {done.returncode}: {last}"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--sections", name, "--out", str(out.resolve())]
+    # Not a pipe, which processes of torch.compile keep open beyond the end of their parent; they are ended with it.
+    with tempfile.TemporaryFile("w+") as errors:
+        running = subprocess.Popen(command, cwd=machine.ROOT, stderr=errors, start_new_session=True)
+        try:
+            code = running.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+        if code == 0:
+            return "ok"
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    print(*lines[-20:], sep="\n", file=sys.stderr, flush=True)
+    return f"exit {code}: {lines[-1] if lines else 'a check failed'}"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from engine import BackendError, kernels, provider
 from engine.export import vgg
+from engine.features import within
 from engine.kernels.lbfgs import HISTORY
 from engine.optimize import State, minimise
-from engine.stylizer import Stylizer, within
+from engine.stylizer import Stylizer
 
 from . import cases, machine, timing, torch_network
 from .gpu import Rows
@@ -28,10 +29,10 @@ GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if devic
 TORCH_ENGINES = {f"{torch_network.NAME}, {precision}": precision for precision in ("fp32", "fp16", "bf16")}
 STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 3e-2}  # relative, of the pixels, against float64
+GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 6e-2}  # relative, of the pixels, against float64
 ROUNDING = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}  # relative, of cotangents
 LOSS_ERROR = 0.01  # relative, of the end of a run against fp32
-TIMED = ("eager", "autocast", "engine-cuda-fp16", "engine-tensorrt-fp16")
+TIMED = ("eager", "autocast", f"{torch_network.NAME}, fp16", "engine-cuda-fp16", "engine-tensorrt-fp16")
 # What the host does to wait or to allocate; an event that is asked whether it has come is none of these.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 ALLOCATIONS = ("cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaFreeAsync", "cudaHostAlloc", "cuMemAlloc_v2")
@@ -67,6 +68,12 @@ def ceilings(device: str, side: int = 4096) -> dict[str, float]:
         a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
         found[f"{name} products TFLOP/s"] = 2 * side**3 / seconds(partial(torch.mm, a, b), device) / 1e12
     return found
+
+
+def recorded(work: Callable[[], None], device: str) -> Callable[[], None]:
+    """The work as the loop does it: a replay of its launches."""
+    graph = kernels.Recorded(torch.device(device))
+    return partial(graph, work)
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 5, calls: int = 10) -> float:
@@ -115,16 +122,24 @@ def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)
     for size in sizes:
         for precision, dtype in DTYPES.items():
             for nhwc in (False, True):
-                given = layer_group(size, dtype, nhwc, device)
-                layers = kernels.Layers(given, 1.0, 100.0)
-                layers.losses()
-                layers.gradients()
-                loss, worst = layer_errors(layers, given)
-                passed = loss < 1e-4 and worst < ROUNDING[precision]
-                order = "NHWC" if nhwc else "NCHW"
-                rows.add(f"layers {size} {precision} {order}", passed, loss_error=loss, cotangent_error=worst)
-    difference = lbfgs_error(device)
-    rows.add("L-BFGS against the CPU's", difference < 1e-3, image_error=difference)
+                name = f"layers {size} {precision} {'NHWC' if nhwc else 'NCHW'}"
+                with rows.attempt(name):
+                    given = layer_group(size, dtype, nhwc, device)
+                    layers = kernels.Layers(given, 1.0, 100.0)
+                    for way, losses in ways(layers, device).items():
+                        losses()
+                        layers.gradients()
+                        loss, worst = layer_errors(layers, given)
+                        passed = loss < 1e-4 and worst < ROUNDING[precision]
+                        rows.add(f"{name} {way}", passed, loss_error=loss, cotangent_error=worst)
+    with rows.attempt("L-BFGS against the CPU's"):
+        difference = lbfgs_error(device)
+        rows.add("L-BFGS against the CPU's", difference < 1e-3, image_error=difference)
+
+
+def ways(layers: kernels.Layers, device: str) -> dict[str, Callable[[], None]]:
+    """The ways to the losses: there is a choice on a GPU only."""
+    return layers.ways() if device == "cuda" else {"BLAS": layers.losses}
 
 
 def layer_errors(layers: kernels.Layers, given: dict[str, kernels.Layer]) -> tuple[float, float]:
@@ -187,14 +202,26 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
                 assert layer.cotangent is not None
                 layer.cotangent.copy_(gram @ layer.features)
 
-        for name, work, theirs, traffic in (
-            ("Gram and losses", layers.losses, torchs_grams, moved),
-            ("cotangents", layers.gradients, torchs_gradients, 2 * moved),
-        ):
-            ours, other = seconds(work, device), seconds(theirs, device)
+        def timed(
+            name: str,
+            work: Callable[[], None],
+            theirs: Callable[[], None],
+            traffic: int,
+            precision: str = precision,
+            flop: int = flop,
+        ) -> None:
+            ours, other = seconds(recorded(work, device), device), seconds(recorded(theirs, device), device)
             rates = {"gb_per_s": traffic / ours / 1e9, "tflop_per_s": flop / ours / 1e12}
             rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
-            ours_us[precision] += 1e6 * ours
+            if name in ("chosen losses", "cotangents"):
+                ours_us[precision] += 1e6 * ours
+
+        with rows.attempt(f"losses {precision}"):
+            for way, losses in ways(layers, device).items():
+                timed(way, losses, torchs_grams, moved)
+            timed("chosen losses", layers.losses, torchs_grams, moved)
+        with rows.attempt(f"cotangents {precision}"):
+            timed("cotangents", layers.gradients, torchs_gradients, 2 * moved)
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
@@ -231,19 +258,15 @@ def providers(
     truth, slope = oracle.loss_and_gradient(point)
     for name in engines:
         own_device, precision = ("torch", TORCH_ENGINES[name]) if name in TORCH_ENGINES else cases.ENGINES[name]
-        try:
-            loop = build(name, problem)
-        except BackendError as error:
-            rows.skip(name, str(error))
-            continue
-        loss, gradient = loop.loss_and_gradient(point)
-        errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
-        limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
-        passed = errors["gradient_error"] < limit and errors["loss_error"] < 0.1 * limit
-        if precision == "fp32" and name in cases.ENGINES:
-            errors["strict_error"] = cases.strict_error(name, problem)
-            passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
-        rows.add(name, passed, provider=provider.PROVIDERS.get(own_device, own_device), **errors)
+        with rows.attempt(name):
+            loss, gradient = build(name, problem).loss_and_gradient(point)
+            errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
+            limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
+            passed = errors["gradient_error"] < limit and errors["loss_error"] < 0.2 * limit
+            if precision == "fp32" and name in cases.ENGINES:
+                errors["strict_error"] = cases.strict_error(name, problem)
+                passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
+            rows.add(name, passed, provider=provider.PROVIDERS.get(own_device, own_device), **errors)
 
 
 def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Iterator[object]:
@@ -264,22 +287,19 @@ def loop(
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     for name in engines:
-        try:
+        with rows.attempt(name):
             running = iterates(name, problem)
-        except BackendError as error:
-            rows.skip(name, str(error))
-            continue
-        for _ in islice(running, 8):  # sessions and kernels are captured in the third
-            pass
-        machine.now(device)
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in islice(running, count):
+            for _ in islice(running, 8):  # sessions and kernels are captured in the third
                 pass
-        calls = Counter(event.name for event in profile.events())
-        machine.now(device)
-        found = {"waits": total(calls, WAITS), "allocations": total(calls, ALLOCATIONS)}
-        launches = (calls["cudaLaunchKernel"] + calls["cuLaunchKernel"] + calls["cudaGraphLaunch"]) / count
-        rows.add(name, not any(found.values()), **found, launches_per_iteration=launches)
+            machine.now(device)
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in islice(running, count):
+                    pass
+            calls = Counter(event.name for event in profile.events())
+            machine.now(device)
+            found = {"waits": total(calls, WAITS), "allocations": total(calls, ALLOCATIONS)}
+            launches = (calls["cudaLaunchKernel"] + calls["cuLaunchKernel"] + calls["cudaGraphLaunch"]) / count
+            rows.add(name, not any(found.values()), **found, launches_per_iteration=launches)
 
 
 def total(calls: Counter[str], names: Iterable[str]) -> int:
@@ -294,11 +314,15 @@ def iteration(rows: Rows, device: str, size: int, names: Iterable[str] = TIMED, 
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = True  # eager fp32 as a good user runs it
     found = {name: {"variant": name} for name in names}
-    loops = timing.start(found, problem, strict=False)
+    loops = timing.start(found, problem, strict=False, build=build, required=("eager",))
     rate, _ = timing.in_turns(found, loops, problem, rounds)
     for name, row in found.items():
         if "failed" in row:
-            rows.skip(name, row["failed"])
+            ours = name in cases.ENGINES or name in TORCH_ENGINES
+            if ours and not row["failed"].startswith(BackendError.__name__):
+                rows.add(name, False, failed=row["failed"])
+            else:
+                rows.skip(name, row["failed"])
             continue
         kept = {key: row[key] for key in ("iterations_per_s", "ratio", "gflop_per_s", "error", "first_s")}
         rows.add(name, **kept, share_of_fp32_products=row["gflop_per_s"] / rate)
@@ -313,17 +337,13 @@ def runs(rows: Rows, device: str, size: int = 256, iterations: int = 100, engine
     config = replace(problem.config, iterations=iterations)
     reference = None
     for name in engines:
-        try:
-            stylizer = Stylizer(problem.weights, *cases.ENGINES[name])
-        except BackendError as error:
-            rows.skip(name, str(error))
-            continue
-        result = stylizer(problem.content, problem.style, config)
-        lowest = min(loss for scale, loss, _ in result.trace if scale == size)
-        reference = reference or lowest  # the first is fp32
-        rows.add(name, abs(lowest / reference - 1) < LOSS_ERROR, loss=lowest, seconds=result.trace[-1][2])
+        with rows.attempt(name):
+            result = Stylizer(problem.weights, *cases.ENGINES[name])(problem.content, problem.style, config)
+            lowest = min(loss for scale, loss, _ in result.trace if scale == size)
+            reference = reference or lowest  # the first is fp32
+            rows.add(name, abs(lowest / reference - 1) < LOSS_ERROR, loss=lowest, seconds=result.trace[-1][2])
     for name in engines:
-        if "fp16" in name and "skipped" not in next(row for row in rows.rows if row["name"] == name):
+        if "fp16" in name and "loss" in next(row for row in rows.rows if row["name"] == name):
             found = timing.equal_loss(problem, name, 5 * iterations, 2 * iterations)
             times = {key: found[key] for key in ("baseline_s", "engine_s", "ratio")}
             rows.add(f"{name} to eager's loss", **times)

@@ -104,10 +104,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that runs, with `-dirty` if the code differs from it."""
+    """The commit that runs, with `-dirty` if the code differs from it; `unknown` for a copy without its history."""
     code = ["engine", "kernels", "export", "benchmarks", ":!benchmarks/results"]
-    head = _git("rev-parse", "--short", "HEAD")
-    return f"{head}-dirty" if _git("status", "--porcelain", "--", *code) else head
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        return f"{head}-dirty" if _git("status", "--porcelain", "--", *code) else head
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _git(*arguments: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,17 @@ WARM_UP = 3  # iterations after the first one that are not timed
 MEMORY_ITERATIONS = Config().iterations  # of a default run's last scale; torch's L-BFGS history grows until then
 
 
-def start(rows: dict[str, dict[str, Any]], problem: Problem, strict: bool = True) -> dict[str, Iterator[float]]:
+def start(
+    rows: dict[str, dict[str, Any]],
+    problem: Problem,
+    strict: bool = True,
+    build: Callable[[str, Problem], Loop] = cases.build,
+    required: Collection[str] = ("eager", *cases.ENGINES),
+) -> dict[str, Iterator[float]]:
     """Build every variant, compare its gradient, run its first iterations; what cannot run says so in its row.
 
-    `strict` asks for the error at the small picture as well.
+    `strict` asks for the error at the small picture as well. Of those `required` only a device that is missing is no
+    reason to stop.
     """
     import torch._dynamo  # noqa: F401  # torch.optim imports it in its first step, which is to be charged to no variant
 
@@ -31,7 +38,7 @@ def start(rows: dict[str, dict[str, Any]], problem: Problem, strict: bool = True
     for name, row in rows.items():
         try:
             begin = machine.now(problem.device)
-            loop: Loop = cases.build(name, problem)
+            loop: Loop = build(name, problem)
             row["setup_s"] = machine.now(problem.device) - begin
             iterator = loop.iterate(problem.start)
             begin = machine.now(problem.device)
@@ -43,7 +50,7 @@ def start(rows: dict[str, dict[str, Any]], problem: Problem, strict: bool = True
             for _ in range(WARM_UP):
                 next(iterator)
         except Exception as error:  # torch.compile has too many ways to fail
-            if name == "eager" or (name in cases.ENGINES and not isinstance(error, BackendError)):
+            if name in required and not isinstance(error, BackendError):
                 raise
             row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,8 +58,9 @@ class Features:
         for name, output in self._outputs.items():
             self.features[name].copy_(output.detach())
 
-    def vjp(self) -> None:
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
         """cotangents -> gradient."""
+        write(self.spec.layers)
         outputs = [self._outputs[name] for name in self.cotangents]
         self.gradient.copy_(torch.autograd.grad(outputs, self._leaf, list(self.cotangents.values()))[0])
 

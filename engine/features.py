@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,13 +14,16 @@ from . import kernels
 from .export import vgg
 from .export.weights import Weights
 
+_T = TypeVar("_T")
+
 
 class Features(Protocol):
     """The forward pass and the VJP at one `spec`, with the memory they work in.
 
     `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers at least,
     `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
-    order of the runtime. Everything happens inside `use`.
+    order of the runtime. Cotangents may share memory with each other and with the features: see `vjp`. Everything
+    happens inside `use`.
     """
 
     image: Tensor
@@ -51,8 +54,12 @@ class Features(Protocol):
     def forward(self) -> None:
         """image -> features."""
 
-    def vjp(self) -> None:
-        """features, cotangents -> gradient; the features are spent."""
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; the features are spent.
+
+        Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
+        their cotangents, and may read the features of these layers and of shallower ones.
+        """
 
 
 class Open(Protocol):
@@ -84,6 +91,16 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
         return session.Features(spec, weights, device, threads, forward_only=forward_only)
 
     return open_graphs
+
+
+def within(network: Features, values: Iterator[_T]) -> Iterator[_T]:
+    """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
+    while True:
+        with network.use():
+            value = next(values, None)
+        if value is None:
+            return
+        yield value
 
 
 def give_back_freed_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import math
 import os
@@ -13,14 +14,16 @@ import tempfile
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from . import manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +49,14 @@ _pillow_lock = threading.Lock()  # filters of warnings and Pillow's limit are pr
 
 @dataclass(frozen=True)
 class Picture:
-    """An sRGB picture: `rgb` is float32 (H, W, 3) in [0, 1], `alpha` float32 (H, W) in [0, 1] or None."""
+    """An sRGB picture: `rgb` is float32 (H, W, 3) in [0, 1], `alpha` float32 (H, W) in [0, 1] or None.
+
+    `name` is that of its file, without folders.
+    """
 
     rgb: NDArray[np.float32]
     alpha: NDArray[np.float32] | None = None
+    name: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -103,7 +110,8 @@ def load(source: Source) -> Picture:
         with _bounded(pixels):
             opened = Image.open(io.BytesIO(data), formats=_READ)
             opened.load()
-        return _from_pil(opened)
+        named = isinstance(source, str | os.PathLike) and source != "-"
+        return replace(_from_pil(opened), name=Path(source).name if named else None)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} has more than {pixels} pixels (STYLIZE_MAX_PIXELS)") from error
     except UnidentifiedImageError as error:
@@ -270,8 +278,10 @@ def check_output(path: str, overwrite: bool) -> None:
     output_format(path)
     if path != "-":
         check_writable(path)
-        if Path(path).exists() and not overwrite:
-            raise ValueError(f"{path} exists already; pass --overwrite to replace it")
+        written = [Path(path)] if manifest.holds(output_format(path)) else [Path(path), manifest.beside(path)]
+        for each in written:
+            if each.exists() and not overwrite:
+                raise ValueError(f"{each} exists already; pass --overwrite to replace it")
 
 
 def check_writable(path: str) -> None:
@@ -285,16 +295,19 @@ def check_writable(path: str) -> None:
         pass
 
 
-def save(image: Image.Image, path: str) -> None:
+def save(image: Image.Image, path: str, record: Mapping[str, Any] | None = None) -> None:
     """Write the picture under a temporary name and rename it; `-` is standard output (PNG).
 
-    JPEG is written at quality 95 without chroma subsampling; where a format has no alpha, it is left out.
+    JPEG is written at quality 95 without chroma subsampling; where a format has no alpha, it is left out. `record`, its
+    manifest, goes into the picture or, where the format cannot hold it, beside it.
     """
     kind = output_format(path)
     if kind in _OPAQUE and image.mode == "RGBA":
         log.warning("%s holds no transparency: alpha left out", kind)
         image = image.convert("RGB")
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    embedded = manifest.embed(kind, record)
+    options |= embedded
     if path == "-":
         stream = io.BytesIO()
         image.save(stream, kind, **options)
@@ -303,6 +316,9 @@ def save(image: Image.Image, path: str) -> None:
         return
     with atomic(Path(path)) as temporary:
         image.save(temporary, kind, **options)
+    if record is not None and not embedded:
+        with atomic(manifest.beside(path)) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
 
 
 @contextlib.contextmanager

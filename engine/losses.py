@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from . import kernels
 from .config import Config
 from .features import Features
 from .regions import Mask, View, guide
+from .stages import Stages
 from .targets import Statistics
 
 
@@ -57,7 +58,8 @@ class Objective:
     ) -> None:
         self.network = network
         self._frozen = None if frozen is None else frozen.to(network.image.device)
-        self._views: list[tuple[View, kernels.Layer]] = []
+        self._views: dict[str, tuple[View, kernels.Layer]] = {}  # by term
+        self._layer_of: dict[str, str] = {}  # of the terms that have a view
         self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
         self._styles = tuple(config.style_layer_weights) if regions else ()
         self._style_weight = config.style_weight
@@ -73,7 +75,10 @@ class Objective:
         self._layers = kernels.Layers(terms, config.content_weight, config.style_weight, network.products)
         # The host computes the eigenvalues of Wasserstein distances on its own.
         recorded = config.style_loss != "wasserstein" or not regions
-        self._recorded = kernels.Recorded(network.image.device) if recorded else _at_once
+        self._run_losses, self._run_cotangents = (
+            kernels.Recorded(network.image.device) if recorded else _at_once for _ in range(2)
+        )
+        self.stages = Stages(measures=not network.image.is_cuda)
         self._pixels = kernels.Pixels(
             network.image,
             network.gradient,
@@ -94,16 +99,25 @@ class Objective:
         network = self.network
         with network.use():
             network.image.copy_(pixels)
-            network.forward()
-            if gradient is None:
-                self._losses()
-            else:
-                self._recorded(self._losses_and_cotangents)
-                network.vjp()
-            self._pixels.finish(gradient)
+            with self.stages.stage("forward"):
+                network.forward()
+            with self.stages.stage("losses"):
+                if gradient is None:
+                    self._losses()
+                else:
+                    self._run_losses(self._losses)
+            if gradient is not None:
+                with self.stages.stage("vjp"):
+                    network.vjp(self._write_cotangents)
+            with self.stages.stage("losses"):
+                self._pixels.finish(gradient)
             if gradient is not None and self._frozen is not None:
                 gradient.masked_fill_(self._frozen, 0)
         return self._layers.terms[0]
+
+    def _write_cotangents(self, layers: tuple[str, ...]) -> None:
+        with self.stages.stage("cotangents"):
+            self._run_cotangents(lambda: self._cotangents(layers))
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""
@@ -147,21 +161,23 @@ class Objective:
         weight = config.style_layer_weights[name] * region.share
         terms[term] = kernels.Layer(view.features, view.cotangent, None, target, 0.0, weight, distance)
         self._shares[term] = name, region.share
-        self._views.append((view, terms[term]))
+        self._views[term] = view, terms[term]
+        self._layer_of[term] = name
 
     def _losses(self) -> None:
-        for view, _ in self._views:
+        for view, _ in self._views.values():
             view.read()
         self._layers.losses()
 
-    def _losses_and_cotangents(self) -> None:
-        self._losses()
-        if self._views:
-            for name, cotangent in self.network.cotangents.items():
-                if name not in self._layers.names:
-                    cotangent.zero_()
-        self._layers.gradients()
-        for view, layer in self._views:
+    def _cotangents(self, layers: Collection[str]) -> None:
+        """Write the cotangents of these layers of the network."""
+        for name in layers:
+            if name not in self._layers.names:
+                self.network.cotangents[name].zero_()
+        self._layers.gradients([term for term in self._layers.names if self._layer_of.get(term, term) in layers])
+        for term, (view, layer) in self._views.items():
+            if self._layer_of[term] not in layers:
+                continue
             slope = None
             if layer.distance is not None:
                 factor = 2 * self._style_weight * layer.style_weight / layer.features.numel()

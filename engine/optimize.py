@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import kernels
+from .stages import Stages
 
 WINDOW = 20  # evaluations over which a stalled loss is told
 AHEAD = 2  # iterations that a GPU has been given when one is yielded: who reads its loss does not leave the GPU idle
@@ -27,11 +28,13 @@ class State:
 
 @dataclass(frozen=True)
 class Iterate:
-    """Result of one evaluation: its loss, and the best or the average image (1, 3, H, W) of this scale so far."""
+    """Result of one evaluation: its loss, the best or the average image (1, 3, H, W) of this scale so far, and the
+    seconds of each stage."""
 
     best: Tensor
     _loss: Tensor = field(repr=False)  # in host memory
     _arrival: torch.cuda.Event | None = field(repr=False)  # of the loss, None on a CPU
+    stages: dict[str, float] = field(default_factory=dict)
     # How to save the run; empty unless this is its newest iterate, so that a kept one holds no optimiser.
     _saving: list[Callable[[], dict[str, Tensor]]] = field(default_factory=list, repr=False)
 
@@ -66,6 +69,7 @@ def minimise(
     state: State,
     saved: Mapping[str, Tensor] | None = None,
     *,
+    stages: Stages | None = None,
     rate: float = kernels.RATE,
     history: int = kernels.HISTORY,
     clamp: bool = False,
@@ -79,7 +83,8 @@ def minimise(
     step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always does.
     `rate` is Adam's, `history` counts the pairs of L-BFGS; with `wrap` the borders of the image see each other. With a
     decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU iterations are queued
-    AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
+    AHEAD of those that are yielded, and the host waits only where it reads a loss or an image. `stages` is what
+    `evaluate` counts its time in.
 
     With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
 
@@ -89,6 +94,7 @@ def minimise(
     image = start.detach().clone()
     if clamp:
         image.clamp_(0, 1)
+    stages = stages or Stages(measures=not image.is_cuda)
     gradient, loss = torch.empty_like(image), image.new_zeros(())
     if optimizer == "lbfgs":
         runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, history, clamp)
@@ -128,13 +134,14 @@ def minimise(
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
-        if mean is not None:
-            mean.add(image, loss)
-        runner.step()
-        if isinstance(runner, kernels.Adam):
-            state.steps, state.moments = runner.steps, tuple(runner.moments)
-        result = runner.best if mean is None else mean.value
-        queued.append(Iterate(result.clone(), losses[i], arrival))
+        with stages.stage("optimiser"):
+            if mean is not None:
+                mean.add(image, loss)
+            runner.step()
+            if isinstance(runner, kernels.Adam):
+                state.steps, state.moments = runner.steps, tuple(runner.moments)
+            result = (runner.best if mean is None else mean.value).clone()
+        queued.append(Iterate(result, losses[i], arrival, stages.take()))
         unchecked.append((i + 1, queued[-1]))
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())

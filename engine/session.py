@@ -55,7 +55,8 @@ class _Graph:
 
     def _start(self, captured: bool) -> None:
         device = self._place[0]
-        self._session, settings = _open(*self._make(), *self._place, captured)
+        model, arrays = self._make()
+        self._session, settings = _open(model, arrays, *self._place, captured)
         self._captured = "enable_cuda_graph" in settings
         provider.verify(self._session, device)
         give_back_freed_memory()
@@ -155,8 +156,9 @@ class Features:
         """image -> features."""
         self._forward.run()
 
-    def vjp(self) -> None:
-        """features, cotangents -> gradient."""
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; all cotangents are written at once."""
+        write(self.spec.layers)
         self._vjp.run()
 
 

@@ -6,20 +6,17 @@ Everything heavy is imported after the options have been read, so that `--help` 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from .config import Config, choice, options
+from .jobs import Job, product, shard
 from .presets import PRESETS
-
-if TYPE_CHECKING:
-    from .stylizer import Step
 
 _NAME = "engine.stylize"
 
@@ -47,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         help="picture whose style is taken, or a file of --save-targets; none: inverts the content's features",
     )
     parser.add_argument(
-        "-o", "--out", metavar="OUT", help="picture to write: png, jpg, webp, tif, bmp; - writes a PNG pipe"
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="picture to write: png, jpg, webp, tif, bmp; - writes a PNG pipe; with --contents a folder, or a pattern "
+        "with {content} and {style}; pictures that are there already are left alone",
     )
     parser.add_argument("--demo", action="store_true", help="use the bundled sample pair")
     group = parser.add_argument_group("what is optimised")
@@ -74,14 +75,35 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="auto", help="auto, cpu, onnxruntime, cuda or tensorrt (default auto)")
     group.add_argument("--precision", default="auto", help="auto, fp32, fp16 or bf16 (default auto)")
     group.add_argument("--trace", metavar="FILE", help="write options, losses and times of every iteration as JSON")
+    group.add_argument("--plot", metavar="FILE", help="draw the losses into a picture (extra plot)")
+    group.add_argument("--progress", metavar="X", default="auto", help=f"{_PROGRESS} (default auto)")
     group.add_argument("--save-every", metavar="N", type=int, help="also write OUT-00N.. every N iterations")
     group.add_argument("--save-targets", metavar="FILE", help="also keep what is used of the STYLE, as .safetensors")
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    group.add_argument("--checkpoint", metavar="FILE", help="keep the run here, to be resumed; removed when it is done")
+    group.add_argument(
+        "--checkpoint-every", metavar="S", type=float, default=60.0, help="seconds between checkpoints (default 60)"
+    )
+    group.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same pictures and options")
+    group.add_argument(
+        "--grid", metavar="OPTION=X,X..", nargs="+", help="a contact sheet over all combinations of these options"
+    )
+    group.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="make this picture again, by its manifest; CONTENT and STYLE only if they moved",
+    )
+    many = parser.add_argument_group("many pictures: every content with every style, instead of CONTENT and STYLE")
+    many.add_argument("--contents", metavar="X", nargs="+", help="files, folders or quoted patterns of contents")
+    many.add_argument("--styles", dest="style_list", metavar="X", nargs="+", help="the same of styles")
+    many.add_argument("--shard", metavar="I/N", help="make part I of N only, for N machines")
+    many.add_argument("--jobs", metavar="N", type=int, default=1, help="pictures at a time (default 1)")
     group.add_argument("--quiet", action="store_true", help="no progress and no messages but errors")
     group.add_argument("--version", action="store_true", help="print the version and stop")
     return parser
 
 
+_PROGRESS = "auto (a bar on a terminal), none, or json (a line for each iteration on stderr)"
 _METAVARS = {
     "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
     "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...]", "scales": "auto|N",
@@ -115,62 +137,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    config = _config(given)
-    paths = _paths(given)
-    from . import image, provider
+    _check(given)
+    config = Config() if given.replay else _config(given)
+    sources = _sources(given)
+    from . import image, painting, provider
 
     choice("device", given.device, provider.DEVICES)
     choice("precision", given.precision, provider.PRECISIONS)
     if given.device != "auto":
         provider.check(given.device)
-    image.check_output(given.out, given.overwrite)
-    if given.trace:
-        image.check_writable(given.trace)
-    content, *loaded = [_load(path) for path in paths]
-    styles = None if loaded == [None] else loaded
-    if given.save_targets:
-        image.check_writable(given.save_targets)
-    logging.basicConfig(level=logging.WARNING if given.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for path in (given.trace, given.plot, given.checkpoint, given.save_targets):
+        if path:
+            image.check_writable(path)
+    verbose = not given.quiet and given.progress != "json"
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if given.contents:
+        from . import batches
 
+        jobs = product(given.contents, given.style_list, given.out)
+        status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given, _line)
+        return _fail(status, message) if status else 0
+    image.check_output(given.out, given.overwrite)
+    if given.replay:
+        from . import manifest, replay
+
+        record, folder = manifest.read(given.replay), Path(given.replay).parent
+        config, job = replay.inputs(record, folder, sources, given.out)
+        replay.take_engine(record, folder, given)
+    else:
+        record, (content, *styles) = None, [painting.load(source) for source in sources]
+        job = Job(content, tuple(styles), given.out, _masks(given.mask), given.freeze)
+
+    from . import sheet
     from .stylizer import Stylizer
 
+    grid = sheet.axes(given.grid, _parse) if given.grid else []
+    cells = sheet.configs(config, grid)  # its mistakes are told before the weights are read
     stylizer = Stylizer(given.weights, given.device, given.precision)
-    start = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    last: Step | None = None
-    status, message = 0, ""
-    try:
-        steps = stylizer.steps(content, styles, config, masks=_masks(given.mask), freeze=given.freeze)
-        if given.save_targets:
-            _save_targets(given, stylizer, styles, config)
-        for last in _progress(steps, given.quiet):
-            seconds = round(time.perf_counter() - start, 4)
-            rows.append({"scale": last.scale, "iteration": last.iteration, "loss": last.loss, "seconds": seconds})
-            if given.save_every and last.iteration % given.save_every == 0:
-                image.save(last.image, _numbered(given.out, last.iteration))
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    except FloatingPointError as error:
-        status, message = 1, str(error)
-    if last is not None:
-        image.save(last.image, given.out)
-        message = message and f"{message}; the picture so far is in {given.out}"
-        if given.trace:
-            _write_trace(Path(given.trace), stylizer, config, rows)
+    if given.save_targets:
+        _save_targets(given, stylizer, job, config)
+    if record:
+        replay.check_engine(record, stylizer, config)
+    if grid:
+        sheet.make(stylizer, job, cells, len(grid[-1][1]), given)
+        return 0
+    status, message = painting.paint(stylizer, job, config, given)
     return _fail(status, message) if status else 0
 
 
-def _load(path: Any) -> Any:
-    """A picture, a file of style targets, or None for the word none."""
-    if path == "none":
-        return None
-    from . import image
-
-    if isinstance(path, str) and path.endswith(".safetensors"):
-        from .targets import Targets
-
-        return Targets.load(path)
-    return image.load(path)
+def _check(given: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
+    listed = bool(given.contents or given.style_list)
+    if listed and not (given.contents and given.style_list):
+        raise ValueError("--contents and --styles belong together")
+    if listed and (given.content is not None or given.demo):
+        raise ValueError("--contents and --styles name the pictures: leave CONTENT, STYLE and --demo out")
+    single = {"--trace": given.trace, "--plot": given.plot, "--checkpoint": given.checkpoint, "--resume": given.resume}
+    single |= {"--replay": given.replay, "--grid": given.grid}
+    single |= {"--mask": given.mask, "--freeze": given.freeze, "--save-targets": given.save_targets}
+    for flag, value in single.items():
+        if listed and value:
+            raise ValueError(f"{flag} is for one picture, not for --contents")
+        if given.grid and value and flag != "--grid":
+            raise ValueError(f"{flag} is for one picture, not for --grid")
+    if given.grid and given.save_every:
+        raise ValueError("--save-every is for one picture, not for --grid")
+    if not listed and (given.shard or given.jobs != 1):
+        raise ValueError("--shard and --jobs are for --contents")
+    if given.jobs < 1:
+        raise ValueError(f"--jobs {given.jobs}: give a number from 1")
+    if not given.checkpoint_every >= 0:
+        raise ValueError(f"--checkpoint-every {given.checkpoint_every}: give seconds, from 0")
+    choice("--progress", given.progress, ("auto", "none", "json"))
+    if given.replay:
+        for name in ("preset", "mask", "freeze", *(option.name for option in options())):
+            if getattr(given, name, None) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"--replay takes the options of the manifest: leave {flag} out")
+    if given.plot and importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("--plot: matplotlib is missing: pip install 'gatys-engine[plot]'")
 
 
 def _masks(given: list[str] | None) -> list[Any] | None:
@@ -180,24 +225,11 @@ def _masks(given: list[str] | None) -> list[Any] | None:
     return [tuple(text.rsplit(":", 1)) if ":" in text and not Path(text).exists() else text for text in given]
 
 
-def _save_targets(given: argparse.Namespace, stylizer: Any, styles: list[Any] | None, config: Config) -> None:
-    if styles is None or len(styles) != 1:
+def _save_targets(given: argparse.Namespace, stylizer: Any, job: Job, config: Config) -> None:
+    if len(job.styles) != 1 or job.styles[0] is None:
         raise ValueError("--save-targets keeps one STYLE: give one")
-    mask = (_masks(given.mask) or [""])[0]
-    stylizer.targets(styles[0], config, mask=mask[1] if isinstance(mask, tuple) else None).save(given.save_targets)
-
-
-def _progress(steps: Any, quiet: bool) -> Any:
-    """The steps, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(disable=True if quiet else None, unit="it", file=sys.stderr) as bar:
-        for step in steps:
-            bar.total = step.total
-            bar.set_description(f"{step.scale} px", refresh=False)
-            bar.set_postfix_str(f"loss {step.loss:.4g}", refresh=False)
-            bar.update()
-            yield step
+    mask = (job.masks or [""])[0]
+    stylizer.targets(job.styles[0], config, mask=mask[1] if isinstance(mask, tuple) else None).save(given.save_targets)
 
 
 def _config(given: argparse.Namespace) -> Config:
@@ -233,23 +265,24 @@ def _parse(name: str, default: Any, text: Any) -> Any:
     return type(default)(text)
 
 
-def _paths(given: argparse.Namespace) -> list[Any]:
-    """Content and styles; checks what argparse cannot."""
+def _sources(given: argparse.Namespace) -> list[Any]:
+    """Content and styles of a single picture; checks what argparse cannot."""
+    sources: list[Any] = []
     if given.demo:
         if given.content is not None:
             raise ValueError("--demo brings its own pictures: leave CONTENT and STYLE out")
         samples = resources.files("engine.samples")
-        paths: list[Any] = [(samples / name).read_bytes() for name in ("content.jpg", "style.jpg")]
+        sources = [(samples / name).read_bytes() for name in ("content.jpg", "style.jpg")]
         given.out = given.out or "demo.png"
-    else:
+    elif not given.contents and (given.content is not None or not given.replay):
         if given.content is None or not given.styles:
             raise ValueError("give CONTENT and STYLE, or --demo")
-        paths = [given.content, *given.styles]
+        sources = [given.content, *given.styles]
         if "none" in given.styles and len(given.styles) > 1:
             raise ValueError("none stands for all styles: give it alone")
         if given.content.endswith(".safetensors"):
             raise ValueError(f"{given.content} is no picture: style targets take the place of a STYLE")
-        if paths.count("-") > 1:
+        if sources.count("-") > 1:
             raise ValueError("only one picture can come from standard input")
     if given.out is None:
         raise ValueError("give the picture to write with -o OUT")
@@ -257,30 +290,7 @@ def _paths(given: argparse.Namespace) -> list[Any]:
         raise ValueError(f"--save-every {given.save_every}: give a number from 1")
     if given.save_every and given.out == "-":
         raise ValueError("--save-every needs a file name for -o, not a pipe")
-    return paths
-
-
-def _numbered(out: str, iteration: int) -> str:
-    path = Path(out)
-    return str(path.with_name(f"{path.stem}-{iteration:05d}{path.suffix}"))
-
-
-def _write_trace(path: Path, stylizer: Any, config: Config, rows: list[dict[str, Any]]) -> None:
-    from dataclasses import asdict
-
-    from . import __version__
-    from .image import atomic
-
-    record = {
-        "version": __version__,
-        "device": stylizer.device,
-        "precision": stylizer.precision,
-        "weights": stylizer.weights_name,
-        "config": asdict(config),
-        "steps": rows,
-    }
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
+    return sources
 
 
 def _line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from .checkpoint import load as load_checkpoint
 from .config import MIN_SIDE, Config
 from .export import vgg
 from .export.weights import load as load_weights
-from .features import Features, Open
+from .features import Features, Open, within
 from .features import network as open_network
 from .goal import Goal, canvas
 from .goal import load as load_goal
@@ -68,6 +68,11 @@ class Step:
     def loss(self) -> float:
         """The weighted total loss of this iteration's picture."""
         return self._iterate.loss
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of this iteration by stage: forward, losses, cotangents, vjp, optimiser; empty on a GPU."""
+        return self._iterate.stages
 
     @property
     def image(self) -> Image.Image:
@@ -333,6 +338,7 @@ class Stylizer:
             iterations,
             state,
             saved,
+            stages=objective.stages,
             rate=config.learning_rate,
             history=config.history,
             clamp=config.clamp,
@@ -486,13 +492,3 @@ class Stylizer:
             while len(cache) > limit:
                 cache.popitem(last=False)
             return cache[key]
-
-
-def within(network: Features, iterates: Iterator[Iterate]) -> Iterator[Iterate]:
-    """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
-    while True:
-        with network.use():
-            iterate = next(iterates, None)
-        if iterate is None:
-            return
-        yield iterate

@@ -1,15 +1,17 @@
 """VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions; direct ones before max pooling.
 
-Activations stand in NHWC order, fp32. The VJP works in place: it turns each ReLU output into its own masked cotangent,
-and stores nothing else but the cotangents of the loss layers.
+Activations stand in NHWC order, fp32. The VJP works in place: it turns each ReLU output into its own masked cotangent.
+What the losses add to a layer is written just before, where the features of deeper layers have been: when the VJP comes
+to layer i it reads layer i + 1 and is done with those behind it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,8 +60,9 @@ class Features:
 
     `image` and `gradient` are (1, 3, H, W) float32; `features` holds every ReLU output, `cotangents` one tensor for
     each loss layer, both (1, C, H_l, W_l) float32 in NHWC order. `forward` reads `image` and writes `features`; `vjp`
-    reads `features` and `cotangents`, writes `gradient` and leaves nothing of use in `features`. All of it happens
-    inside `use`. With `forward_only` there is no VJP, and the features of other than the loss layers share memory.
+    reads `features` and the cotangents that it has asked for, writes `gradient` and leaves nothing of use in
+    `features`. All of it happens inside `use`. With `forward_only` there is no VJP, and the features of other than the
+    loss layers share memory.
     """
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
@@ -68,18 +71,24 @@ class Features:
         self.image = torch.zeros(1, 3, spec.height, spec.width)
         shapes = spec.shapes
         kept = [name for name in shapes if name in spec.layers or not forward_only]
-        self.features = {name: self._nhwc(shapes[name]) for name in kept}
+        # With room for a vector of positions to be read past the end of each.
+        ends = list(itertools.accumulate(_count(shapes[name]) + vector.ROWS * shapes[name][1] for name in kept))
+        begins = dict(zip(kept, [0, *ends], strict=False))
+        dead = {name: [0, *ends][min(i + 2, len(kept))] for i, name in enumerate(kept)}
+        needed = max(ends[-1], *(dead[name] + _count(shapes[name]) for name in spec.layers))
+        memory = torch.zeros(ends[-1] if forward_only else needed)
+        self.features = {name: _nhwc(memory[begins[name] :], shapes[name]) for name in kept}
         largest = max((_count(shape) for name, shape in shapes.items() if name not in kept), default=0)
         self._spare = [torch.zeros(largest) for _ in range(2 if largest else 0)]
         pooled = [_count(shapes[conv.relu]) // 4 for conv in spec.convs]
         self._pooled = torch.zeros(max(pooled))
         self._forward = program.table(self._forward_steps())
-        self._vjp = program.table([])
+        self._vjp: list[tuple[tuple[str, ...], NDArray[Any]]] = []
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
-            self.cotangents = {name: self._nhwc(shapes[name]) for name in spec.layers}
-            self._vjp = program.table(self._vjp_steps())
-        floats = max(program.scratch_size(table) for table in (self._forward, self._vjp))
+            self.cotangents = {name: _nhwc(memory[dead[name] :], shapes[name]) for name in spec.layers}
+            self._vjp = [(layers, program.table(steps)) for layers, steps in self._vjp_parts()]
+        floats = max(program.scratch_size(table) for table in (self._forward, *(table for _, table in self._vjp)))
         self._scratch = [torch.zeros(floats) for _ in range(network.threads.count)]
 
     @contextlib.contextmanager
@@ -92,16 +101,22 @@ class Features:
         """image -> features."""
         self.products.run(self._forward, self._scratch)
 
-    def vjp(self) -> None:
-        """features, cotangents -> gradient."""
-        self.products.run(self._vjp, self._scratch)
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; each loss layer's cotangent is written by itself."""
+        for layers, table in self._vjp:
+            write(layers)
+            self.products.run(table, self._scratch)
 
-    def _nhwc(self, shape: tuple[int, int, int, int]) -> Tensor:
-        """Memory for (1, C, H, W) in NHWC order, with room for a vector of positions to be read past its end."""
-        _, channels, height, width = shape
-        count = channels * height * width
-        flat = torch.zeros(count + vector.ROWS * channels)
-        return flat[:count].view(1, height, width, channels).permute(0, 3, 1, 2)
+    def _vjp_parts(self) -> list[tuple[tuple[str, ...], list[dict[str, int]]]]:
+        """The steps of the VJP in parts, each of which starts by reading the cotangent of one loss layer."""
+        left = [layer for layer in vgg.LAYERS if layer in self.cotangents]
+        parts: list[tuple[tuple[str, ...], list[dict[str, int]]]] = []
+        for step in self._vjp_steps():
+            own = step["source"] if step["op"] == MASK else step.get("extra", 0)
+            if own:
+                parts.append(((left.pop(),), []))
+            parts[-1][1].append(step)
+        return parts
 
     def _forward_steps(self) -> list[dict[str, int]]:
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
@@ -189,6 +204,12 @@ _BLOCKS = {64: 36, 128: 36, 256: 36, 512: 48}
 def _openmp() -> ThreadpoolController:
     """The OpenMP libraries of this process; a limit on their threads holds for the calling thread alone."""
     return ThreadpoolController()
+
+
+def _nhwc(memory: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A tensor (1, C, H, W) in NHWC order at the beginning of `memory`."""
+    _, channels, height, width = shape
+    return memory[: _count(shape)].view(1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _count(shape: tuple[int, int, int, int]) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import logging
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,16 @@ def expressions(name: str) -> tuple[str, ...]:
 def _module(name: str, device: int) -> Any:
     import cupy
 
+    options = ("-std=c++17", *(f"-I{folder}" for folder in _include_folders()))
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=text(f"{name}.cu"), options=("-std=c++17",), name_expressions=expressions(name))
+        return cupy.RawModule(code=text(f"{name}.cu"), options=options, name_expressions=expressions(name))
+
+
+def _include_folders() -> list[Path]:
+    """Of cuda_fp16.h in the wheels that torch brings along; CuPy looks for a toolkit only."""
+    found = importlib.util.find_spec("nvidia")
+    roots = found.submodule_search_locations if found else None
+    return [path.parent for root in roots or () for path in Path(root).glob("*/include/cuda_fp16.h")]
 
 
 @functools.cache

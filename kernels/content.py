@@ -22,7 +22,11 @@ def content_gradient_reference(features: NDArray[Any], target: NDArray[Any]) -> 
     return 2 * (features - target) / features.size
 
 
-def content_loss_blas(features: Tensor, target: Tensor, difference: Tensor) -> Tensor:
-    """Write F - P (C, M) into `difference` and return L as a 0-dim fp32 tensor."""
-    torch.sub(features, target, out=difference)
-    return torch.linalg.vector_norm(difference, dtype=torch.float64).square().float() / features.numel()
+def content_loss_blas(features: Tensor, target: Tensor) -> Tensor:
+    """L of features and target (C, M) as a 0-dim fp32 tensor."""
+    return torch.linalg.vector_norm(features - target, dtype=torch.float64).square().float() / features.numel()
+
+
+def content_gradient_blas(features: Tensor, target: Tensor, factor: float, out: Tensor) -> None:
+    """Write factor * (F - P) into `out` (C, M)."""
+    torch.sub(features, target, out=out).mul_(factor)

@@ -17,7 +17,7 @@ a cotangent below two in the root mean square overflows fp16 as long as C M < 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda
-from .content import content_loss_blas
+from .content import content_gradient_blas, content_loss_blas
 from .gram import gram_blas, products_cublas
 from .style import style_gradient_blas
 from .wasserstein import Wasserstein
@@ -41,8 +41,11 @@ _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 class Products(Protocol):
     """What a layer costs on a CPU: (C, M) features, (C, C) fp32 matrices; see `gram`, `style` and `content`."""
 
-    def content_loss(self, features: Tensor, target: Tensor, difference: Tensor) -> Tensor:
-        """Write F - P into `difference` and return the loss, 0-dim fp32."""
+    def content_loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss, 0-dim fp32."""
+
+    def content_gradient(self, features: Tensor, target: Tensor, factor: float, out: Tensor) -> None:
+        """Write factor * (F - P) into `out`."""
 
     def gram(self, features: Tensor, out: Tensor) -> Tensor:
         """Write F F^T / M into `out` and return it."""
@@ -57,6 +60,7 @@ class Blas:
     """`Products` by torch and its BLAS, for any layout and precision."""
 
     content_loss = staticmethod(content_loss_blas)
+    content_gradient = staticmethod(content_gradient_blas)
     gram = staticmethod(gram_blas)
     style_gradient = staticmethod(style_gradient_blas)
 
@@ -88,7 +92,8 @@ class Layers:
     `losses` reads the features and writes `terms`, fp32: the weighted total (without total variation), the sum of the
     w_l c_l, a place for the total variation, then the s_l of each layer (0 if it has none). `gradients` writes the
     cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both use the same memory each time and leave
-    the host out. Raises ValueError for more than MAX_LAYERS layers.
+    the host out. On a CPU `gradients` can be asked for the cotangents of some layers only: they may share memory with
+    each other. Raises ValueError for more than MAX_LAYERS layers.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Layers:
         self.terms = torch.zeros(3 + len(layers), device=device)
         self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
         self.scale = self._factors[0]
+        self._way = ""  # to the losses on a GPU, once it is chosen
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
         if first.is_cuda:
             self._plan_launches(device)
@@ -155,10 +161,10 @@ class Layers:
         _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), *scratch, *options, *outputs)
         self._finish_distances()
 
-    def gradients(self) -> None:
-        """features, and what `losses` has found -> cotangents."""
+    def gradients(self, names: Collection[str] | None = None) -> None:
+        """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
         if not self.terms.is_cuda:
-            self._gradients_cpu()
+            self._gradients_cpu(self.names if names is None else names)
             return
         kernel = f"layer_gradients<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
@@ -200,7 +206,6 @@ class Layers:
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
         self._table = _cuda.Table(rows, device)
-        self._way = ""  # to the losses, once it is chosen
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -227,15 +232,14 @@ class Layers:
             factors[i, 1] = self.scale * weight / (channels * elements) / factors[i, 0]
 
     def _losses_cpu(self) -> None:
-        """F - P goes into the cotangent, G - A has memory of its own."""
+        """G - A has memory of its own."""
         self.terms.zero_()
         styles, loudest = 0.0, 1e-30
         for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
             channels, elements = len(layer.features), layer.features.numel()
             loudness = 0.0
             if layer.content is not None:
-                room = torch.empty_like(layer.features) if layer.cotangent is None else layer.cotangent
-                loss = self._products.content_loss(layer.features, layer.content, room)
+                loss = self._products.content_loss(layer.features, layer.content)
                 self.terms[1] += layer.content_weight * loss
                 loudness += 2 * self._content_weight * layer.content_weight / elements * math.sqrt(loss)
             if layer.target is not None:
@@ -258,13 +262,16 @@ class Layers:
         if self._dtype != torch.float32 and math.isfinite(loudest):
             self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
 
-    def _gradients_cpu(self) -> None:
+    def _gradients_cpu(self, names: Collection[str]) -> None:
         scale = float(self.scale)
-        for layer, difference in zip(self._layers, self._differences, strict=True):
+        for name, layer, difference in zip(self.names, self._layers, self._differences, strict=True):
+            if name not in names:
+                continue
             assert layer.cotangent is not None
             channels, elements = len(layer.features), layer.features.numel()
             if layer.content is not None:
-                layer.cotangent.mul_(2 * scale * self._content_weight * layer.content_weight / elements)
+                factor = 2 * scale * self._content_weight * layer.content_weight / elements
+                self._products.content_gradient(layer.features, layer.content, factor, layer.cotangent)
             if difference is not None:
                 factor = scale * self._style_weight * layer.style_weight / (channels * elements)
                 self._products.style_gradient(

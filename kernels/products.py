@@ -11,7 +11,7 @@ from numba import njit
 
 from .vector import BLOCK, ROWS, SQUARE, array, clear, copy, multiply_add, multiply_add_square
 
-LENGTH = 1 << 16  # floats of one task of `content_loss`
+LENGTH = 1 << 16  # floats of one task of `content_loss` and `content_gradient`
 STRETCH = 48  # positions of one task of `style_gradient`
 _STRIP = 64  # positions that `gram` holds in the first cache
 
@@ -70,20 +70,30 @@ def gram_sum(partial, target, positions, channels, shares, row):  # type: ignore
 
 
 @njit(nogil=True, error_model="numpy")
-def content_loss(features, content, difference, count, sums, task):  # type: ignore[no-untyped-def]
-    """LENGTH elements of difference = F - P, all of `count` floats, and their square sum in sums[task]."""
+def content_loss(features, content, count, sums, task):  # type: ignore[no-untyped-def]
+    """The square sum of LENGTH elements of F - P, both of `count` floats, in sums[task]."""
     begin = task * LENGTH
     length = min(LENGTH, count - begin)
     f, p = array(features + 4 * begin, (length,)), array(content + 4 * begin, (length,))
-    d, total = array(difference + 4 * begin, (length,)), array(sums, (task + 1,))
+    total = array(sums, (task + 1,))
     large = np.float64(0)
     for i in range(0, length, 256):
         small = np.float32(0)
         for k in range(i, min(i + 256, length)):
-            d[k] = f[k] - p[k]
-            small += d[k] * d[k]
+            small += (f[k] - p[k]) * (f[k] - p[k])
         large += np.float64(small)
     total[task] = large
+
+
+@njit(nogil=True, error_model="numpy")
+def content_gradient(features, content, target, factor, count, task):  # type: ignore[no-untyped-def]
+    """LENGTH elements of target = factor (F - P), all of `count` floats; `factor` is the address of one."""
+    begin = task * LENGTH
+    length = min(LENGTH, count - begin)
+    f, p = array(features + 4 * begin, (length,)), array(content + 4 * begin, (length,))
+    result, scale = array(target + 4 * begin, (length,)), array(factor, (1,))[0]
+    for k in range(length):
+        result[k] = scale * (f[k] - p[k])
 
 
 @njit(nogil=True, error_model="numpy")

@@ -24,8 +24,9 @@ from torch import Tensor
 from . import direct, nhwc, products, winograd
 from .vector import BLOCK
 
-# What a step does.
-FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST, CONTENT, GRAM, GRAM_SUM, STYLE = range(12)
+# What a step does:
+FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
+CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE = range(8, 13)
 _STEP = np.dtype(
     [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
     + [
@@ -55,14 +56,21 @@ class Threads:
         for other in others:
             other.result()
 
-    def content_loss(self, features: Tensor, target: Tensor, difference: Tensor) -> Tensor:
-        """Write F - P into `difference` and return the loss, 0-dim fp32; all (C, M)."""
+    def content_loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss, 0-dim fp32, of features and target (C, M)."""
         count = features.numel()
         sums = torch.empty(-(-count // products.LENGTH))
-        step = {"op": CONTENT, "tasks": len(sums), "width": count, "extra": sums.data_ptr()}
-        step |= {"source": features.data_ptr(), "weights": target.data_ptr(), "target": difference.data_ptr()}
-        self._run_steps([features, target, difference], [step])
+        step = {"op": CONTENT_LOSS, "tasks": len(sums), "width": count, "extra": sums.data_ptr()}
+        step |= {"source": features.data_ptr(), "weights": target.data_ptr()}
+        self._run_steps([features, target], [step])
         return sums.double().sum().float() / count
+
+    def content_gradient(self, features: Tensor, target: Tensor, factor: float, out: Tensor) -> None:
+        """Write factor * (F - P) into `out`; all (C, M)."""
+        count, scale = features.numel(), torch.tensor([factor])
+        step = {"op": CONTENT_GRADIENT, "tasks": -(-count // products.LENGTH), "width": count}
+        step |= {"source": features.data_ptr(), "weights": target.data_ptr(), "target": out.data_ptr()}
+        self._run_steps([features, target, out], [step | {"extra": scale.data_ptr()}])
 
     def gram(self, features: Tensor, out: Tensor) -> Tensor:
         """Write F F^T / M into `out` (C, C) and return it."""
@@ -188,8 +196,10 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         nhwc.unpool(source, target, extra, height, width, channels, step.largest, task, scratch)
     elif step.op == MASK:
         nhwc.mask(source, target, width, channels, task)
-    elif step.op == CONTENT:
-        products.content_loss(source, weights, target, width, extra, task)
+    elif step.op == CONTENT_LOSS:
+        products.content_loss(source, weights, width, extra, task)
+    elif step.op == CONTENT_GRADIENT:
+        products.content_gradient(source, weights, target, extra, width, task)
     elif step.op == GRAM:
         products.gram(source, target, width, channels, step.groups, task)
     elif step.op == GRAM_SUM:

@@ -216,6 +216,10 @@ def test_trace_and_saved_steps(pair, tmp_path):
     assert (record["device"], record["precision"], record["weights"]) == ("cpu", "fp32", "embedded")
     assert [row["iteration"] for row in record["steps"]] == [1, 2, 3]
     assert all(row["scale"] == 48 and row["loss"] > 0 and row["seconds"] > 0 for row in record["steps"])
+    for row in record["steps"]:
+        assert set(row["stages"]) == {"forward", "losses", "cotangents", "vjp", "optimiser"}
+        assert all(seconds > 0 for seconds in row["stages"].values())
+    assert sum(sum(row["stages"].values()) for row in record["steps"]) < record["steps"][-1]["seconds"]
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out-00002.png", "out.png"]
 
 

@@ -1,6 +1,7 @@
 """`benchmarks.gpu`, as far as it runs without a GPU: its sections on the CPU, and what holds them together."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -54,6 +55,44 @@ def test_a_section_is_a_process_whose_end_is_reported(tmp_path):
     if not torch.cuda.is_available():
         assert gpu.process("kernels", tmp_path, 60).startswith("exit 2: no GPU")
     assert gpu.process("kernels", tmp_path, 0.01) == "stopped after 0 s"
+
+
+def test_a_bare_checkout_is_enough(tmp_path):
+    """Neither installed nor under git, and without what a GPU machine may lack."""
+    for folder in ("engine", "kernels", "export", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    hidden = """
+import sys
+sys.modules |= dict.fromkeys(("platformdirs", "pooch", "onnxruntime", "threadpoolctl"))  # None: not to be found
+sys.meta_path = [each for each in sys.meta_path if "editable" not in str(each).lower()]
+sys.path = [each for each in sys.path if "editable" not in each]
+from benchmarks import cases, gpu, gpu_sections, machine, torch_network
+print(gpu_sections.kernels.__file__, machine.commit())
+problem = cases.load(48)
+print(torch_network.Engine(problem, "fp32").loss_and_gradient(problem.point(0))[0])
+"""
+    command = [sys.executable, "-c", hidden]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file, commit, loss = done.stdout.split()
+    assert file == str(tmp_path / "kernels" / "__init__.py")
+    assert commit == "unknown"
+    assert float(loss) > 0
+
+
+def test_what_breaks_fails_its_row_and_the_section_goes_on(rows, monkeypatch):
+    def errors(layers, given):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(gpu_sections, "layer_errors", errors)
+    gpu_sections.check_kernels(rows, "cpu", sizes=(33,))
+    *layers, last = rows.rows
+    assert {row["failed"] for row in layers} == {"RuntimeError: no kernel image"}
+    assert not any(row["passed"] for row in layers)
+    assert last["passed"]
+    with rows.attempt("engine"):
+        raise gpu_sections.provider.BackendError("device cuda: cupy is missing")
+    assert rows.rows[-1]["skipped"] == "device cuda: cupy is missing"
 
 
 def test_kernels_agree_with_float64(rows):

@@ -12,8 +12,14 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": set(),
     "presets": {"config"},
-    "image": set(),
+    "manifest": {"config"},
+    "image": {"manifest"},
     "colour": {"image"},
+    "jobs": set(),
+    "painting": {"config", "image", "jobs", "manifest", "stylizer", "targets", "__version__"},
+    "batches": {"config", "image", "jobs", "painting", "stylizer"},
+    "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
+    "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "provider": {"config", "export"},
     "features": {"session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
@@ -21,16 +27,21 @@ ALLOWED = {
     "regions": {"image"},
     "targets": {"image"},
     "goal": {"colour", "config", "image", "regions", "targets"},
-    "losses": {"config", "features", "kernels", "regions", "targets"},
+    "stages": set(),
+    "losses": {"config", "features", "kernels", "regions", "stages", "targets"},
     "autograd": {"losses"},
-    "optimize": {"kernels"},
+    "optimize": {"kernels", "stages"},
     "checkpoint": set(),
     "start": {"config", "image"},
     "stylizer": (
         {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
         | {"start", "targets", "export", "kernels"}
     ),
-    "stylize": {"config", "image", "presets", "provider", "stylizer", "targets", "__version__"},
+    "batch": {"config", "stylizer"},
+    "stylize": (
+        {"batches", "config", "image", "jobs", "manifest", "painting", "presets", "provider", "replay", "sheet"}
+        | {"stylizer", "__version__"}
+    ),
     "__init__": {"config", "presets", "stylizer", "targets", "export"},
 }
 
@@ -65,6 +76,15 @@ def test_kernels_and_export_import_nothing_of_the_others(room):
                 assert name not in ("engine", "kernels", "export"), f"{path.name}: {name}"
 
 
+def test_the_service_is_used_by_nobody_and_its_server_loads_no_torch():
+    for room in ("engine", "kernels", "export"):
+        for path in (ROOT / room).glob("*.py"):
+            assert "serve" not in {name for _, name in imports(path)}, path
+    code = "import sys, engine.serve.api; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_heavy_libraries_stay_in_their_rooms():
     for path in (ROOT / "engine").glob("*.py"):
         names = {name for level, name in imports(path) if level == 0}
@@ -81,7 +101,7 @@ def test_heavy_libraries_stay_in_their_rooms():
 
 
 def test_files_stay_short():
-    for room in ("engine", "kernels", "export", "benchmarks"):
+    for room in ("engine", "engine/serve", "kernels", "export", "benchmarks"):
         for path in (ROOT / room).glob("*.py"):
             assert len(path.read_text().splitlines()) < 500, path
 
@@ -135,6 +155,10 @@ def test_wheel_holds_one_package_and_all_data(tmp_path):
         "engine/py.typed",
         "engine/samples/content.jpg",
         "engine/samples/style.jpg",
+        "engine/serve/page/index.html",
+        "engine/serve/page/page.js",
+        "engine/serve/page/page.css",
+        "engine/serve/page/icon.svg",
         "engine/export/vgg19-embedded.safetensors",
     }
     for path in (ROOT / "kernels").glob("*.cu*"):

@@ -131,11 +131,9 @@ def forward_and_vjp(spec, network, seed=0):
     """Features, cotangents and gradient of one program; the memory is used once before, so that it holds leftovers."""
     found = winograd.Features(spec, network)
     with found.use():
-        for tensor in found.cotangents.values():
-            tensor.fill_(1e3)
         found.image.fill_(0.9)
         found.forward()
-        found.vjp()
+        found.vjp(lambda layers: [found.cotangents[layer].fill_(1e3) for layer in layers])
         found.image.copy_(validate.picture(spec.height, spec.width, seed))
         found.forward()
         features = {name: tensor.clone() for name, tensor in found.features.items()}
@@ -143,8 +141,14 @@ def forward_and_vjp(spec, network, seed=0):
         cotangents = {}
         for name, tensor in found.cotangents.items():
             cotangents[name] = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(cotangents[name])
-        found.vjp()
+
+        def write(layers):
+            for layer in layers:  # what the losses read is still there
+                read = vgg.LAYERS[: vgg.LAYERS.index(layer) + 1]
+                assert all(torch.equal(found.features[name], features[name]) for name in read)
+                found.cotangents[layer].copy_(cotangents[layer])
+
+        found.vjp(write)
         return found.image.clone(), features, cotangents, found.gradient.clone()
 
 
@@ -223,12 +227,12 @@ def test_gram(positions, channels, threads):
 
 
 @pytest.mark.parametrize("positions", [1, 300, 5000])
-def test_content_loss(positions):
+def test_content_loss_and_gradient(positions):
     generator = torch.Generator().manual_seed(0)
     features, target = (torch.randn(positions, 64, generator=generator).T for _ in range(2))
-    difference = torch.full((positions, 64), torch.nan).T
-    loss = Threads(2).content_loss(features, target, difference)
-    assert torch.equal(difference, features - target)
+    loss, gradient = Threads(2).content_loss(features, target), torch.full((positions, 64), torch.nan).T
+    Threads(2).content_gradient(features, target, 0.5, gradient)
+    assert torch.equal(gradient, 0.5 * (features - target))
     assert float(loss) == pytest.approx(float((features.double() - target.double()).square().mean()), rel=1e-6)
 
 

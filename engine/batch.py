@@ -1,0 +1,294 @@
+"""`python -m engine.batch`: contents x styles, on processes of this machine or the actors of a Ray cluster.
+
+A worker holds one `Stylizer` and has one picture in hand; the rest waits here. Pictures are written under their final
+name in one go, and a rerun paints only those that are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import multiprocessing
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import PurePosixPath
+from typing import Any
+
+from .config import Config
+
+log = logging.getLogger(__name__)
+
+_NAME = "engine.batch"
+_TRIES = 3  # workers that may die over one picture before it is given up
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture: where content and style are read, and where the result goes; paths or fsspec URLs."""
+
+    content: str
+    style: str
+    out: str
+
+
+class DiedError(Exception):
+    """A worker is gone, by a crash or with its machine."""
+
+
+class Painter:
+    """What a worker holds. Runs in its process or actor."""
+
+    def __init__(self, weights: str, device: str, config: Config, threads: int | None) -> None:
+        from .stylizer import Stylizer
+
+        self._stylizer, self._config = Stylizer(weights, device, threads=threads), config
+
+    def paint(self, task: Task) -> str:
+        """Paint one picture: an empty string, or why it cannot be painted."""
+        try:
+            image = self._stylizer(_read(task.content), _read(task.style), self._config).image
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+            _write(task.out, stream.getvalue())
+        except Exception as error:  # one picture's failure is recorded, the others go on
+            return " ".join(str(error).split()) or type(error).__name__
+        return ""
+
+
+class Processes:
+    """Workers on this machine."""
+
+    def __init__(self, *make: Any) -> None:
+        self._make = make
+        self._context = multiprocessing.get_context("spawn")
+        self._busy: dict[Connection, Any] = {}
+
+    def start(self) -> Any:
+        """A new worker."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, *self._make), daemon=True)
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        return ours, process
+
+    def send(self, worker: Any, task: Task) -> None:
+        """Give an idle worker a task."""
+        self._busy[worker[0]] = worker
+        try:
+            worker[0].send(task)
+        except OSError:  # dead already: `outcome` will say so
+            log.debug("a worker died while it was idle")
+
+    def outcome(self) -> tuple[Any, str | DiedError]:
+        """The next worker that is done, and its answer."""
+        connection = wait(list(self._busy))[0]
+        assert isinstance(connection, Connection)
+        worker = self._busy.pop(connection)
+        try:
+            return worker, connection.recv()
+        except (EOFError, OSError):
+            worker[1].join()
+            return worker, DiedError(f"status {worker[1].exitcode}")
+
+    def stop(self, worker: Any) -> None:
+        """End an idle worker."""
+        worker[0].close()
+        worker[1].join()
+
+
+def _serve(connection: Connection, *make: Any) -> None:
+    painter = Painter(*make)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(painter.paint(task))
+
+
+class Actors:
+    """Workers on a Ray cluster: one for each device."""
+
+    def __init__(self, address: str, cpus: float, gpus: float, *make: Any) -> None:
+        import ray
+
+        self._ray, self._make = ray, make
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        self._actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Painter)
+        self._busy: dict[Any, Any] = {}
+
+    def start(self) -> Any:
+        """A new worker, on a node that has room for it."""
+        return self._actor.remote(*self._make)
+
+    def send(self, worker: Any, task: Task) -> None:
+        """Give an idle worker a task."""
+        self._busy[worker.paint.remote(task)] = worker
+
+    def outcome(self) -> tuple[Any, str | DiedError]:
+        """The next worker that is done, and its answer."""
+        (reference,), _ = self._ray.wait(list(self._busy), num_returns=1)
+        worker = self._busy.pop(reference)
+        try:
+            return worker, self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            return worker, DiedError(str(error).splitlines()[0])
+
+    def stop(self, worker: Any) -> None:
+        """End a worker."""
+        self._ray.kill(worker)
+
+
+def drive(pool: Processes | Actors, tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, str]]:
+    """Run the tasks, one in the hand of each worker: each with an empty string or why it failed.
+
+    A worker that dies is replaced and its task goes to the end of the list; after the third it is given up.
+    """
+    left, tries = deque(tasks), dict.fromkeys(tasks, 0)
+    hands: dict[int, Task] = {}
+    for _ in range(min(workers, len(tasks))):
+        worker, task = pool.start(), left.popleft()
+        hands[id(worker)] = task
+        pool.send(worker, task)
+    while hands:
+        worker, answer = pool.outcome()
+        task = hands.pop(id(worker))
+        if isinstance(answer, DiedError):
+            log.warning("a worker died over %s: %s", task.out, answer)
+            tries[task] += 1
+            if tries[task] < _TRIES:
+                left.append(task)
+            else:
+                yield task, f"{_TRIES} workers died over it"
+            worker = pool.start() if left else None
+        else:
+            yield task, answer
+        if left:
+            hands[id(worker)] = left.popleft()
+            pool.send(worker, hands[id(worker)])
+        elif worker is not None:
+            pool.stop(worker)
+
+
+def plan(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Task]:
+    """All pictures: each content (a file, a folder or an fsspec URL of either) in each style. Raises ValueError."""
+    tasks: dict[str, Task] = {}
+    for content in (each for source in contents for each in _pictures(source)):
+        for style in (each for source in styles for each in _pictures(source)):
+            name = f"{PurePosixPath(content).stem}--{PurePosixPath(style).stem}.png"
+            task = Task(content, style, f"{out.rstrip('/')}/{name}")
+            other = tasks.setdefault(name, task)
+            if other != task:
+                raise ValueError(f"{content} and {other.content} with {style} would both be written to {name}")
+    return list(tasks.values())
+
+
+def _files(url: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path in it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+def _pictures(source: str) -> list[str]:
+    files, path = _files(source)
+    if not files.exists(path):
+        raise ValueError(f"{source} does not exist")
+    if not files.isdir(path):
+        return [source]
+    found = sorted(each for each in files.ls(path, detail=False) if each.lower().endswith(_SUFFIXES))
+    if not found:
+        raise ValueError(f"{source} holds no picture")
+    return [files.unstrip_protocol(each) if "://" in source else each for each in found]
+
+
+def _read(url: str) -> bytes:
+    files, path = _files(url)
+    return bytes(files.cat_file(path))
+
+
+def _write(url: str, data: bytes) -> None:
+    """Write a file under a temporary name beside it, and rename it."""
+    files, path = _files(url)
+    folder, _, name = path.rpartition("/")
+    half = f"{folder}/.stylize-{uuid.uuid4().hex}-{name}"
+    files.makedirs(folder, exist_ok=True)
+    try:
+        files.pipe_file(half, data)
+        files.mv(half, path)
+    finally:
+        if files.exists(half):
+            files.rm_file(half)
+
+
+def _there(url: str) -> bool:
+    files, path = _files(url)
+    return bool(files.exists(path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {_NAME}", allow_abbrev=False, description=(__doc__ or "")[:75])
+    several = "files, folders or fsspec URLs"
+    parser.add_argument("contents", nargs="+", metavar="CONTENT", help=f"pictures to paint: {several}")
+    parser.add_argument("--styles", nargs="+", required=True, metavar="STYLE", help=several)
+    parser.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder or URL of CONTENT--STYLE.png")
+    parser.add_argument("--options", default="{}", metavar="JSON", help='fields of Config, as {"size": 512}')
+    parser.add_argument("--workers", type=int, default=1, help="processes or actors (default 1)")
+    parser.add_argument("--threads", type=int, help="threads of a worker on a CPU")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there; auto finds this machine's")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of an actor (default 0)")
+    parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, onnxruntime, cuda or tensorrt (default auto)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line: 0 all are painted, 1 some failed (the summary names them), 2 the user's mistake."""
+    given = _parser().parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        if given.workers < 1:
+            raise ValueError(f"--workers {given.workers}: give a number from 1")
+        options: dict[str, Any] = json.loads(given.options)
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        config = Config(**values)
+        tasks = plan(given.contents, given.styles, given.out)
+        missing = [task for task in tasks if not _there(task.out)]
+        make = given.weights, given.device, config, given.threads
+        pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)
+    except ImportError as error:
+        return _fail(2, f"{error.name} is missing: pip install 'gatys-engine[ray]'")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        return _fail(2, " ".join(str(error).split()))
+    from tqdm import tqdm
+
+    failed = {}
+    for task, reason in tqdm(drive(pool, missing, given.workers), total=len(missing), disable=None, file=sys.stderr):
+        if reason:
+            failed[task] = reason
+    summary = {
+        "painted": len(missing) - len(failed),
+        "there_already": len(tasks) - len(missing),
+        "failed": [{"content": task.content, "style": task.style, "reason": failed[task]} for task in failed],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    print(json.dumps(summary, indent=1))  # noqa: T201
+    return 1 if failed else 0
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"{_NAME}: {message}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Many pictures by one loaded network: one after the other or several at a time, whatever becomes of each."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from . import image
+from .config import Config
+from .jobs import Job, missing
+from .painting import paint
+from .stylizer import Stylizer
+
+log = logging.getLogger(__name__)
+
+Line = Callable[[BaseException], str]  # an exception as one line
+
+
+def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace, line: Line) -> tuple[int, str]:
+    """Make the pictures of the jobs that are not there yet, `given.jobs` at a time; exit status and message.
+
+    One that fails does not stop the others; an interrupt leaves no picture unfinished.
+    """
+    todo = list(jobs) if given.overwrite else missing(jobs)
+    if len(todo) < len(jobs):
+        log.info("%d of %d pictures are there already", len(jobs) - len(todo), len(jobs))
+    if not todo:
+        return 0, ""
+    for folder in {Path(job.out).parent: job for job in todo}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for job in todo:
+        image.check_output(job.out, given.overwrite)
+    threads = None if given.jobs == 1 else max(1, _processors() // given.jobs)
+    stylizer = Stylizer(given.weights, given.device, given.precision, threads)
+    start, stop = time.perf_counter(), threading.Event()
+    failures: list[str] = []
+    done = 0
+
+    def make(job: Job) -> tuple[int, str]:
+        try:
+            return (130, "") if stop.is_set() else paint(stylizer, job, config, given, whole_only=True, stop=stop)
+        except Exception as error:
+            return 1, line(error)
+
+    with ThreadPoolExecutor(given.jobs, "picture") as pool:
+        waiting = {pool.submit(make, job): job for job in todo}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    status, message = future.result()
+                    job = waiting.pop(future)
+                    if status:
+                        failures.append(f"{job.out}: {message}")
+                    done += not status
+                    log.info("%d/%d %s", done + len(failures), len(todo), failures[-1] if status else job.out)
+        except KeyboardInterrupt:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            return 130, f"interrupted; {done} of {len(todo)} pictures are there, the same command makes the rest"
+    minutes = (time.perf_counter() - start) / 60
+    log.info("%d pictures in %.1f s: %.2f a minute", done, 60 * minutes, done / minutes)
+    if failures:
+        return 1, f"{len(failures)} of {len(todo)} pictures failed:\n  " + "\n  ".join(failures)
+    return 0, ""
+
+
+def _processors() -> int:
+    import torch
+
+    return torch.get_num_threads()

@@ -1,0 +1,82 @@
+"""Lists of pictures to make: contents times styles, each with the file it goes to. Standard library only."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # what is taken from a folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make: `content` in the shared style of `styles`, written to `out`.
+
+    Sources are as for `painting.load`; `masks` and `freeze` as for `Stylizer.steps`.
+    """
+
+    content: Any
+    styles: tuple[Any, ...]
+    out: str
+    masks: list[Any] | None = None
+    freeze: Any = None
+
+
+def product(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
+    """A job for each content with each style, in a fixed order.
+
+    Contents and styles are files, folders (the pictures in them) and glob patterns. `out` is a file name that holds
+    `{content}` or `{style}`, which stand for the names without suffix, or a folder, for `{content}--{style}.png` in it.
+
+    Raises ValueError if a pattern finds nothing or two jobs would write one file, FileNotFoundError for a missing file.
+    """
+    pattern = out if "{content}" in out or "{style}" in out else str(Path(out) / "{content}--{style}.png")
+    jobs: dict[str, Job] = {}
+    for content in _files(contents):
+        for style in _files(styles):
+            target = pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
+            if target in jobs:
+                other = jobs[target]
+                raise ValueError(
+                    f"{content} with {style} and {other.content} with {other.styles[0]} would both be {target}: "
+                    "give -o a pattern with {content} and {style}, and names that differ"
+                )
+            jobs[target] = Job(content, (style,), target)
+    return list(jobs.values())
+
+
+def shard(jobs: Sequence[Job], part: str) -> list[Job]:
+    """Part I/N of the jobs, I from 1: every N-th one. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    index, count = (int(number) for number in found.groups()) if found else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"--shard {part}: give I/N with I from 1 to N")
+    return list(jobs[index - 1 :: count])
+
+
+def missing(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs whose picture is not there yet."""
+    return [job for job in jobs if not Path(job.out).exists()]
+
+
+def _files(sources: Sequence[str]) -> list[str]:
+    """The files that the sources name, each once."""
+    found: dict[str, None] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            names = [str(each) for each in sorted(path.iterdir()) if each.suffix.lower() in SUFFIXES and each.is_file()]
+        elif path.exists() or not glob.has_magic(source):
+            path.stat()  # raises FileNotFoundError with the name
+            names = [source]
+        else:
+            matches = glob.glob(source, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            names = sorted(name for name in matches if Path(name).is_file())
+        if not names:
+            raise ValueError(f"{source}: no pictures there")
+        found |= dict.fromkeys(names)
+    return list(found)

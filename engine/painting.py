@@ -1,0 +1,214 @@
+"""One run of the command line: pictures in, progress on the way, picture, manifest, checkpoint, trace and plot out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import image, manifest
+from .config import Config
+from .jobs import Job
+
+if TYPE_CHECKING:
+    from .stylizer import Step, Stylizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run of a job, as far as it came: `rows` holds scale, iteration, loss and seconds of each iteration."""
+
+    job: Job
+    config: Config
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    last: Step | None = None
+
+
+def load(source: Any) -> Any:
+    """A picture as `image.load` takes it, a file of style targets, or None for the word none."""
+    if source is None or source == "none":
+        return None
+    if isinstance(source, str) and source.endswith(".safetensors"):
+        from .targets import Targets
+
+        return Targets.load(source)
+    return source if hasattr(source, "made_for") else image.load(source)
+
+
+def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = None) -> Iterator[Step]:
+    """The steps of a job whose sources are loaded."""
+    styles = None if job.styles == (None,) else list(job.styles)
+    return stylizer.steps(job.content, styles, config, masks=job.masks, freeze=job.freeze, resume=resume)
+
+
+def paint(
+    stylizer: Stylizer,
+    job: Job,
+    config: Config,
+    given: argparse.Namespace,
+    whole_only: bool = False,
+    stop: threading.Event | None = None,
+) -> tuple[int, str]:
+    """Make the picture of a job; returns exit status and message, 0 and nothing if all went well.
+
+    An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
+    """
+    job = replace(job, content=load(job.content), styles=tuple(load(style) for style in job.styles))
+    resume = Path(given.resume).read_bytes() if given.resume else None
+    run = Run(job, config)
+    start = saved = time.perf_counter()
+    status, message = 0, ""
+    steps = begin(stylizer, job, config, resume)
+    with _deferred(bool(given.checkpoint)) as asked:
+        try:
+            for step in progress(steps, given, job.out):
+                run.last, now = step, time.perf_counter()
+                row = {"scale": step.scale, "iteration": step.iteration, "loss": step.loss}
+                stages = {name: round(value, 6) for name, value in step.stages.items()}
+                run.rows.append(row | {"seconds": round(now - start, 4), "stages": stages})
+                if given.save_every and step.iteration % given.save_every == 0:
+                    image.save(step.image, _numbered(job.out, step.iteration))
+                interrupted = asked() or (stop is not None and stop.is_set())
+                due = interrupted or now - saved >= given.checkpoint_every
+                if given.checkpoint and due and step.iteration < step.total:
+                    _write(given.checkpoint, step.checkpoint())
+                    saved = time.perf_counter()
+                if interrupted:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            status, message = 130, "interrupted"
+        except FloatingPointError as error:
+            status, message = 1, str(error)
+    if run.last is not None and not (status and whole_only):
+        losses = [(row["iteration"], row["loss"]) for row in run.rows]
+        seconds = time.perf_counter() - start
+        record = describe(stylizer, config, job, losses, seconds, run.last.total)
+        image.save(run.last.image, job.out, record)
+        message = message and f"{message}; the picture so far is in {job.out}"
+        if given.trace:
+            _write_trace(Path(given.trace), stylizer, run)
+        if given.plot:
+            plot(run.rows, given.plot)
+    elif status == 130:
+        message = "interrupted before there was a picture"
+    if given.checkpoint and not status:
+        Path(given.checkpoint).unlink(missing_ok=True)
+    return status, message
+
+
+@contextlib.contextmanager
+def _deferred(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C wait for the end of an iteration, where a checkpoint can be taken; the second one is told
+    at once. Yields whether there was one."""
+    count: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if count:
+            raise KeyboardInterrupt
+        count.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(count)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress(steps: Iterator[Step], given: argparse.Namespace, out: str) -> Iterator[Step]:
+    """The steps, with a bar on a terminal or a line of JSON each."""
+    if given.progress == "json":
+        start = time.perf_counter()
+        for step in steps:
+            record = {"out": out, "scale": step.scale, "iteration": step.iteration, "total": step.total}
+            record |= {"loss": step.loss, "seconds": round(time.perf_counter() - start, 3)}
+            print(json.dumps(record), file=sys.stderr, flush=True)  # noqa: T201
+            yield step
+        return
+    from tqdm import tqdm
+
+    with tqdm(disable=True if given.quiet or given.progress == "none" else None, unit="it", file=sys.stderr) as bar:
+        for step in steps:
+            bar.total = step.total
+            bar.set_description(f"{step.scale} px", refresh=False)
+            bar.set_postfix_str(f"loss {step.loss:.4g}", refresh=False)
+            bar.update()
+            yield step
+
+
+def describe(
+    stylizer: Stylizer,
+    config: Config,
+    job: Job,
+    losses: Sequence[tuple[int, float]],
+    seconds: float,
+    total: int,
+) -> dict[str, Any]:
+    """The manifest of the run of a job whose sources are loaded; see `manifest.describe`."""
+    engine = {"device": stylizer.device, "precision": stylizer.precision, "weights": stylizer.weights_name}
+    engine["sha256"] = stylizer.weights_digest(config.layers)
+    content, *styles = (named(source) for source in (job.content, *job.styles))
+    used = [each for each in styles if each is not None]
+    return manifest.describe(config, content, used, job.masks, job.freeze, engine, losses, seconds, total)
+
+
+def named(source: Any) -> tuple[str | None, str] | None:
+    """(name of its file, sha256) of a picture or of style targets, which have no name; None for none."""
+    if source is None:
+        return None
+    return (source.name, image.digest(source)) if isinstance(source, image.Picture) else (None, source.digest())
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw the loss of each iteration, a line for each scale, into a picture. Needs the extra `plot`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    for scale in sorted({row["scale"] for row in rows}):
+        own = [row for row in rows if row["scale"] == scale]
+        axes.plot([row["iteration"] for row in own], [row["loss"] for row in own], label=f"{scale} px")
+    axes.set(xlabel="iteration", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with image.atomic(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def _numbered(out: str, iteration: int) -> str:
+    path = Path(out)
+    return str(path.with_name(f"{path.stem}-{iteration:05d}{path.suffix}"))
+
+
+def _write(path: str, data: bytes) -> None:
+    with image.atomic(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def _write_trace(path: Path, stylizer: Stylizer, run: Run) -> None:
+    from . import __version__
+
+    record = {
+        "version": __version__,
+        "device": stylizer.device,
+        "precision": stylizer.precision,
+        "weights": stylizer.weights_name,
+        "config": asdict(run.config),
+        "steps": run.rows,
+    }
+    with image.atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1))

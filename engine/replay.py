@@ -1,0 +1,65 @@
+"""Make a picture again by its manifest: its inputs, found and checked, and the engine it was made with."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import manifest
+from .config import Config
+from .jobs import Job
+from .painting import load, named
+from .stylizer import Stylizer
+
+log = logging.getLogger(__name__)
+
+
+def inputs(record: Mapping[str, Any], folder: Path, sources: Sequence[Any], out: str) -> tuple[Config, Job]:
+    """Options and job of a manifest; pictures come from `sources`, or by their names from `folder`.
+
+    Raises ValueError if a picture or another file is not that of the manifest, OSError if it is not there.
+    """
+    wanted = [record["content"], *(record["styles"] or [None])]
+    if not sources:
+        if any(each and each["name"] is None for each in wanted):
+            raise ValueError("the manifest's pictures came without names: give CONTENT and STYLE, or --demo")
+        sources = ["none" if each is None else str(folder / Path(each["name"]).name) for each in wanted]
+    if len(sources) != len(wanted):
+        raise ValueError(f"the manifest has {len(wanted) - 1} styles, {len(sources) - 1} are given")
+    loaded = [load(source) for source in sources]
+    for i, (each, own) in enumerate(zip(loaded, wanted, strict=True)):
+        name, digest = named(each) or (None, None)
+        if digest != (own and own["sha256"]):
+            kind = f"style {i}" if i else "the content"
+            raise ValueError(f"{name or 'the picture'} is not {kind} of the manifest: its sha256 differs")
+    masks, freeze = manifest.regions(record, folder)
+    return manifest.config(record, folder), Job(loaded[0], tuple(loaded[1:]), out, masks, freeze)
+
+
+def take_engine(record: Mapping[str, Any], folder: Path, given: argparse.Namespace) -> None:
+    """Device, precision and weights of the manifest, where none were named."""
+    engine = record["engine"]
+    if given.device == "auto":
+        given.device = engine["device"]
+    if given.precision == "auto":
+        given.precision = engine["precision"]
+    if given.weights == "auto":
+        name = engine["weights"]
+        given.weights = name if name in ("embedded", "imagenet") else str(folder / Path(name).name)
+
+
+def check_engine(record: Mapping[str, Any], stylizer: Stylizer, config: Config) -> None:
+    """Raise ValueError for other weights; warn of another device or version, which may change the last bits."""
+    engine = record["engine"]
+    if stylizer.weights_digest(config.layers) != engine["sha256"]:
+        raise ValueError("the weights are not those of the manifest: their sha256 differs")
+    ours = manifest.versions() | {"device": stylizer.device, "precision": stylizer.precision}
+    theirs = dict(record["versions"]) | {name: engine[name] for name in ("device", "precision")}
+    for name, value in theirs.items():
+        if ours.get(name) != value:
+            log.warning("%s was %s, is %s: the picture may differ a little", name, value, ours.get(name))
+    if record["iterations"]["done"] < record["iterations"]["total"]:
+        log.warning("the picture's run was interrupted: this makes the whole one")

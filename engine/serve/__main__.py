@@ -1,0 +1,79 @@
+"""`python -m engine.serve`: the command line of the service. What it needs is imported after the options were read."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from types import FrameType
+from typing import Any
+
+from .settings import Settings
+
+_NAME = "engine.serve"
+_GRACE = 2  # seconds that open requests have after SIGTERM
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_NAME}", description="Style transfer as an HTTP service, with a page.", allow_abbrev=False
+    )
+    for option in fields(Settings):
+        text = option.metadata["help"] + (f" (default {option.default})" if option.default != "" else "")
+        kind: Any = type(option.default)
+        parser.add_argument("--" + option.name.replace("_", "-"), type=kind, default=option.default, help=text)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C: 0. Returns 2 for a mistake of the caller, 1 if the server could not start."""
+    given = _parser().parse_args(arguments)
+    try:
+        settings = Settings(**vars(given))
+        token = settings.token()
+        if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+            raise ValueError("the service needs more packages: pip install 'gatys-engine[serve]'")
+        return _serve(settings, token)
+    except (ValueError, OSError) as error:
+        print(f"{_NAME}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def _serve(settings: Settings, token: str) -> int:
+    from pathlib import Path
+
+    import uvicorn
+    from filelock import FileLock, Timeout
+
+    from . import logs
+    from .api import create_app
+
+    logs.set_up(settings.log)
+    Path(settings.data).mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(Path(settings.data) / "server.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{settings.data} is in use by another server") from error
+    with lock:
+        app = create_app(settings, token)
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                """Let event streams end and refuse new jobs, then stop; the exit status is 0."""
+                app.state.service.stopping = True
+                self.should_exit = True
+
+        config = uvicorn.Config(
+            app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
+            timeout_graceful_shutdown=_GRACE, timeout_keep_alive=10, limit_concurrency=1024, proxy_headers=False,
+        )  # fmt: skip
+        server = Server(config)
+        server.run()
+        return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

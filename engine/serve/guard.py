@@ -1,0 +1,116 @@
+"""What stands before the service: identity of a request, who may ask, how much may arrive, what the answer promises."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import uuid
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .problems import Problem
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+_OPEN = (
+    "/",
+    "/page.css",
+    "/page.js",
+    "/icon.svg",
+)  # these, samples and health need no token: they hold nothing of anybody
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """ASGI middleware: request ids, log lines, token, origin, limits of bytes and time, security headers."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, token: str) -> None:
+        self._app, self._settings, self._token = app, settings, token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request, start = uuid.uuid4().hex[:16], time.monotonic()
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request
+                headers.setdefault("cache-control", "no-store")
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, self._limited(scope, receive), answer)
+        except Problem as problem:  # also those that reading the body raises
+            if status:
+                raise
+            await problem.response()(scope, receive, answer)
+        finally:
+            seconds = round(time.monotonic() - start, 4)
+            fields = {"request": request, "method": scope["method"], "path": scope["path"][:200], "status": status}
+            log.info("request", extra={**fields, "seconds": seconds})
+
+    def _check(self, scope: Scope) -> None:
+        """Raise Problem for a request that may not be served."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
+        if (headers.get("sec-fetch-site") == "cross-site" and not link) or (origin and urlsplit(origin).netloc != host):
+            raise Problem(403, "requests of other sites are not served")
+        if not self._token and urlsplit(f"//{host}").hostname not in ("localhost", "::1", "127.0.0.1", "testserver"):
+            raise Problem(403, f"without a token this server answers to localhost, not to {host[:100]!r}")
+        path = scope["path"]
+        if self._token and not (path in _OPEN or path.startswith(("/samples/", "/health/"))):
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
+                raise Problem(401, "send the token: Authorization: Bearer ...")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal():
+            raise Problem(400, "Content-Length is not a number")
+        if int(length) > self._settings.max_bytes:
+            raise Problem(413, f"a request may have {self._settings.max_bytes} bytes")
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, which raises Problem for a body that is too long or too slow."""
+        end = time.monotonic() + self._settings.upload_seconds
+        taken, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal taken, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                    message = await receive()
+            except TimeoutError as error:
+                raise Problem(408, f"the request took over {self._settings.upload_seconds:g} s to arrive") from error
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            taken += len(message.get("body", b""))
+            if taken > self._settings.max_bytes:
+                raise Problem(413, f"a request may have {self._settings.max_bytes} bytes")
+            return message
+
+        return limited

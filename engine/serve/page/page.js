@@ -1,0 +1,405 @@
+// The page: a form that makes jobs, and a card for each job of this browser that follows its events.
+"use strict";
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const KEY = "stylize.jobs";
+const KEPT = 30; // jobs that this browser remembers
+const FINISHED = ["succeeded", "failed", "cancelled"];
+const form = $("#form");
+const pictures = { content: null, style: null };
+const shown = new Map(); // id -> card
+
+// Server.
+
+function headers(more = {}) {
+  const token = sessionStorage.getItem("stylize.token");
+  return token ? { authorization: `Bearer ${token}`, ...more } : more;
+}
+
+async function ask(url, options = {}) {
+  const answer = await fetch(url, { ...options, headers: headers(options.headers) });
+  if (answer.status === 401) askForToken();
+  if (!answer.ok) {
+    const body = await answer.json().catch(() => ({}));
+    const error = new Error(body.detail || `the server answered ${answer.status}`);
+    error.status = answer.status;
+    throw error;
+  }
+  return answer;
+}
+
+function askForToken() {
+  $("#token").hidden = false;
+  $("details").open = true;
+  $("#token input").focus();
+}
+
+const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
+// History: what a card needs to come back after a reload.
+
+function remembered() {
+  try {
+    return JSON.parse(localStorage.getItem(KEY)) || [];
+  } catch {
+    return [];
+  }
+}
+
+function remember(jobs) {
+  for (let kept = jobs.slice(0, KEPT); ; kept = kept.slice(0, -1)) {
+    try {
+      return localStorage.setItem(KEY, JSON.stringify(kept));
+    } catch (error) { // the browser's quota: the oldest go first
+      if (kept.length < 2) return;
+    }
+  }
+}
+
+// The form.
+
+function show(error) {
+  const box = $("#error");
+  box.hidden = !error;
+  box.textContent = error ? error.message || String(error) : "";
+}
+
+function take(name, file) {
+  if (!file) return;
+  if (!file.type.startsWith("image/")) {
+    show(new Error(`${file.name} is not a picture`));
+    return;
+  }
+  show(null);
+  pictures[name] = file;
+  const drop = $(`.drop[data-name=${name}]`);
+  const image = $("img", drop);
+  URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(file);
+  image.onerror = () => {
+    image.hidden = true;
+    show(new Error(`${file.name}: this browser cannot show it`));
+  };
+  image.hidden = false;
+  image.alt = `${name} picture`;
+  drop.classList.add("full");
+  $("button[type=submit]").disabled = !(pictures.content && pictures.style);
+}
+
+for (const drop of document.querySelectorAll(".drop")) {
+  const name = drop.dataset.name;
+  const input = $("input", drop);
+  input.addEventListener("change", () => take(name, input.files[0]));
+  $("label", drop).addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      input.click();
+    }
+  });
+  for (const kind of ["dragenter", "dragover"]) {
+    drop.addEventListener(kind, (event) => {
+      event.preventDefault();
+      drop.classList.add("over");
+    });
+  }
+  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
+  drop.addEventListener("drop", (event) => {
+    event.preventDefault();
+    drop.classList.remove("over");
+    take(name, event.dataTransfer.files[0]);
+  });
+}
+
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
+  if (!file) return;
+  const focused = document.activeElement.closest?.(".drop")?.dataset.name;
+  take(focused || (pictures.content ? "style" : "content"), file);
+});
+
+$("#samples").addEventListener("click", async () => {
+  try {
+    for (const name of ["content", "style"]) {
+      const blob = await (await ask(`/samples/${name}.jpg`)).blob();
+      take(name, new File([blob], `${name}.jpg`, { type: "image/jpeg" }));
+    }
+  } catch (error) {
+    show(error);
+  }
+});
+
+$("#swap").addEventListener("click", () => {
+  const { content, style } = pictures;
+  take("content", style);
+  take("style", content);
+});
+
+const STRENGTHS = { "-4": "faint", "-2": "weak", 0: "normal", 2: "strong", 4: "overwhelming" };
+form.strength.addEventListener("input", () => {
+  const value = Number(form.strength.value);
+  const between = value < 0 ? "weaker" : "stronger";
+  $("#strength-name").textContent = STRENGTHS[value] || between;
+  form.strength.setAttribute("aria-valuetext", $("#strength-name").textContent);
+});
+
+form.token.addEventListener("change", () => {
+  sessionStorage.setItem("stylize.token", form.token.value);
+  show(null);
+  for (const card of shown.values()) card.follow();
+});
+
+function options() {
+  return {
+    size: Number(form.size.value),
+    iterations: Number(form.iterations.value),
+    style_weight: 3000 * 10 ** (Number(form.strength.value) / 2),
+    tv_weight: Number(form.tv_weight.value),
+    init: form.init.value,
+    pooling: form.pooling.value,
+    optimizer: form.optimizer.value,
+    seed: Number(form.seed.value),
+  };
+}
+
+// A small copy of the content, for the slider after a reload.
+async function thumbnail(file) {
+  try {
+    const bitmap = await createImageBitmap(file);
+    const scale = Math.min(1, 512 / Math.max(bitmap.width, bitmap.height));
+    const canvas = document.createElement("canvas");
+    canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+    canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    return canvas.toDataURL("image/jpeg", 0.8);
+  } catch {
+    return "";
+  }
+}
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const button = $("button[type=submit]");
+  button.disabled = true;
+  show(null);
+  try {
+    const body = new FormData();
+    body.set("content", pictures.content);
+    body.set("style", pictures.style);
+    body.set("options", JSON.stringify(options()));
+    const key = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    const send = () => ask("/v1/jobs", { method: "POST", body, headers: { "idempotency-key": key } });
+    const answer = await send().catch((error) => {
+      if (error.status) throw error;
+      return sleep(1000).then(send); // a lost connection: the key makes a second try safe
+    });
+    const job = await answer.json();
+    const entry = { id: job.id, before: await thumbnail(pictures.content) };
+    remember([entry, ...remembered()]);
+    open(entry).focus();
+  } catch (error) {
+    show(error.status ? error : new Error("the server cannot be reached"));
+  } finally {
+    button.disabled = false;
+  }
+});
+
+// Cards.
+
+class Card {
+  constructor(entry) {
+    this.id = entry.id;
+    this.losses = [];
+    this.following = false;
+    this.root = $("#job").content.cloneNode(true).firstElementChild;
+    this.root.dataset.id = entry.id;
+    this.before = $(".before", this.root);
+    this.after = $(".after", this.root);
+    this.slider = $(".slider", this.root);
+    if (entry.before) this.before.src = entry.before;
+    this.slider.addEventListener("input", () => {
+      this.before.style.setProperty("--cut", `${this.slider.value}%`);
+    });
+    $(".cancel", this.root).addEventListener("click", () => this.cancel());
+    $(".download", this.root).addEventListener("click", () => this.download());
+    $(".again", this.root).addEventListener("click", () => this.again());
+    $(".forget", this.root).addEventListener("click", () => this.forget());
+  }
+
+  focus() {
+    this.root.focus({ preventScroll: true });
+    this.root.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  }
+
+  // Read the events until the end; a lost connection is taken up again where it was lost.
+  async follow() {
+    if (this.following) return;
+    this.following = true;
+    for (let wait = 500; this.following; wait = Math.min(8000, wait * 2)) {
+      try {
+        const last = this.losses.length ? this.losses[this.losses.length - 1][0] : 0;
+        const answer = await ask(`/v1/jobs/${this.id}/events`, { headers: { "last-event-id": String(last) } });
+        connection(true);
+        for await (const [name, data] of events(answer.body)) {
+          wait = 500;
+          if (name === "progress") this.progress(data);
+          if (name === "preview") await this.picture(data.image);
+          if (name === "end") {
+            this.following = false;
+            await this.end(data);
+          }
+        }
+      } catch (error) {
+        if (error.status === 404) {
+          this.following = false;
+          this.state("failed", "This picture was removed from the server.");
+          break;
+        }
+        if (error.status === 401) {
+          this.following = false;
+          break;
+        }
+        connection(false);
+      }
+      if (this.following) await sleep(wait);
+    }
+  }
+
+  progress(job) {
+    const known = this.losses.length ? this.losses[this.losses.length - 1][0] : 0;
+    this.losses.push(...job.losses.filter(([iteration]) => iteration > known));
+    this.draw(job.total);
+    $("progress", this.root).value = job.total ? job.iteration / job.total : 0;
+    const size = job.options.size || 512;
+    if (job.state === "queued") {
+      this.state(job.state, job.place ? `Waiting, ${job.place} before it` : "Waiting for its turn");
+    } else if (job.state === "running") {
+      this.state(job.state, job.eta === null ? "Starting" : `Painting, ${duration(job.eta)} left`);
+    }
+    const parts = [`${size} px`];
+    if (job.total) parts.push(`iteration ${job.iteration} of ${job.total}`, `at ${job.scale} px`);
+    if (job.loss !== null) parts.push(`loss ${job.loss.toPrecision(3)}`);
+    $(".detail", this.root).textContent = parts.join(" · ");
+  }
+
+  async picture(url) {
+    const blob = await (await ask(url, { headers: { accept: "image/png" } })).blob();
+    URL.revokeObjectURL(this.after.src);
+    this.after.src = URL.createObjectURL(blob);
+    this.blob = blob;
+    this.after.hidden = false;
+    $(".wait", this.root).hidden = true;
+    const compare = Boolean(this.before.src);
+    this.before.hidden = this.slider.hidden = !compare;
+    $(".download", this.root).hidden = false;
+  }
+
+  async end(job) {
+    const took = duration(job.seconds);
+    const text = {
+      succeeded: `Done in ${took}`,
+      cancelled: "Cancelled; this is the picture so far",
+      failed: `Failed: ${job.reason}`,
+    }[job.state];
+    this.state(job.state, text);
+    if (job.state === "succeeded") this.after.alt = "The finished picture";
+    if (job.preview) await this.picture(job.image);
+    else $(".wait", this.root).textContent = "no picture";
+  }
+
+  state(state, text) {
+    this.root.classList.remove("queued", "running", "succeeded", "failed", "cancelled");
+    this.root.classList.add(state);
+    const line = $(".state", this.root);
+    if (line.textContent !== text) line.textContent = text;
+    const over = FINISHED.includes(state);
+    $(".cancel", this.root).hidden = over;
+    $(".forget", this.root).hidden = !over;
+    $(".again", this.root).hidden = !(over && this.blob);
+    $("progress", this.root).hidden = over;
+  }
+
+  // Losses on a logarithmic axis; the first ones of a scale stand far above the rest and are cut off.
+  draw(total) {
+    const values = this.losses.map(([iteration, , loss]) => [iteration, Math.log10(Math.max(loss, 1e-12))]);
+    if (values.length < 2) return;
+    const sorted = values.map(([, value]) => value).sort((a, b) => a - b);
+    const low = sorted[0];
+    const high = Math.max(sorted[Math.floor(0.95 * (sorted.length - 1))], low + 1e-6);
+    const points = values.map(([iteration, value]) => {
+      const y = 57 - 54 * Math.min(1, (value - low) / (high - low));
+      return `${((300 * iteration) / total).toFixed(1)},${y.toFixed(1)}`;
+    });
+    $("polyline", this.root).setAttribute("points", points.join(" "));
+  }
+
+  async cancel() {
+    $(".cancel", this.root).disabled = true;
+    try {
+      await ask(`/v1/jobs/${this.id}`, { method: "DELETE" });
+    } catch (error) {
+      show(error);
+    } finally {
+      $(".cancel", this.root).disabled = false;
+    }
+  }
+
+  download() {
+    const link = document.createElement("a");
+    link.href = this.after.src;
+    link.download = `stylize-${this.id.slice(0, 8)}.png`;
+    link.click();
+  }
+
+  again() {
+    take("content", new File([this.blob], "picture.png", { type: "image/png" }));
+    form.scrollIntoView({ behavior: "smooth" });
+  }
+
+  forget() {
+    this.following = false;
+    this.root.remove();
+    shown.delete(this.id);
+    remember(remembered().filter((entry) => entry.id !== this.id));
+    $("#none").hidden = shown.size > 0;
+  }
+}
+
+// [name, data] of each server-sent event of a stream.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    rest += value;
+    const blocks = rest.split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const name = /^event: (.*)$/m.exec(block);
+      const data = /^data: (.*)$/m.exec(block);
+      if (name && data) yield [name[1], JSON.parse(data[1])];
+    }
+  }
+}
+
+function connection(there) {
+  $("#server").textContent = there ? "" : "The server cannot be reached; trying again. Nothing is lost.";
+}
+
+function duration(seconds) {
+  if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+  return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
+}
+
+function open(entry) {
+  const card = new Card(entry);
+  shown.set(entry.id, card);
+  $("#none").hidden = true;
+  $("#jobs").prepend(card.root);
+  card.state("queued", "Waiting for its turn");
+  card.follow();
+  return card;
+}
+
+for (const entry of remembered().reverse()) open(entry);

@@ -1,0 +1,360 @@
+"""Jobs, styles and their pictures in one folder: SQLite in WAL mode beside plain files.
+
+A file is complete before the row that names it is written, and a row is gone before its files are, so that the store
+is whole after a kill at any moment; what neither side names is swept when the server starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+UNFINISHED = ("queued", "running")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    client TEXT NOT NULL,
+    key TEXT,                 -- Idempotency-Key
+    fingerprint TEXT NOT NULL,  -- of the whole request
+    options TEXT NOT NULL,    -- JSON of Config
+    styles INTEGER NOT NULL,
+    priority INTEGER NOT NULL,
+    deadline REAL NOT NULL,   -- seconds of running
+    state TEXT NOT NULL DEFAULT 'queued',  -- queued, running, succeeded, failed, cancelled
+    cancel INTEGER NOT NULL DEFAULT 0,
+    reason TEXT,
+    worker INTEGER,
+    crashes INTEGER NOT NULL DEFAULT 0,
+    scale INTEGER, iteration INTEGER NOT NULL DEFAULT 0, total INTEGER, loss REAL, eta REAL,
+    preview INTEGER NOT NULL DEFAULT 0,  -- number of pictures written so far
+    seconds REAL NOT NULL DEFAULT 0,     -- of running, over all attempts
+    created REAL NOT NULL, started REAL, finished REAL,
+    UNIQUE (client, key)
+);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, priority DESC, seq);
+CREATE INDEX IF NOT EXISTS jobs_by_client ON jobs (client, started);
+CREATE TABLE IF NOT EXISTS losses (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    iteration INTEGER NOT NULL, scale INTEGER NOT NULL, loss REAL NOT NULL,
+    PRIMARY KEY (job, iteration)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS styles (id TEXT PRIMARY KEY, width INTEGER, height INTEGER, created REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS workers (number INTEGER PRIMARY KEY, pid INTEGER, device TEXT, weights TEXT);
+"""
+
+Row = dict[str, Any]
+
+
+class Store:
+    """One process's door to the folder `data`: one connection, which any thread may use in its turn."""
+
+    def __init__(self, data: str | Path) -> None:
+        self.data = Path(data)
+        for folder in (self.data, self.data / "jobs", self.data / "styles"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(
+            self.data / "store.sqlite", timeout=10, isolation_level=None, check_same_thread=False
+        )
+        self._database.row_factory = sqlite3.Row
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA foreign_keys = ON")
+        self._database.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Give the connection back."""
+        with self._lock:
+            self._database.close()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """A write transaction, on the disk when it is left."""
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
+        with self._lock:
+            return [dict(row) for row in self._database.execute(query, values)]
+
+    def folder(self, job: str) -> Path:
+        """Where the pictures of a job are: `content`, `style-0`.., `preview.png`, `result.png`, `checkpoint`."""
+        return self.data / "jobs" / job
+
+    def recover(self) -> None:
+        """Put back what was running, and remove what a killed process left half done.
+
+        Waits for workers that outlived their server, which hold a lock each. Only for a server that starts.
+        """
+        for path in self.data.glob("worker-*.lock"):
+            with FileLock(path, timeout=30):
+                pass
+        with self._write() as database:
+            database.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+            database.execute("DELETE FROM workers")
+        known = {row["id"] for row in self._rows("SELECT id FROM jobs UNION SELECT id FROM styles")}
+        for path in (*(self.data / "jobs").iterdir(), *(self.data / "styles").iterdir()):
+            if path.name not in known:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif path.is_dir():
+                for half in path.glob(".*"):
+                    half.unlink()
+
+    # Jobs, as the server sees them.
+
+    def add(self, row: Row, content: bytes, styles: Sequence[bytes | str], limits: tuple[int, int]) -> Row:
+        """Accept a job; `styles` are pictures or ids of stored styles. The job is on the disk when this returns.
+
+        `limits` are those of the queue and of one client. Raises FullError, ConflictError for a key of another
+        request, KeyError for an unknown style, OSError. The same key and request give the job that is there.
+        """
+        known = self._known(row)
+        if known:
+            return known
+        folder = self.folder(row["id"])
+        folder.mkdir(mode=0o700)
+        try:
+            write(folder / "content", content)
+            for i, style in enumerate(styles):
+                if isinstance(style, str):
+                    _link(self.data / "styles" / style, folder / f"style-{i}", style)
+                else:
+                    write(folder / f"style-{i}", style)
+            _sync(folder.parent)
+            with self._write() as database:
+                self._check_room(database, row["client"], *limits)
+                names = ", ".join(row)
+                database.execute(
+                    f"INSERT INTO jobs ({names}, created) VALUES ({', '.join('?' * len(row))}, ?)",
+                    (*row.values(), time.time()),
+                )
+        except sqlite3.IntegrityError:  # the same key, at the same moment
+            shutil.rmtree(folder)
+            known = self._known(row)
+            if known is None:
+                raise
+            return known
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return self.job(row["id"])
+
+    def _known(self, row: Row) -> Row | None:
+        if row["key"] is None:
+            return None
+        found = self._rows("SELECT * FROM jobs WHERE client = ? AND key = ?", (row["client"], row["key"]))
+        if found and found[0]["fingerprint"] != row["fingerprint"]:
+            raise ConflictError("this Idempotency-Key came with another request")
+        return found[0] if found else None
+
+    def check_room(self, client: str, queue: int, per_client: int) -> None:
+        """Raise FullError if no job of this client is taken now."""
+        with self._lock:
+            self._check_room(self._database, client, queue, per_client)
+
+    def _check_room(self, database: sqlite3.Connection, client: str, queue: int, per_client: int) -> None:
+        waiting = database.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
+        own = database.execute(
+            "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running') AND client = ?", (client,)
+        ).fetchone()[0]
+        if own >= per_client:
+            raise FullError(f"you have {own} unfinished jobs, which is the limit", yours=True)
+        if waiting >= queue:
+            raise FullError(f"{waiting} jobs are waiting, which is the limit", yours=False)
+
+    def job(self, job: str) -> Row:
+        """The row of a job. Raises KeyError."""
+        found = self._rows("SELECT * FROM jobs WHERE id = ?", (job,))
+        if not found:
+            raise KeyError(job)
+        return found[0]
+
+    def place(self, row: Row) -> int:
+        """How many jobs go before this waiting one, by priority and age."""
+        query = "SELECT count(*) n FROM jobs WHERE state = 'queued' AND (priority > ? OR priority = ? AND seq < ?)"
+        return int(self._rows(query, (row["priority"], row["priority"], row["seq"]))[0]["n"])
+
+    def losses(self, job: str, after: int = 0) -> list[tuple[int, int, float]]:
+        """(iteration, scale, loss) of a job, from iteration `after` + 1 on."""
+        query = "SELECT iteration, scale, loss FROM losses WHERE job = ? AND iteration > ? ORDER BY iteration"
+        return [(row["iteration"], row["scale"], row["loss"]) for row in self._rows(query, (job, after))]
+
+    def cancel(self, job: str) -> Row:
+        """Cancel a waiting job at once, ask a running one to stop; a finished one stays. Raises KeyError."""
+        with self._write() as database:
+            database.execute(
+                "UPDATE jobs SET state = 'cancelled', finished = ? WHERE id = ? AND state = 'queued'",
+                (time.time(), job),
+            )
+            database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND state = 'running'", (job,))
+        return self.job(job)
+
+    def counts(self) -> dict[str, int]:
+        """Number of jobs in each state."""
+        return {row["state"]: row["n"] for row in self._rows("SELECT state, count(*) n FROM jobs GROUP BY state")}
+
+    def mean_seconds(self) -> float:
+        """Mean running time of the last finished jobs, 10 if there is none."""
+        query = "SELECT seconds FROM jobs WHERE state = 'succeeded' ORDER BY finished DESC LIMIT 20"
+        seconds = [row["seconds"] for row in self._rows(query)]
+        return sum(seconds) / len(seconds) if seconds else 10.0
+
+    def finished_since(self, moment: float) -> list[Row]:
+        """Jobs that finished after a moment, oldest first."""
+        return self._rows("SELECT * FROM jobs WHERE finished > ? ORDER BY finished", (moment,))
+
+    def expire(self, before: float) -> int:
+        """Remove jobs that finished before a moment, and their pictures: how many."""
+        with self._write() as database:
+            old = [row["id"] for row in database.execute("SELECT id FROM jobs WHERE finished < ?", (before,))]
+            database.executemany("DELETE FROM jobs WHERE id = ?", [(job,) for job in old])
+        for job in old:
+            shutil.rmtree(self.folder(job), ignore_errors=True)
+        return len(old)
+
+    # Styles: pictures that jobs name by id. A job links to the file, so removing a style hurts no job.
+
+    def add_style(self, style: str, size: tuple[int, int], picture: bytes) -> bool:
+        """Keep a style: whether it is new."""
+        write(self.data / "styles" / style, picture)
+        with self._write() as database:
+            return bool(
+                database.execute(
+                    "INSERT OR IGNORE INTO styles VALUES (?, ?, ?, ?)", (style, *size, time.time())
+                ).rowcount
+            )
+
+    def styles(self) -> list[Row]:
+        """All styles, newest first."""
+        return self._rows("SELECT * FROM styles ORDER BY created DESC")
+
+    def remove_style(self, style: str) -> None:
+        """Forget a style. Raises KeyError."""
+        with self._write() as database:
+            if not database.execute("DELETE FROM styles WHERE id = ?", (style,)).rowcount:
+                raise KeyError(style)
+        (self.data / "styles" / style).unlink(missing_ok=True)
+
+    def style_size(self, style: str) -> tuple[int, int]:
+        """(width, height) of a stored style. Raises KeyError."""
+        found = self._rows("SELECT width, height FROM styles WHERE id = ?", (style,))
+        if not found:
+            raise KeyError(style)
+        return found[0]["width"], found[0]["height"]
+
+    # Jobs, as a worker sees them.
+
+    def claim(self, worker: int) -> Row | None:
+        """Take the next job: by priority, then the client that has waited longest for its turn, then age."""
+        query = """
+            UPDATE jobs SET state = 'running', worker = ?, started = coalesce(started, ?) WHERE seq = (
+                SELECT seq FROM jobs AS j WHERE state = 'queued' ORDER BY priority DESC, started IS NULL,
+                coalesce((SELECT max(started) FROM jobs WHERE client = j.client), 0), seq LIMIT 1)
+            RETURNING *"""
+        if not self._rows("SELECT 1 FROM jobs WHERE state = 'queued' LIMIT 1"):
+            return None
+        with self._write() as database:
+            row = database.execute(query, (worker, time.time())).fetchone()
+            return dict(row) if row else None
+
+    def unclaim(self, worker: int, crashed: bool) -> None:
+        """Put back what a worker that is gone was running; what crashed twice is given up."""
+        with self._write() as database:
+            database.execute(
+                "UPDATE jobs SET state = 'queued', crashes = crashes + ? WHERE state = 'running' AND worker = ?",
+                (crashed, worker),
+            )
+            database.execute(
+                "UPDATE jobs SET state = 'failed', reason = 'the worker died twice in this job', finished = ? "
+                "WHERE state = 'queued' AND crashes > 1",
+                (time.time(),),
+            )
+            database.execute("DELETE FROM workers WHERE number = ?", (worker,))
+
+    def cancelled(self, job: str) -> bool:
+        """Whether a running job was asked to stop."""
+        return bool(self._rows("SELECT 1 FROM jobs WHERE id = ? AND cancel", (job,)))
+
+    def progress(self, job: str, values: Row, losses: Sequence[tuple[int, int, float]]) -> None:
+        """Report columns of a running job, and losses (iteration, scale, loss)."""
+        with self._write() as database:
+            names = ", ".join(f"{name} = ?" for name in values)
+            database.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), job))
+            database.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?, ?, ?)", [(job, *each) for each in losses])
+
+    def finish(self, job: str, state: str, reason: str | None) -> None:
+        """End a running job; of its files only the last picture stays."""
+        with self._write() as database:
+            database.execute(
+                "UPDATE jobs SET state = ?, reason = ?, eta = NULL, finished = ? WHERE id = ? AND state = 'running'",
+                (state, reason, time.time(), job),
+            )
+        for path in self.folder(job).iterdir():
+            if path.name != ("result.png" if state == "succeeded" else "preview.png"):
+                path.unlink()
+
+    def announce(self, worker: int, device: str, weights: str) -> None:
+        """Say that a worker has its model loaded."""
+        with self._write() as database:
+            database.execute("REPLACE INTO workers VALUES (?, ?, ?, ?)", (worker, os.getpid(), device, weights))
+
+    def workers(self) -> list[Row]:
+        """The workers that are ready."""
+        return self._rows("SELECT * FROM workers ORDER BY number")
+
+
+class FullError(Exception):
+    """There is no room for another job; `yours` if the client's own jobs are the reason."""
+
+    def __init__(self, message: str, yours: bool) -> None:
+        super().__init__(message)
+        self.yours = yours
+
+
+class ConflictError(Exception):
+    """The request contradicts an earlier one."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there in full or not at all, also after a power cut."""
+    half = path.with_name(f".{path.name}-{os.getpid()}-{time.monotonic_ns()}")
+    try:
+        with half.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _link(source: Path, target: Path, style: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError as error:
+        raise KeyError(style) from error
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

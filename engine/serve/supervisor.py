@@ -1,0 +1,92 @@
+"""Keeps the workers alive, and the store tidy: what the server does when nobody asks for anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+from .settings import Settings
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.2  # seconds between two looks at the workers
+_TIDY = 5.0  # seconds between two removals of old jobs
+_PATIENCE = 7.0  # seconds that a worker has for its checkpoint before it is killed
+
+
+class Supervisor:
+    """Starts the workers, starts them again when they die, and stops them."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._settings = store, settings
+        self._stop = threading.Event()
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
+        self._failures: dict[int, int] = {}
+        self._again: dict[int, float] = {}
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Start the workers."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the workers checkpoint what they run; kill those that do not."""
+        self._stop.set()
+        self._thread.join()
+        for process in self._workers.values():
+            assert process.stdin is not None
+            process.stdin.close()
+        end = time.monotonic() + _PATIENCE
+        for number, process in self._workers.items():
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("worker killed", extra={"worker": number})
+                process.kill()
+                process.wait()
+            self._store.unclaim(number, crashed=False)
+
+    def _watch(self) -> None:
+        tidy = 0.0
+        while not self._stop.wait(_LOOK):
+            try:
+                for number in range(self._settings.workers):
+                    self._look(number)
+                if time.monotonic() >= tidy:
+                    tidy = time.monotonic() + _TIDY
+                    gone = self._store.expire(time.time() - 3600 * self._settings.keep)
+                    if gone:
+                        log.info("old jobs removed", extra={"jobs": gone})
+            except Exception:  # a full disk, say: nothing else may end the watch
+                log.exception("supervisor")
+
+    def _look(self, number: int) -> None:
+        process = self._workers.get(number)
+        if process is not None and process.poll() is not None:
+            del self._workers[number]
+            if process.stdin is not None:
+                process.stdin.close()
+            ready = any(worker["number"] == number for worker in self._store.workers())
+            self._store.unclaim(number, crashed=True)
+            self._failures[number] = 0 if ready else self._failures.get(number, 0) + 1
+            pause = min(60.0, 2.0 ** self._failures[number] - 1)  # one that never gets ready is not hurried
+            self._again[number] = time.monotonic() + pause
+            log.error("worker died", extra={"worker": number, "status": process.returncode, "again_in": pause})
+        elif process is None and time.monotonic() >= self._again.get(number, 0.0):
+            self._workers[number] = self._spawn(number)
+
+    def _spawn(self, number: int) -> subprocess.Popen[bytes]:
+        settings = self._settings
+        environment = dict(os.environ)
+        environment.pop("STYLIZE_TOKEN", None)
+        cards = [card for card in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+        if settings.workers > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)] if cards else str(number)
+        words = [settings.data, number, settings.workers, settings.weights, settings.device, settings.precision]
+        command = [sys.executable, "-m", "engine.serve.worker", *map(str, words), settings.log]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)

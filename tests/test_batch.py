@@ -1,0 +1,171 @@
+"""Contents x styles: what is planned, painted once, retried, recorded and skipped."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fsspec")
+from engine import Config, batch
+
+OPTIONS = '{"size": 48, "iterations": 2, "scales": 1, "init": "noise"}'
+
+
+@pytest.fixture
+def folders(tmp_path, pictures):
+    for name in ("contents", "styles"):
+        (tmp_path / name).mkdir()
+    for i in range(3):
+        Image.fromarray(np.roll(pictures["content"], i, axis=0)).save(tmp_path / "contents" / f"c{i}.png")
+    Image.fromarray(pictures["style"]).save(tmp_path / "styles" / "s.jpg")
+    return tmp_path
+
+
+def words(folders, *more):
+    styles = ["--styles", str(folders / "styles"), "-o", str(folders / "out")]
+    return [str(folders / "contents"), *styles, "--options", OPTIONS, "--device", "cpu", "--weights", "embedded", *more]
+
+
+def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, stylizer, capsys):
+    (folders / "contents" / "broken.png").write_bytes(b"no picture")
+    assert batch.main(words(folders)) == 1
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["painted"], summary["there_already"]) == (3, 0)
+    assert [Path(each["content"]).name for each in summary["failed"]] == ["broken.png"]
+    assert "not a picture" in summary["failed"][0]["reason"]
+    assert sorted(path.name for path in (folders / "out").iterdir()) == ["c0--s.png", "c1--s.png", "c2--s.png"]
+    config = Config(**json.loads(OPTIONS))
+    result = stylizer(folders / "contents" / "c1.png", folders / "styles" / "s.jpg", config).image
+    np.testing.assert_array_equal(np.asarray(Image.open(folders / "out" / "c1--s.png")), np.asarray(result))
+    (folders / "contents" / "broken.png").unlink()
+    times = [path.stat().st_mtime_ns for path in sorted((folders / "out").iterdir())]
+    assert batch.main(words(folders)) == 0
+    assert json.loads(capsys.readouterr().out)["there_already"] == 3
+    assert times == [path.stat().st_mtime_ns for path in sorted((folders / "out").iterdir())]
+
+
+class Stub:
+    """A pool whose workers answer as they are told: an error, or how often they die over a task."""
+
+    def __init__(self, deaths):
+        self.deaths, self.waiting, self.started, self.most = dict(deaths), [], 0, 0
+
+    def start(self):
+        self.started += 1
+        return object()
+
+    def send(self, worker, task):
+        self.waiting.append((worker, task))
+        self.most = max(self.most, len(self.waiting))
+
+    def outcome(self):
+        worker, task = self.waiting.pop(0)
+        if self.deaths.get(task, 0) > 0:
+            self.deaths[task] -= 1
+            return worker, batch.DiedError("killed")
+        return worker, ""
+
+    def stop(self, worker):
+        pass
+
+
+def test_a_task_outlives_two_workers_and_no_more():
+    tasks = [batch.Task(f"c{i}", "s", f"o{i}") for i in range(6)]
+    pool = Stub({tasks[1]: 2, tasks[4]: 3})
+    answers = dict(batch.drive(pool, tasks, 2))
+    assert len(answers) == 6
+    assert [task.content for task, reason in answers.items() if reason] == ["c4"]
+    assert pool.most == 2
+
+
+def test_urls_are_read_and_written(pictures, stylizer):
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    for name in ("content", "style"):
+        with files.open(f"/in/{name}.png", "wb") as file:
+            Image.fromarray(pictures[name]).save(file, "PNG")
+    (task,) = batch.plan(["memory://in/content.png"], ["memory://in/style.png"], "memory://out")
+    painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
+    assert painter.paint(task) == ""
+    assert files.ls("/out", detail=False) == ["/out/content--style.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--options": '{"size": 1}'}, "size"),
+        ({"--options": "["}, ""),
+        ({"--workers": "0"}, "from 1"),
+        ({"--styles": "/nowhere"}, "does not exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(folders, capsys, change, said):
+    ((flag, value),) = change.items()
+    given = words(folders, "--workers", "1")
+    given[given.index(flag) + 1] = value
+    assert batch.main(given) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_two_contents_of_one_name_are_refused(folders):
+    (folders / "contents" / "c0.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="both be written"):
+        batch.plan([str(folders / "contents")], [str(folders / "styles")], "out")
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_nodes_of_which_one_is_killed(folders):
+    """In a process of its own, as Ray leaves threads and warnings behind."""
+    done = subprocess.run(
+        [sys.executable, __file__, *words(folders, "--ray", "auto", "--workers", "2", "--threads", "1")],
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, again = (
+        json.loads(text) for text in re.findall(r"^\{.*?^\}", done.stdout, re.M | re.S)
+    )  # between Ray's lines
+    assert (first["painted"], first["failed"]) == (12, [])
+    assert (again["painted"], again["there_already"]) == (0, 12)
+    assert len(list((folders / "out").iterdir())) == 12
+
+
+def on_a_cluster(arguments):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
+    other = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    ray.init(address=cluster.address, log_to_driver=False)
+    contents, out = Path(arguments[0]), Path(arguments[arguments.index("-o") + 1])
+    image = np.asarray(Image.open(contents / "c0.png"))
+    for i in range(3, 12):
+        Image.fromarray(np.roll(image, i, axis=1)).save(contents / f"c{i}.png")
+
+    def kill():
+        while not (out.exists() and len(list(out.glob("*.png"))) >= 2):
+            time.sleep(0.02)
+        cluster.remove_node(other, allow_graceful=False)
+        cluster.add_node(num_cpus=1, object_store_memory=10**8)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    status = batch.main(arguments)
+    killer.join()
+    status = status or batch.main(arguments)
+    ray.shutdown()
+    cluster.shutdown()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(on_a_cluster(sys.argv[1:]))

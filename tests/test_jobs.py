@@ -1,0 +1,64 @@
+import pytest
+
+from engine.jobs import Job, missing, product, shard
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c/a.png", "c/b.JPG", "c/note.txt", "c/deep/d.png", "s/x.png", "s/y.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_every_content_with_every_style(folder):
+    assert product(["c"], ["s"], "out") == [
+        Job("c/a.png", ("s/x.png",), "out/a--x.png"),
+        Job("c/a.png", ("s/y.webp",), "out/a--y.png"),
+        Job("c/b.JPG", ("s/x.png",), "out/b--x.png"),
+        Job("c/b.JPG", ("s/y.webp",), "out/b--y.png"),
+    ]
+
+
+def test_files_folders_and_patterns_each_file_once(folder):
+    jobs = product(["c/a.png", "c/**/*.png", "c"], ["s/x.png"], "out/{content}.jpg")
+    assert [(job.content, job.out) for job in jobs] == [
+        ("c/a.png", "out/a.jpg"),
+        ("c/deep/d.png", "out/d.jpg"),
+        ("c/b.JPG", "out/b.jpg"),
+    ]
+
+
+def test_a_name_with_brackets_is_a_file_if_there_is_one(folder):
+    (folder / "c/[1].png").touch()
+    assert product(["c/[1].png"], ["s/x.png"], "out")[0].content == "c/[1].png"
+
+
+def test_two_jobs_may_not_write_one_file(folder):
+    with pytest.raises(ValueError, match="would both be"):
+        product(["c"], ["s/x.png"], "out/{style}.png")
+
+
+def test_nothing_found_is_a_mistake(folder):
+    (folder / "empty").mkdir()
+    for source in ("c/*.gif", "empty"):
+        with pytest.raises(ValueError, match="no pictures there"):
+            product([source], ["s"], "out")
+    with pytest.raises(FileNotFoundError, match="z"):
+        product(["c/z.png"], ["s"], "out")
+
+
+def test_shards_share_the_jobs(folder):
+    jobs = product(["c/**/*.png", "c"], ["s"], "out")
+    parts = [shard(jobs, f"{i}/4") for i in range(1, 5)]
+    assert sorted(job.out for part in parts for job in part) == sorted(job.out for job in jobs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for wrong in ("0/4", "5/4", "1", "a/b", "1/0", "-1/3"):
+        with pytest.raises(ValueError, match="I/N"):
+            shard(jobs, wrong)
+
+
+def test_what_is_there_is_not_missing(folder):
+    jobs = product(["c"], ["s/x.png"], "c/{content}.png")
+    assert [job.content for job in missing(jobs)] == ["c/b.JPG"]

@@ -1,0 +1,164 @@
+"""The page in headless Chromium, by clicks, against a real server. Screenshots go to the folder SCREENSHOTS."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from serving import Server
+
+pytestmark = pytest.mark.browser
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WAIT = 240_000  # milliseconds; only what is broken takes so long
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("serve") / "data") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if not shutil.which(path):
+        pytest.skip(f"no {path}")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def context(browser, server):
+    """A browser context whose pages must neither log an error nor ask another host for anything."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(WAIT)
+    problems = []
+    context.on("weberror", lambda error: problems.append(str(error.error)))
+    own = (server.url, "blob:", "data:")
+    context.on("request", lambda request: request.url.startswith(own) or problems.append(request.url))
+    context.on("console", lambda message: "Content Security Policy" in message.text and problems.append(message.text))
+    yield context
+    context.close()
+    assert not problems
+
+
+@pytest.fixture
+def page(context, server):
+    page = context.new_page()
+    page.goto(server.url)
+    return page
+
+
+def shot(page, name):
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def submit(page, size="256", iterations="10"):
+    """Take the samples and paint them; the card of the new job."""
+    page.get_by_role("button", name="Use the samples").click()
+    page.get_by_label("Size").select_option(size)
+    if not page.get_by_label("Iterations").is_visible():
+        page.get_by_text("More options").click()
+    page.get_by_label("Iterations").fill(iterations)
+    before = page.locator("article.job").count()
+    page.get_by_role("button", name="Paint", exact=True).click()
+    page.locator("article.job").nth(before).wait_for()
+    return page.locator(f"article.job[data-id='{page.locator('article.job').first.get_attribute('data-id')}']")
+
+
+def test_from_two_pictures_to_a_download(page):
+    shot(page, "empty")
+    assert page.get_by_role("button", name="Paint", exact=True).is_disabled()
+    card = submit(page, iterations="30")
+    card.locator("img.after:not([hidden])").wait_for()
+    card.locator("polyline[points*=' ']").wait_for(state="attached")
+    assert re.search(r"iteration \d+ of \d+", card.locator(".detail").inner_text())
+    assert "left" in card.locator(".state").inner_text()
+    shot(page, "running")
+    page.get_by_text(re.compile("^Done in")).wait_for()
+    slider = card.get_by_label("Compare")
+    slider.focus()
+    for _ in range(50):
+        page.keyboard.press("ArrowRight")
+    assert slider.input_value() == "50"
+    shot(page, "done")
+    with page.expect_download() as download:
+        card.get_by_role("button", name="Download").click()
+    assert Path(download.value.path()).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_cancel_keeps_the_picture_and_a_reload_keeps_the_history(page):
+    card = submit(page, iterations="5000")
+    card.locator("img.after:not([hidden])").wait_for()
+    page.reload()  # the running job is picked up again
+    card = page.locator("article.job")
+    card.locator("img.after:not([hidden])").wait_for()
+    assert card.locator("img.before").is_visible()
+    card.get_by_role("button", name="Cancel").click()
+    card.get_by_text(re.compile("^Cancelled")).wait_for()
+    page.reload()
+    page.get_by_text(re.compile("^Cancelled")).wait_for()
+    card.get_by_role("button", name="Remove from the list").click()
+    assert page.locator("article.job").count() == 0
+    page.reload()
+    assert page.get_by_text("will appear here").is_visible()
+
+
+def test_wrong_files_and_refusals_are_told(page, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    content = page.locator(".drop[data-name=content] input")
+    content.set_input_files(tmp_path / "notes.txt")
+    assert "notes.txt is not a picture" in page.get_by_role("alert").inner_text()
+    page.get_by_role("button", name="Use the samples").click()
+    page.get_by_role("button", name="Paint", exact=True).and_(page.locator(":enabled")).wait_for()
+    content.set_input_files(tmp_path / "broken.png")
+    page.get_by_role("button", name="Paint", exact=True).click()
+    page.get_by_role("alert").filter(has_text=re.compile("content is (not a picture|damaged)")).wait_for()
+    shot(page, "error")
+    assert page.locator("article.job").count() == 0
+
+
+def test_by_keyboard_on_a_dark_phone(browser, server):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
+    context.set_default_timeout(WAIT)
+    page = context.new_page()
+    page.goto(server.url)
+    page.get_by_role("button", name="Use the samples").focus()
+    page.keyboard.press("Enter")
+    page.locator("button.main:enabled").wait_for()
+    page.get_by_label("Size").select_option("256")
+    page.locator("button.main").focus()
+    page.keyboard.press("Enter")
+    page.locator("article.job img.after:not([hidden])").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shot(page, "phone")
+    page.get_by_role("button", name="Cancel").press("Enter")
+    page.get_by_text(re.compile("^Cancelled")).wait_for()
+    context.close()
+
+
+def test_a_server_that_is_killed_and_comes_back_loses_no_picture(page, server):
+    cards = [submit(page, iterations="8"), submit(page, iterations="3")]  # two at once
+    cards[0].locator("img.after:not([hidden])").wait_for()
+    server.kill()
+    page.get_by_text("cannot be reached").wait_for()
+    shot(page, "lost")
+    server.start(ready=False)
+    for card in cards:
+        card.get_by_text(re.compile("^Done in")).wait_for()
+    assert page.get_by_text("cannot be reached").count() == 0

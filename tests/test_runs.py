@@ -1,0 +1,320 @@
+"""The command line's checkpoints, replays, batches, progress, plots and contact sheets."""
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import batches, manifest, painting, sheet, stylize
+from engine import stylizer as module
+
+SMALL = ["--size", "48", "--scales", "1", "--iterations", "4", "--weights", "embedded", "--device", "cpu"]
+
+
+@pytest.fixture
+def main(stylizer, pictures, tmp_path, monkeypatch):
+    """The command line in a folder with c.png, d.png and s.png, without loading the weights for each call."""
+    monkeypatch.chdir(tmp_path)
+    for name, picture in (("c", "content"), ("d", "content"), ("s", "style")):
+        Image.fromarray(pictures[picture][:: -1 if name == "d" else 1]).save(f"{name}.png")
+    for place in (module, batches):
+        monkeypatch.setattr(place, "Stylizer", lambda *arguments: stylizer)
+    return lambda *arguments: stylize.main([*arguments])
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture).copy()
+
+
+def interrupt_at(monkeypatch, iteration):
+    """Ctrl-C while this iteration is handed to the command line."""
+    progress = painting.progress
+
+    def interrupted(*arguments):
+        for step in progress(*arguments):
+            if step.iteration == iteration:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(painting, "progress", interrupted)
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, capsys, tmp_path, optimizer):
+    options = ["c.png", "s.png", *SMALL, "--optimizer", optimizer]
+    assert main(*options, "-o", "whole.png") == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert main(*options, "-o", "out.png", "--checkpoint", "run.ckpt") == 130
+    assert "the picture so far is in out.png" in capsys.readouterr().err
+    assert manifest.read("out.png")["iterations"] == {"done": 2, "total": 4}
+    assert not np.array_equal(pixels("out.png"), pixels("whole.png"))
+    before = (tmp_path / "run.ckpt").read_bytes()
+    assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--seed", "3", "--overwrite") == 2
+    assert "another seed" in capsys.readouterr().err
+    assert (tmp_path / "run.ckpt").read_bytes() == before
+    assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--checkpoint", "run.ckpt", "--overwrite") == 0
+    assert np.array_equal(pixels("out.png"), pixels("whole.png"))
+    assert not (tmp_path / "run.ckpt").exists()
+
+
+def test_checkpoints_are_written_by_the_clock(main, monkeypatch):
+    written = []
+    monkeypatch.setattr(painting, "_write", lambda path, data: written.append((path, len(data))))
+    for seconds, count in (("0", 3), ("1000", 0)):  # none after the last iteration
+        written.clear()
+        options = ["--checkpoint", "run.ckpt", "--checkpoint-every", seconds, "--overwrite"]
+        assert main("c.png", "s.png", "-o", "out.png", *SMALL, *options) == 0
+        assert len(written) == count
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), painting._deferred(True) as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_from_what_is_no_checkpoint(main, capsys, tmp_path):
+    (tmp_path / "run.ckpt").write_bytes(b"nothing")
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--resume", "run.ckpt") == 2
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--resume", "missing") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "damaged" in first
+    assert "No such file" in second
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.bmp"])
+def test_a_replay_makes_the_same_bytes(main, name):
+    """The pixels, and the file but for the timings that its manifest holds."""
+    assert main("c.png", "s.png", "-o", name, *SMALL, "--init", "noise", "--seed", "7") == 0
+    assert main("--replay", name, "-o", f"again-{name}") == 0
+    assert pixels(name).tobytes() == pixels(f"again-{name}").tobytes()
+    first, second = (manifest.read(path) for path in (name, f"again-{name}"))
+    assert first.pop("timings")
+    assert second.pop("timings")
+    assert first == second
+
+
+def test_the_file_depends_on_nothing_but_the_run_and_its_timings(main, monkeypatch, tmp_path):
+    describe = manifest.describe
+    monkeypatch.setattr(manifest, "describe", lambda *a: describe(*a) | {"timings": {}})
+    for name in ("one.png", "two.png"):
+        assert main("c.png", "s.png", "-o", name, *SMALL) == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_a_picture_tells_nothing_of_folders(main, tmp_path):
+    (tmp_path / "private").mkdir()
+    for name in ("c.png", "s.png"):
+        shutil.move(name, f"private/{name}")
+    paths = [str(tmp_path / "private" / name) for name in ("c.png", "s.png")]
+    assert main(*paths, "-o", "out.png", *SMALL, "--init", paths[0]) == 0
+    assert b"private" not in (tmp_path / "out.png").read_bytes()
+    assert manifest.read("out.png")["content"]["name"] == "c.png"
+    assert main("--replay", "out.png", "-o", "again.png") == 2  # neither is beside it
+    shutil.copy("private/c.png", "c.png")
+    assert main("--replay", "out.png", *paths, "-o", "again.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+
+
+def test_replay_refuses_other_inputs_and_warns_of_other_versions(main, capsys, caplog, tmp_path, monkeypatch):
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL) == 0
+    record = manifest.read("out.png")
+    for arguments, words in (
+        (["d.png", "s.png"], "d.png is not the content"),
+        (["c.png", "c.png"], "c.png is not style 1"),
+        (["c.png", "s.png", "s.png"], "1 styles, 2 are given"),
+        (["--size", "64"], "leave --size out"),
+    ):
+        assert main("--replay", "out.png", *arguments, "-o", "again.png") == 2
+        assert words in capsys.readouterr().err
+    record["engine"]["sha256"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    assert main("--replay", "other.json", "-o", "again.png") == 2
+    assert "the weights are not those" in capsys.readouterr().err
+    assert not (tmp_path / "again.png").exists()
+    monkeypatch.setattr(manifest, "versions", lambda: record["versions"] | {"torch": "1.0"})
+    assert main("--replay", "out.png", "-o", "again.png") == 0
+    assert "is 1.0: the picture may differ" in caplog.text
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+
+
+def test_a_picture_from_a_pipe_is_replayed_from_a_pipe(main, monkeypatch, capsys, tmp_path):
+    def feed():
+        data = io.BytesIO((tmp_path / "c.png").read_bytes())
+        monkeypatch.setattr(sys, "stdin", type("Pipe", (), {"buffer": data}))
+
+    feed()
+    assert main("-", "s.png", "-o", "out.png", *SMALL) == 0
+    assert main("--replay", "out.png", "-o", "again.png") == 2
+    assert "came without names" in capsys.readouterr().err
+    feed()
+    assert main("--replay", "out.png", "-", "s.png", "-o", "again.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+
+
+BATCH = ["--contents", "c.png", "d.png", "--styles", "s.png", "-o", "out"]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_batch_makes_what_single_runs_make(main, jobs, tmp_path):
+    assert main(*BATCH, *SMALL, "--jobs", jobs) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["c--s.png", "d--s.png"]
+    assert main("d.png", "s.png", "-o", "single.png", *SMALL) == 0
+    assert np.array_equal(pixels("out/d--s.png"), pixels("single.png"))
+    assert manifest.read("out/d--s.png")["content"]["name"] == "d.png"
+
+
+def test_jobs_share_the_processors(main, stylizer, monkeypatch):
+    threads = []
+    monkeypatch.setattr(batches, "Stylizer", lambda *arguments: (threads.append(arguments[3]), stylizer)[1])
+    monkeypatch.setattr(batches, "_processors", lambda: 8)
+    for jobs, expected in (("1", None), ("3", 2), ("16", 1)):
+        assert main(*BATCH, *SMALL, "--jobs", jobs, "--overwrite", "--iterations", "1") == 0
+        assert threads[-1] == expected
+
+
+def test_pictures_that_are_there_are_left_alone(main, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "c--s.png").write_bytes(b"mine")
+    assert main(*BATCH, *SMALL) == 0
+    assert (tmp_path / "out" / "c--s.png").read_bytes() == b"mine"
+    assert (tmp_path / "out" / "d--s.png").exists()
+    assert main(*BATCH, *SMALL, "--overwrite") == 0
+    assert manifest.read("out/c--s.png")
+
+
+def test_shards_make_their_part(main, tmp_path):
+    assert main(*BATCH, *SMALL, "--shard", "2/2") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["d--s.png"]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_one_that_fails_does_not_stop_the_rest(main, tmp_path, capsys, jobs):
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    arguments = ["--contents", "b.png", "c.png", "--styles", "s.png", "-o", "out/{content}.jpg"]
+    assert main(*arguments, *SMALL, "--jobs", jobs) == 1
+    err = capsys.readouterr().err
+    assert "1 of 2 pictures failed" in err
+    assert "out/b.jpg: b.png is not a picture" in err
+    assert "Traceback" not in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["c.jpg"]
+
+
+def test_a_run_that_breaks_leaves_no_picture_in_a_batch(main, tmp_path, monkeypatch):
+    from engine import losses
+
+    write = losses.Objective.write
+    monkeypatch.setattr(losses.Objective, "write", lambda *a: write(*a) * float("nan"))
+    assert main(*BATCH, *SMALL) == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_ctrl_c_stops_a_batch_cleanly(pictures, tmp_path):
+    for name in ("c", "d", "s"):
+        Image.fromarray(pictures["style"]).save(tmp_path / f"{name}.png")
+    command = [sys.executable, "-m", "engine.stylize", *BATCH, "--size", "64", "--scales", "1", "--weights", "embedded"]
+    command += ["--iterations", "100000", "--device", "cpu", "--progress", "json", "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    first = json.loads(process.stderr.readline())
+    assert first["total"] == 100000
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+    lines: list[str] = []
+    reader.start()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    reader.join()
+    process.stderr.close()
+    assert "interrupted; 0 of 2 pictures are there" in lines[-1]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_progress_for_programs(main, capsys):
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--progress", "json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(row["iteration"], row["total"], row["scale"], row["out"]) for row in rows] == [
+        (i, 4, 48, "out.png") for i in range(1, 5)
+    ]
+    assert [row["loss"] for row in rows] == [loss for _, loss in manifest.read("out.png")["losses"]]
+
+
+def test_plot_of_the_losses(main, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--plot", "loss.png") == 0
+    drawn = pixels("loss.png")
+    assert drawn.shape[:2] == (500, 800)
+    assert drawn.std() > 0
+
+
+def test_plot_without_matplotlib_names_the_extra(main, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(stylize.importlib.util, "find_spec", lambda name: None)
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--plot", "loss.png") == 1
+    assert "pip install 'gatys-engine[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_contact_sheet_over_options(main, monkeypatch, capsys):
+    made = []
+    draw = sheet.draw
+    monkeypatch.setattr(sheet, "draw", lambda cells, columns: (made.extend(cells), draw(cells, columns))[1])
+    grid = ["--grid", "seed=1,2", "size=48,56,64", "--init", "noise", "--iterations", "1"]
+    assert main("c.png", "s.png", "-o", "sheet.png", *SMALL, *grid) == 0
+    assert [labels for labels, _ in made[:2]] == [["seed 1", "size 48"], ["seed 1", "size 56"]]
+    assert [picture.size[0] for _, picture in made] == [48, 56, 64] * 2
+    assert main("c.png", "s.png", "-o", "one.png", *SMALL, *grid[3:], "--seed", "2") == 0
+    assert np.array_equal(np.asarray(made[3][1]), pixels("one.png"))
+    height, width = pixels("sheet.png").shape[:2]
+    assert width > 3 * 64
+    assert height > 2 * 46
+    assert main("--replay", "sheet.png", "-o", "again.png") == 2
+    assert "contact sheet" in capsys.readouterr().err
+
+
+def test_cells_lie_in_rows_under_their_labels():
+    colours = ["red", "lime", "blue", "black"]
+    cells = [([name], Image.new("RGB", (40, 20), name)) for name in colours]
+    drawn = sheet.draw(cells, 2)
+    found = [[drawn.getpixel((x, y)) for x in (20, drawn.width // 2 + 20)] for y in (36, drawn.height // 2 + 32)]
+    assert found == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (0, 0, 0)]]
+    assert np.asarray(drawn)[8:26, 8:40].min() < 128  # the label
+
+
+MISTAKES = [
+    (["--contents", "c.png", "-o", "out"], "belong together"),
+    ([*BATCH, "--plot", "p.png"], "--plot is for one picture"),
+    ([*BATCH, "--checkpoint", "run"], "--checkpoint is for one picture"),
+    ([*BATCH, "--jobs", "0"], "--jobs 0: give a number from 1"),
+    ([*BATCH, "--shard", "3/2"], "I/N"),
+    ([*BATCH[:-1], "out/{content}.xyz"], "unknown picture format"),
+    (["c.png", "s.png", "-o", "out.png", "--jobs", "2"], "are for --contents"),
+    (["c.png", "s.png", "-o", "out.png", "--progress", "jsno"], "did you mean json"),
+    (["c.png", "s.png", "-o", "out.png", "--checkpoint-every", "-1"], "give seconds"),
+    (["c.png", "s.png", "-o", "out.png", "--grid", "szie=1,2"], "did you mean size"),
+    (["c.png", "s.png", "-o", "out.png", "--grid", "size=big"], "--grid size=big"),
+    (["c.png", "s.png", "-o", "out.png", "--grid", "size=8,64"], "from 32"),
+    (["c.png", "s.png", "-o", "out.png", "--grid", "size"], "OPTION=VALUE"),
+    (["c.png", "s.png", "-o", "out.png", "--grid", "size=64", "--trace", "t"], "--trace is for one picture"),
+    (["--replay", "c.png", "-o", "out.png"], "carries no manifest"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
+def test_mistakes_exit_2_with_one_line_and_leave_nothing(main, tmp_path, capsys, arguments, words):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(*arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != "out"] == []

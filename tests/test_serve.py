@@ -1,0 +1,493 @@
+"""The HTTP interface and the worker, each in this process: limits, refusals, and what a job becomes."""
+
+import asyncio
+import errno
+import io
+import json
+import re
+import struct
+import threading
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from engine import Config
+from engine.serve import api, guard, problems, store, worker
+from engine.serve.settings import Settings
+
+OPTIONS = {"size": 48, "iterations": 4, "scales": 1}
+
+
+def png(array) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def files(pictures):
+    return {"content": png(pictures["content"]), "style": png(pictures["style"])}
+
+
+def service(tmp_path, token="", **settings):
+    """A client of an application without workers, and its store."""
+    app = api.create_app(Settings(data=str(tmp_path / "data"), reserve=0, **settings), token)
+    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False), app.state.service.store
+
+
+@pytest.fixture
+def client(tmp_path):
+    return service(tmp_path)
+
+
+def post(client, files, options=OPTIONS, headers=None, **data):
+    text = options if isinstance(options, str) else json.dumps(options)
+    return client.post("/v1/jobs", files=files, data={"options": text, **data}, headers=headers)
+
+
+def run(client_and_store, stylizer, stop=None):
+    """Be the worker for one job."""
+    data = client_and_store[1]
+    worker.run(data, stylizer, data.claim(0), stop or threading.Event())
+
+
+def problem(answer, status):
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["status"] == status
+    assert body["title"]
+    return body["detail"]
+
+
+class Wrapped:
+    """A stylizer that calls `act(iteration)` before each step is handed on."""
+
+    def __init__(self, stylizer, act):
+        self.stylizer, self.act = stylizer, act
+
+    def steps(self, *arguments, **options):
+        return self._acting(self.stylizer.steps(*arguments, **options))
+
+    def _acting(self, steps):
+        for step in steps:
+            self.act(step.iteration)
+            yield step
+
+
+# What a job becomes.
+
+
+def test_a_job_gives_the_librarys_bytes(client, files, stylizer):
+    answer = post(client[0], files)
+    assert answer.status_code == 202
+    job = answer.json()
+    assert (job["state"], job["place"]) == ("queued", 0)
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    problem(client[0].get(job["image"]), 409)
+    run(client, stylizer)
+    done = client[0].get(answer.headers["location"]).json()
+    assert (done["state"], done["iteration"], done["total"]) == ("succeeded", 4, 4)
+    result = client[0].get(job["image"])
+    assert result.headers["content-type"] == "image/png"
+    config = Config(size=48, iterations=4, scales=1)
+    assert result.content == worker.png(stylizer(files["content"], files["style"], config).image)
+    assert sorted(path.name for path in client[1].folder(job["id"]).iterdir()) == ["result.png"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("image/webp", "WEBP"),
+        ("image/jpeg;q=0.9, image/png;q=0.5", "JPEG"),
+        ("text/html, image/*;q=0.1", "PNG"),
+        ("*/*", "PNG"),
+    ],
+)
+def test_the_picture_comes_in_the_format_that_is_asked_for(client, files, stylizer, accept, form):
+    job = post(client[0], files).json()
+    run(client, stylizer)
+    answer = client[0].get(job["image"], headers={"accept": accept})
+    assert Image.open(io.BytesIO(answer.content)).format == form
+    problem(client[0].get(job["image"], headers={"accept": "image/avif, image/png;q=0"}), 406)
+
+
+def test_events_tell_progress_previews_and_the_end(client, files, stylizer, monkeypatch):
+    monkeypatch.setattr(worker, "_REPORT", 0.0)
+    monkeypatch.setattr(worker, "_SHARE", 0.0)
+    job = post(client[0], files).json()
+    run(client, stylizer)
+    text = client[0].get(job["events"]).text
+    events = re.findall(r"id: (\d+)\nevent: (\w+)\ndata: (.*)\n\n", text)
+    assert [name for _, name, _ in events] == ["progress", "preview", "end"]
+    losses = json.loads(events[0][2])["losses"]
+    assert [iteration for iteration, _, _ in losses] == [1, 2, 3, 4]
+    assert events[0][0] == "4"
+    later = client[0].get(job["events"], headers={"last-event-id": "3"}).text
+    assert json.loads(re.search(r"data: (.*)", later)[1])["losses"] == losses[3:]
+
+
+def test_cancelling_stops_within_one_iteration_and_keeps_the_picture(client, files, stylizer):
+    job = post(client[0], files, {**OPTIONS, "iterations": 50}).json()
+    url = f"/v1/jobs/{job['id']}"
+    run(client, Wrapped(stylizer, lambda i: i == 3 and client[0].delete(url)))
+    done = client[0].get(url).json()
+    assert (done["state"], done["iteration"]) == ("cancelled", 3)
+    assert client[0].get(job["image"]).status_code == 200
+    assert client[0].delete(url).json()["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, stylizer, damage):
+    options = {"size": 72, "iterations": [3, 6], "scales": 2, "init": "noise"}
+    job = post(client[0], files, options).json()
+    stop, seen = threading.Event(), []
+
+    def act(iteration):
+        seen.append(iteration)
+        if iteration == 5:
+            stop.set()
+
+    run(client, Wrapped(stylizer, act), stop)
+    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "queued"
+    path = client[1].folder(job["id"]) / "checkpoint"
+    if damage:
+        path.write_bytes(path.read_bytes()[:-9])
+    run(client, Wrapped(stylizer, seen.append))
+    assert seen == [1, 2, 3, 4, 5, *range(1 if damage else 6, 10)]
+    whole = stylizer(files["content"], files["style"], problems.config_of(options))
+    assert client[0].get(job["image"]).content == worker.png(whole.image)
+
+
+def test_without_room_for_a_checkpoint_the_job_goes_on(client, files, stylizer, monkeypatch):
+    job = post(client[0], files).json()
+    monkeypatch.setattr(worker, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(worker, "_SHARE", 0.0)
+    written = []
+
+    def full(path, data):
+        written.append(path.name)
+        if path.name == "checkpoint":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        store.write(path, data)
+
+    monkeypatch.setattr(worker, "write", full)
+    run(client, stylizer)
+    assert written.count("checkpoint") == 3
+    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+
+
+def test_a_waiting_job_is_cancelled_at_once(client, files):
+    job = post(client[0], files).json()
+    assert client[0].delete(f"/v1/jobs/{job['id']}").json()["state"] == "cancelled"
+    assert client[1].claim(0) is None
+
+
+def test_a_job_that_breaks_says_why_and_hurts_no_other(client, files, stylizer):
+    jobs = [post(client[0], files).json() for _ in range(3)]
+
+    def breaks(iteration):
+        raise FloatingPointError("a loss that is\nnot finite")
+
+    run(client, Wrapped(stylizer, breaks))
+    client[1].progress(jobs[1]["id"], {"deadline": 1e-9}, [])
+    run(client, stylizer)
+    run(client, stylizer)
+    ends = [client[0].get(f"/v1/jobs/{job['id']}").json() for job in jobs]
+    assert [end["state"] for end in ends] == ["failed", "failed", "succeeded"]
+    assert ends[0]["reason"] == "a loss that is not finite"
+    assert "deadline" in ends[1]["reason"]
+
+
+def test_a_job_in_which_the_worker_dies_twice_is_given_up(client, files):
+    job = post(client[0], files).json()
+    for _ in range(2):
+        assert client[1].claim(0)["id"] == job["id"]
+        client[1].unclaim(0, crashed=True)
+    end = client[0].get(f"/v1/jobs/{job['id']}").json()
+    assert (end["state"], end["reason"]) == ("failed", "the worker died twice in this job")
+
+
+def test_jobs_go_by_priority_then_by_turns_of_the_clients(client, files):
+    ids = [post(client[0], files, priority=p).json()["id"] for p in (0, 0, 5, 0)]
+    client[1].progress(ids[3], {"client": "another"}, [])
+    assert client[0].get(f"/v1/jobs/{ids[1]}").json()["place"] == 2
+    order = [client[1].claim(0)["id"] for _ in range(4)]
+    assert order == [ids[2], ids[3], ids[0], ids[1]]
+
+
+def test_results_are_kept_and_then_removed(client, files, stylizer):
+    job = post(client[0], files).json()
+    run(client, stylizer)
+    finished = client[1].job(job["id"])["finished"]
+    assert client[1].expire(finished - 1) == 0
+    assert client[1].expire(finished + 1) == 1
+    problem(client[0].get(f"/v1/jobs/{job['id']}"), 404)
+    assert not client[1].folder(job["id"]).exists()
+
+
+def test_what_a_kill_left_half_done_is_swept(client, files):
+    job = post(client[0], files).json()
+    client[1].claim(0)
+    (client[1].data / "jobs" / "orphan").mkdir()
+    (client[1].data / "jobs" / "orphan" / "content").write_bytes(b"x")
+    (client[1].folder(job["id"]) / ".preview.png-1-2").write_bytes(b"x")
+    (client[1].data / "styles" / "orphan").write_bytes(b"x")
+    client[1].recover()
+    assert sorted(path.name for path in (client[1].data / "jobs").iterdir()) == [job["id"]]
+    assert sorted(path.name for path in client[1].folder(job["id"]).iterdir()) == ["content", "style-0"]
+    assert not list((client[1].data / "styles").iterdir())
+    assert client[1].job(job["id"])["state"] == "queued"
+
+
+def test_styles_are_stored_once_and_outlive_their_removal_in_a_job(client, files, stylizer):
+    style = {"style": files["style"]}
+    first, again = (client[0].post("/v1/styles", files=style) for _ in range(2))
+    assert (first.status_code, again.status_code) == (201, 200)
+    name = first.json()["id"]
+    assert [row["id"] for row in client[0].get("/v1/styles").json()] == [name]
+    job = post(client[0], {"content": files["content"]}, style_id=name).json()
+    assert client[0].delete(f"/v1/styles/{name}").status_code == 204
+    problem(client[0].delete(f"/v1/styles/{name}"), 404)
+    problem(post(client[0], {"content": files["content"]}, style_id=name), 404)
+    run(client, stylizer)
+    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+
+
+# What is refused.
+
+
+def bomb() -> bytes:
+    """A PNG of 60000 x 60000 pixels in a few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+HOSTILE = {
+    "empty": (lambda good: b"", 422),
+    "text": (lambda good: b"hello", 415),
+    "svg": (lambda good: b'<svg xmlns="http://www.w3.org/2000/svg"><script/></svg>', 415),
+    "postscript": (lambda good: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415),
+    "pdf": (lambda good: b"%PDF-1.7 " + good, 415),
+    "zip": (lambda good: b"PK\x03\x04" + good, 415),
+    "truncated": (lambda good: good[: len(good) // 2], 422),
+    "header only": (lambda good: good[:20], 422),
+    "bomb": (lambda good: bomb(), 413),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("field", ["content", "style"])
+def test_hostile_pictures_are_refused_before_they_cost_anything(client, files, kind, field):
+    make, status = HOSTILE[kind]
+    problem(post(client[0], {**files, field: make(files[field])}), status)
+    assert not list((client[1].data / "jobs").iterdir())
+    assert client[0].get("/health/live").status_code == 200
+
+
+def test_a_picture_with_something_behind_it_is_only_a_picture(client, files):
+    polyglot = files["content"] + b"PK\x03\x04<script>alert(1)</script>"
+    answer = post(client[0], {**files, "content": ("../../etc/passwd\x00.html", polyglot, "text/html")})
+    assert answer.status_code == 202
+    names = {path.name for path in client[1].data.rglob("*") if path.is_file()} - {"store.sqlite"}
+    assert {name for name in names if not name.startswith("store.")} == {"content", "style-0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        ("{", 400, "not JSON"),
+        ("[" * 100_000, 400, "not JSON"),
+        ("[]", 422, "object"),
+        ({"sise": 64}, 422, "did you mean size"),
+        ({"size": 31}, 422, "from 32"),
+        ({"size": "64"}, 422, "whole number"),
+        ({"size": 4096}, 422, "up to 2048"),
+        ({"style_weight": -1}, 422, "negative"),
+        ('{"style_weight": NaN}', 422, "finite"),
+        ('{"style_weight": 1e999}', 422, "finite"),
+        ({"style_layers": ["relu9_1"]}, 422, "did you mean"),
+        ({"style_layers": {"relu1_1": 1}}, 422, "style_layers"),
+        ({"init": "/etc/passwd"}, 422, "init"),
+        ({"init": "passwd"}, 422, "choose from content, noise"),
+        ({"pooling": "../max"}, 422, "pooling"),
+        ({"iterations": [1, 2, 3]}, 422, "iterations"),
+    ],
+)
+def test_options_are_checked_with_the_line_of_config(client, files, options, status, said):
+    assert said in problem(post(client[0], files, options), status)
+
+
+def test_a_missing_or_doubled_part_is_named(client, files):
+    assert "content" in problem(client[0].post("/v1/jobs", files={"style": files["style"]}), 422)
+    assert "style" in problem(client[0].post("/v1/jobs", files={"content": files["content"]}), 422)
+    problem(client[0].post("/v1/jobs", data={"content": "text"}), 422)
+    problem(client[0].post("/v1/jobs", content=b"x", headers={"content-type": "multipart/form-data"}), 400)
+    problem(post(client[0], files, priority=99), 422)
+    assert "at most 8" in problem(
+        post(client[0], [("content", files["content"]), *[("style", files["style"])] * 9]), 422
+    )
+
+
+def test_a_key_gives_the_same_job_and_refuses_another_request(client, files):
+    key = {"idempotency-key": "a"}
+    first, again = (post(client[0], files, headers=key) for _ in range(2))
+    assert first.json()["id"] == again.json()["id"]
+    assert client[1].counts() == {"queued": 1}
+    problem(post(client[0], files, {"size": 64}, headers=key), 409)
+    assert post(client[0], files, headers={"idempotency-key": "b"}).json()["id"] != first.json()["id"]
+
+
+def test_one_key_at_the_same_moment_makes_one_job(client, files):
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(post(client[0], files, headers={"idempotency-key": "a"})))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert len(list((client[1].data / "jobs").iterdir())) == 1
+
+
+def test_a_full_queue_says_when_to_come_again(tmp_path, files):
+    both = service(tmp_path, queue=2, per_client=2)
+    for _ in range(2):
+        assert post(both[0], files).status_code == 202
+    answer = post(both[0], files)
+    problem(answer, 429)
+    assert int(answer.headers["retry-after"]) >= 1
+    for row in both[1]._rows("SELECT id FROM jobs"):
+        both[1].progress(row["id"], {"client": "another"}, [])
+    answer = post(both[0], files)
+    problem(answer, 503)
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_full_disk_is_507_and_not_ready(tmp_path, files, monkeypatch):
+    both = service(tmp_path)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", full)
+        problem(post(both[0], files), 507)
+    assert not list((both[1].data / "jobs").iterdir())
+    monkeypatch.setattr(api.shutil, "disk_usage", lambda path: SimpleNamespace(free=-1))
+    problem(post(both[0], files), 507)
+    problem(both[0].get("/health/ready"), 507)
+
+
+def test_limits_of_bytes_and_pixels(tmp_path, files):
+    both = service(tmp_path, max_bytes=len(files["content"]) + 5000, max_pixels=40 * 56)
+    assert post(both[0], {"content": files["content"], "style": files["content"]}).status_code in (202, 413)
+    noise = png(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    problem(post(both[0], {**files, "style": noise}), 413)
+
+    def chunks():
+        yield from [b"x" * 1000] * 100
+
+    problem(
+        both[0].post("/v1/jobs", content=chunks(), headers={"content-type": "multipart/form-data; boundary=b"}), 413
+    )
+
+
+def test_an_upload_that_takes_too_long_is_given_up(files):
+    sent = []
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+
+    async def receive():
+        await asyncio.sleep(0.03)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/jobs", "headers": [(b"host", b"localhost")]}
+    asyncio.run(guard.Guard(app, Settings(upload_seconds=0.1), "")(scope, receive, send))
+    assert sent[0]["status"] == 408
+
+
+# Who may ask.
+
+
+def test_the_token_is_asked_for_everything_but_the_page_and_health(tmp_path, files):
+    client, _ = service(tmp_path, token="secret")
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
+        answer = client.get("/metrics", headers=headers)
+        problem(answer, 401)
+        assert answer.headers["www-authenticate"] == "Bearer"
+    problem(post(client, files), 401)
+    assert client.get("/").status_code == client.get("/health/live").status_code == 200
+    assert client.get("/metrics", headers={"authorization": "Bearer secret"}).status_code == 200
+    assert post(client, files, headers={"authorization": "Bearer secret"}).status_code == 202
+
+
+@pytest.mark.parametrize(
+    "headers", [{"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}, {"host": "evil.example"}]
+)
+def test_other_sites_and_names_are_not_served(client, headers):
+    problem(client[0].get("/v1/styles", headers=headers), 403)
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/styles", "/nothing", "/v1/jobs/..%2f..%2fetc", "/samples/..%2f__init__.py"])
+def test_every_answer_is_guarded(client, path):
+    answer = client[0].get(path)
+    assert answer.status_code < 500
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert len(answer.headers["x-request-id"]) == 16
+    assert "access-control-allow-origin" not in answer.headers
+    if answer.status_code >= 400:
+        problem(answer, answer.status_code)
+
+
+def test_nothing_that_breaks_is_told_to_the_client(client, files, monkeypatch):
+    monkeypatch.setattr(store.Store, "styles", lambda self: 1 / 0)
+    assert "ZeroDivision" not in problem(client[0].get("/v1/styles"), 500)
+
+
+def test_health_and_metrics(client, files, stylizer):
+    problem(client[0].get("/health/ready"), 503)
+    client[1].announce(0, "cpu", "embedded")
+    assert client[0].get("/health/ready").json()["workers"] == [{"device": "cpu", "weights": "embedded"}]
+    post(client[0], files)
+    run(client, stylizer)
+    post(client[0], files)
+    text = client[0].get("/metrics").text
+    assert "stylize_queue_depth 1.0" in text
+    assert 'stylize_jobs_finished_total{state="succeeded"} 1.0' in text
+    assert 'stylize_workers{device="cpu",weights="embedded"} 1.0' in text
+    assert "stylize_iteration_seconds_count 1.0" in text
+
+
+def test_the_openapi_document_tells_every_refusal(client):
+    document = client[0].get("/openapi.json").json()
+    refusals = set(document["paths"]["/v1/jobs"]["post"]["responses"])
+    assert {"202", "400", "401", "409", "413", "415", "422", "429", "503", "507"} <= refusals
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert "HTTPValidationError" not in json.dumps(operation)
+
+
+def test_problems_of_a_store_that_cannot_write():
+    assert problems.of_storage(OSError(errno.EACCES, "no")).status_code == 500
+    assert problems.of_storage(store.sqlite3.OperationalError("database or disk is full")).status_code == 507

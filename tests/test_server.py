@@ -1,0 +1,240 @@
+"""A real server: results under load, kills at random moments, and how it starts and stops."""
+
+import io
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import Server, post
+
+pytest.importorskip("fastapi")
+from engine import Config
+from engine.serve import worker
+
+OPTIONS = {"size": 64, "iterations": 4, "scales": 1}
+
+
+def png(array) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def pair(pictures):
+    return png(pictures["content"]), png(pictures["style"])
+
+
+def expected(stylizer, pair, seed, **options) -> bytes:
+    config = Config(**{**OPTIONS, **options}, init="noise", seed=seed)
+    return worker.png(stylizer(*pair, config).image)
+
+
+def submit(server, pair, number, clients, stop=None, **options):
+    """{key: (id, seed)} of `number` jobs from as many threads as there are clients; refused ones come again."""
+    accepted, problems = {}, []
+
+    def client(which):
+        for i in range(which, number, clients):
+            while not (stop and stop.is_set()):
+                options_now = {**OPTIONS, **options, "init": "noise", "seed": i % 3}
+                try:
+                    status, body, headers = post(server, *pair, options_now, key=f"{which}-{i}")
+                except OSError:  # the server was killed: the key makes another try safe
+                    time.sleep(0.1)
+                    continue
+                if status == 202:
+                    accepted[f"{which}-{i}"] = body["id"], i % 3
+                    break
+                if status not in (429, 503):
+                    problems.append(body)
+                    break
+                assert int(headers["retry-after"]) >= 1
+                time.sleep(0.2)
+
+    threads = [threading.Thread(target=client, args=(which,)) for which in range(clients)]
+    for thread in threads:
+        thread.start()
+    return accepted, problems, threads
+
+
+def check_all(server, accepted, pair, stylizer, **options):
+    """Every accepted job is done, each with the library's bytes, and no two are the same job."""
+    wanted = {seed: expected(stylizer, pair, seed, **options) for seed in range(3)}
+    assert len({job for job, _ in accepted.values()}) == len(accepted)
+    for job, seed in accepted.values():
+        done = server.finished(job)
+        assert done["state"] == "succeeded", done
+        assert server.bytes(done["image"]) == wanted[seed]
+
+
+def kill_under_load(server, pair, stylizer, jobs, clients, kills, seed, **options):
+    dice = random.Random(seed)
+    stop = threading.Event()
+    accepted, problems, threads = submit(server, pair, jobs, clients, stop, **options)
+    for _ in range(kills):
+        time.sleep(dice.uniform(0.1, 2.0))
+        server.kill(everything=dice.random() < 0.7)
+        server.start(ready=dice.random() < 0.7)
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert len(accepted) == jobs
+    check_all(server, accepted, pair, stylizer, **options)
+    database = sqlite3.connect(server.data / "store.sqlite")
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert database.execute("SELECT count(*) FROM jobs").fetchone() == (jobs,)
+    database.close()
+
+
+def test_jobs_of_eight_clients_survive_a_kill_and_sigterm(tmp_path, pair, stylizer):
+    with Server(tmp_path / "data") as server:
+        kill_under_load(server, pair, stylizer, jobs=16, clients=8, kills=1, seed=0)
+        _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})
+        server.finished(body["id"], until=("running",))
+        status, seconds = server.terminate()
+        assert status == 0, server.log.read_text()
+        assert seconds < 10
+    text = server.log.read_text()
+    assert "Traceback" not in text
+    database = sqlite3.connect(server.data / "store.sqlite")
+    rows = database.execute("SELECT id, state FROM jobs WHERE state != 'succeeded'").fetchall()
+    database.close()
+    assert rows == [(body["id"], "queued")]
+
+
+@pytest.mark.slow
+def test_twenty_kills_under_load_lose_nothing(tmp_path, pair, stylizer):
+    with Server(tmp_path / "data") as server:
+        kill_under_load(server, pair, stylizer, jobs=60, clients=8, kills=20, seed=1, iterations=20)
+
+
+@pytest.mark.slow
+def test_two_hundred_jobs_leave_no_memory_thread_or_handle(tmp_path, pair, stylizer):
+    with Server(tmp_path / "data", "--per-client", "64") as server:
+        warm, _, threads = submit(server, pair, 16, 8)
+        for thread in threads:
+            thread.join()
+        check_all(server, warm, pair, stylizer)
+        before = footprint(server)
+        accepted, problems, threads = submit(server, pair, 200, 8, iterations=5)
+        for thread in threads:
+            thread.join()
+        assert not problems
+        assert len(accepted) == 200
+        check_all(server, accepted, pair, stylizer, iterations=5)
+        after = footprint(server)
+    for pid, (memory, tasks, handles) in before.items():
+        assert after[pid][0] < memory + 64 * 2**20, (before, after)
+        assert after[pid][1] <= tasks + 2, (before, after)
+        assert after[pid][2] <= handles + 2, (before, after)
+
+
+def footprint(server):
+    """{pid: (resident bytes, threads, open files)} of the server and its workers, once its clients are gone."""
+    time.sleep(11)  # kept connections are closed after 10 s
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and os.getpgid(int(folder.name)) == server.process.pid:
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            memory = int(status["VmRSS"].split()[0]) * 1024
+            found[int(folder.name)] = memory, int(status["Threads"]), len(list((folder / "fd").iterdir()))
+    return found
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
+    with Server(tmp_path / "data") as server:
+        _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})
+        server.finished(body["id"], until=("running",))
+        (pid,) = [int(word) for word in children(server.process.pid)]
+        os.kill(pid, signal.SIGKILL)
+        server.finished(body["id"], until=("queued",))
+        _, other, _ = post(server, *pair, {**OPTIONS, "init": "noise"}, None)
+        request = urllib.request.Request(f"{server.url}/v1/jobs/{body['id']}", method="DELETE")
+        urllib.request.urlopen(request).close()
+        assert server.finished(body["id"])["state"] == "cancelled"
+        done = server.finished(other["id"])
+        assert server.bytes(done["image"]) == expected(stylizer, pair, 0)
+
+
+def children(pid: int) -> list[str]:
+    """Ids of the processes that the threads of this one have started."""
+    return " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+
+
+def serve(*words, **environment):
+    clean = {name: value for name, value in os.environ.items() if name != "STYLIZE_TOKEN"}
+    command = [sys.executable, "-m", "engine.serve", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment}, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host", "0.0.0.0"], "STYLIZE_TOKEN"),
+        (["--host", "::"], "STYLIZE_TOKEN"),
+        (["--workers", "0"], "from 1"),
+        (["--keep", "-1"], "above 0"),
+        (["--log", "xml"], "text, json"),
+        (["--token-file", "/nowhere"], "No such file"),
+        (["--port", "http"], "invalid int"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_status_2(tmp_path, words, said):
+    done = serve("--data", str(tmp_path), *words)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_folder_serves_one_server(tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "server.lock"):
+        done = serve("--data", str(tmp_path), "--port", "0")
+    assert done.returncode == 2
+    assert "in use by another server" in done.stderr
+
+
+def test_an_accepted_job_is_whole_after_a_kill_at_any_moment(tmp_path):
+    """The store alone, whose writer is killed again and again: what it said it had, is there in full."""
+    code = (
+        "import sys, os\n"
+        "from engine.serve.store import Store\n"
+        "store, i = Store(sys.argv[1]), 0\n"
+        "while True:\n"
+        "    name = os.urandom(16).hex()\n"
+        "    row = dict(id=name, client='c', key=None, fingerprint='', options='{}')\n"
+        "    row |= dict(styles=1, priority=0, deadline=1)\n"
+        "    store.add(row, b'c' * 9999, [b's' * 9999], (10**9, 10**9))\n"
+        "    print(name, flush=True)\n"
+    )
+    from engine.serve.store import Store
+
+    dice = np.random.default_rng(0)
+    said = []
+    for _ in range(6):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            said.append(process.stdout.readline().strip())
+            time.sleep(dice.uniform(0, 0.2))
+            process.kill()
+            said += [line.strip() for line in process.stdout if line.endswith("\n")]
+    store = Store(tmp_path)
+    store.recover()
+    assert len(said) > 6
+    for name in said:
+        assert store.job(name)["state"] == "queued"
+    for folder in (tmp_path / "jobs").iterdir():
+        assert (folder / "content").read_bytes() == b"c" * 9999
+        assert (folder / "style-0").read_bytes() == b"s" * 9999
+    store.close()
