@@ -48,8 +48,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(stylizer, pictures, optimizer, i
 RUNS = [
     {"average": 0.8},
     {"average": 0.8, "optimizer": "adam", "init": "style"},
-    {"stop": 0.9, "iterations": (30, 28)},
-    {"stop": 0.9, "iterations": (30, 28), "optimizer": "adam", "average": 0.5},
+    {"stop": 1.0, "iterations": (30, 28)},
+    {"stop": 1.0, "iterations": (30, 28), "optimizer": "adam", "average": 0.5},
     {"clamp": True, "history": 2, "tile": True, "init_noise": 0.2},
 ]
 
@@ -72,7 +72,7 @@ def test_a_resumed_run_keeps_its_average_its_stall_and_its_totals(stylizer, pict
 
 
 def test_the_last_step_of_a_scale_that_stopped_lets_go_of_the_optimiser(stylizer, pictures):
-    config = Config(**SMALL | {"stop": 0.9, "iterations": (30, 28)})
+    config = Config(**SMALL | {"stop": 1.0, "iterations": (30, 28)})
     steps = list(stylizer.steps(pictures["content"], pictures["style"], config))
     assert len(steps) < 58
     assert not any(step._iterate._saving for step in steps)
