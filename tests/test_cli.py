@@ -116,7 +116,7 @@ MISTAKES = [
     (["none", "none", "-o", "{out}"], "with neither"),
     (["{content}", "{style}", "none", "-o", "{out}"], "give it alone"),
     (["{content}", "{style}", "-o", "{out}", "--size", "64x48"], "without content"),
-    (["none", "{style}", "-o", "{out}", "--size", "64xbig"], "give N|WxH"),
+    (["none", "{style}", "-o", "{out}", "--size", "64xbig"], "give N|original|WxH"),
     (["{content}", "{style}", "-o", "{out}", "--style-blend", "1,2"], "2 weights, there are 1 styles"),
     (["{content}", "{style}", "-o", "{out}", "--style-loss", "gramm"], "did you mean gram"),
     (["{content}", "{style}", "-o", "{out}", "--style-size", "9"], "from 32"),

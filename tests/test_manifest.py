@@ -10,8 +10,8 @@ from engine import Config, image, manifest
 ENGINE = {"device": "cpu", "precision": "fp32", "weights": "embedded", "sha256": "ab"}
 
 
-def record(config=None, losses=((1, 2.5), (2, 1.5))):
-    inputs = ("c.png", "12"), [("s.png", "34"), (None, "56")]
+def record(config=None, losses=((1, 2.5), (2, 1.5)), masks=None, freeze=None):
+    inputs = ("c.png", "12"), [("s.png", "34"), (None, "56")], masks, freeze
     return manifest.describe(config or Config(), *inputs, ENGINE, losses, 1.25, len(losses))
 
 
@@ -100,3 +100,17 @@ def test_what_carries_none_is_told(tmp_path):
             manifest.read(str(text))
     with pytest.raises(FileNotFoundError):
         manifest.read(str(tmp_path / "missing.png"))
+
+
+def test_masks_come_back_by_their_names(tmp_path):
+    """Files without their folders, their sha256 checked; the word alpha as it is."""
+    for name in ("sky.png", "land.png", "face.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    masks = [(str(tmp_path / "sky.png"), "alpha"), str(tmp_path / "land.png")]
+    found = json.loads(json.dumps(record(masks=masks, freeze=str(tmp_path / "face.png"))))
+    assert str(tmp_path) not in json.dumps(found)
+    assert manifest.regions(found, tmp_path) == (masks, str(tmp_path / "face.png"))
+    (tmp_path / "land.png").write_bytes(b"another")
+    with pytest.raises(ValueError, match="sha256"):
+        manifest.regions(found, tmp_path)
+    assert manifest.regions(json.loads(json.dumps(record())), tmp_path) == (None, None)
