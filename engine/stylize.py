@@ -249,7 +249,9 @@ def _config(given: argparse.Namespace) -> Config:
 
 def _parse(name: str, default: Any, text: Any) -> Any:
     if isinstance(default, bool):
-        return text
+        if text not in (True, "true", "false"):
+            raise ValueError("give true or false")
+        return text in (True, "true")
     if name == "iterations":
         counts = tuple(int(part) for part in text.split(","))
         return counts[0] if len(counts) == 1 else counts

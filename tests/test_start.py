@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import Config, image
+from engine import Config, Targets, goal, image
 from engine.start import first_pixels
 
 
@@ -78,3 +78,10 @@ def test_a_run_starts_there(stylizer, pictures, tmp_path):
 def test_a_share_outside_its_range_is_named(value):
     with pytest.raises(ValueError, match=r"init_noise .* from 0 to 1"):
         Config(init_noise=value)
+
+
+def test_colours_need_pictures_of_the_styles():
+    targets = Targets({}, {})
+    for style in (None, targets, [targets, picture(40, 40, 0)]):
+        with pytest.raises(ValueError, match=r"^init style draws the colours of the styles: give their pictures"):
+            goal.load(picture(40, 40, 0), style, Config(init="style"), None, None)
