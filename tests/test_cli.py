@@ -289,12 +289,13 @@ def test_texture_and_its_saved_targets(pair, tmp_path):
     options = ["--iterations", "2", "--scales", "1", "--style-layers", "relu1_1,relu2_1", "--size"]
     kept = str(tmp_path / "style.safetensors")
     assert stylize.main(["none", style, "-o", out, *options, "64x40", "--save-targets", kept, "--quiet"]) == 0
-    first = Path(out).read_bytes()
     with Image.open(out) as image:
         assert image.size == (64, 40)
+        first = image.tobytes()
     again = str(tmp_path / "again.png")
     assert stylize.main(["none", kept, "-o", again, *options, "64x40", "--quiet"]) == 0
-    assert Path(again).read_bytes() == first
+    with Image.open(again) as image:
+        assert image.tobytes() == first
     inverted = str(tmp_path / "inverted.png")
     assert stylize.main([content, "none", "-o", inverted, *options, "48", "--init", "noise", "--quiet"]) == 0
     with Image.open(inverted) as image:
@@ -305,7 +306,7 @@ def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
     content, style, out = pair
     seen = {}
 
-    def steps(self, content, style, config, *, masks, freeze):
+    def steps(self, content, style, config, *, masks, freeze, resume):
         seen.update(masks=masks, freeze=freeze, blend=config.style_blend)
         return iter(())
 

@@ -113,7 +113,9 @@ def test_style_scale_and_style_size_set_the_side_of_the_style(stylizer, monkeypa
 
     seen = []
     resize = module.images.resize
-    monkeypatch.setattr(module.images, "resize", lambda picture, size: (seen.append(size), resize(picture, size))[1])
+    monkeypatch.setattr(
+        module.images, "resize", lambda picture, size, *wrap: (seen.append(size), resize(picture, size, *wrap))[1]
+    )
     own = Stylizer(weights="embedded", device="cpu")
     picture, style = noise(48, 64, 0), noise(80, 100, 1)
     losses = []

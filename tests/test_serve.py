@@ -313,7 +313,7 @@ def test_a_picture_with_something_behind_it_is_only_a_picture(client, files):
         ("[]", 422, "object"),
         ({"sise": 64}, 422, "did you mean size"),
         ({"size": 31}, 422, "from 32"),
-        ({"size": "64"}, 422, "whole number"),
+        ({"size": "64"}, 422, "give original or a number"),
         ({"size": 4096}, 422, "up to 2048"),
         ({"style_weight": -1}, 422, "negative"),
         ('{"style_weight": NaN}', 422, "finite"),
