@@ -29,7 +29,8 @@ GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if devic
 TORCH_ENGINES = {f"{torch_network.NAME}, {precision}": precision for precision in ("fp32", "fp16", "bf16")}
 STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 6e-2}  # relative, of the pixels, against float64
+GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 3e-2}  # relative, of the pixels, against float64
+VALUE_ERROR = {"fp32": 2e-3, "fp16": 3e-3, "bf16": 1.2e-2}  # relative, of the loss, against float64
 ROUNDING = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}  # relative, of cotangents
 LOSS_ERROR = 0.01  # relative, of the end of a run against fp32
 TIMED = ("eager", "autocast", f"{torch_network.NAME}, fp16", "engine-cuda-fp16", "engine-tensorrt-fp16")
@@ -262,7 +263,7 @@ def providers(
             loss, gradient = build(name, problem).loss_and_gradient(point)
             errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
             limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
-            passed = errors["gradient_error"] < limit and errors["loss_error"] < 0.2 * limit
+            passed = errors["gradient_error"] < limit and errors["loss_error"] < VALUE_ERROR[precision]
             if precision == "fp32" and name in cases.ENGINES:
                 errors["strict_error"] = cases.strict_error(name, problem)
                 passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
