@@ -16,27 +16,16 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import PurePosixPath
 from typing import Any
 
 from .config import Config
+from .jobs import SUFFIXES, Job, combine
 
 log = logging.getLogger(__name__)
 
 _NAME = "engine.batch"
 _TRIES = 3  # workers that may die over one picture before it is given up
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One picture: where content and style are read, and where the result goes; paths or fsspec URLs."""
-
-    content: str
-    style: str
-    out: str
 
 
 class DiedError(Exception):
@@ -51,10 +40,10 @@ class Painter:
 
         self._stylizer, self._config = Stylizer(weights, device, threads=threads), config
 
-    def paint(self, task: Task) -> str:
+    def paint(self, task: Job) -> str:
         """Paint one picture: an empty string, or why it cannot be painted."""
         try:
-            image = self._stylizer(_read(task.content), _read(task.style), self._config).image
+            image = self._stylizer(_read(task.content), _read(task.styles[0]), self._config).image
             stream = io.BytesIO()
             image.save(stream, "PNG")
             _write(task.out, stream.getvalue())
@@ -79,7 +68,7 @@ class Processes:
         theirs.close()  # so that the end of the process is the end of the pipe
         return ours, process
 
-    def send(self, worker: Any, task: Task) -> None:
+    def send(self, worker: Any, task: Job) -> None:
         """Give an idle worker a task."""
         self._busy[worker[0]] = worker
         try:
@@ -130,7 +119,7 @@ class Actors:
         """A new worker, on a node that has room for it."""
         return self._actor.remote(*self._make)
 
-    def send(self, worker: Any, task: Task) -> None:
+    def send(self, worker: Any, task: Job) -> None:
         """Give an idle worker a task."""
         self._busy[worker.paint.remote(task)] = worker
 
@@ -148,13 +137,13 @@ class Actors:
         self._ray.kill(worker)
 
 
-def drive(pool: Processes | Actors, tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, str]]:
+def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Iterator[tuple[Job, str]]:
     """Run the tasks, one in the hand of each worker: each with an empty string or why it failed.
 
     A worker that dies is replaced and its task goes to the end of the list; after the third it is given up.
     """
     left, tries = deque(tasks), dict.fromkeys(tasks, 0)
-    hands: dict[int, Task] = {}
+    hands: dict[int, Job] = {}
     for _ in range(min(workers, len(tasks))):
         worker, task = pool.start(), left.popleft()
         hands[id(worker)] = task
@@ -179,17 +168,10 @@ def drive(pool: Processes | Actors, tasks: Sequence[Task], workers: int) -> Iter
             pool.stop(worker)
 
 
-def plan(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Task]:
+def plan(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """All pictures: each content (a file, a folder or an fsspec URL of either) in each style. Raises ValueError."""
-    tasks: dict[str, Task] = {}
-    for content in (each for source in contents for each in _pictures(source)):
-        for style in (each for source in styles for each in _pictures(source)):
-            name = f"{PurePosixPath(content).stem}--{PurePosixPath(style).stem}.png"
-            task = Task(content, style, f"{out.rstrip('/')}/{name}")
-            other = tasks.setdefault(name, task)
-            if other != task:
-                raise ValueError(f"{content} and {other.content} with {style} would both be written to {name}")
-    return list(tasks.values())
+    found = [[each for source in sources for each in _pictures(source)] for sources in (contents, styles)]
+    return combine(found[0], found[1], f"{out.rstrip('/')}/{{content}}--{{style}}.png")
 
 
 def _files(url: str) -> tuple[Any, str]:
@@ -205,7 +187,7 @@ def _pictures(source: str) -> list[str]:
         raise ValueError(f"{source} does not exist")
     if not files.isdir(path):
         return [source]
-    found = sorted(each for each in files.ls(path, detail=False) if each.lower().endswith(_SUFFIXES))
+    found = sorted(each for each in files.ls(path, detail=False) if each.lower().endswith(SUFFIXES))
     if not found:
         raise ValueError(f"{source} holds no picture")
     return [files.unstrip_protocol(each) if "://" in source else each for each in found]
@@ -258,9 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.workers < 1:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
-        options: dict[str, Any] = json.loads(given.options)
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        config = Config(**values)
+        config = Config(**json.loads(given.options))
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
         make = given.weights, given.device, config, given.threads
@@ -278,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = {
         "painted": len(missing) - len(failed),
         "there_already": len(tasks) - len(missing),
-        "failed": [{"content": task.content, "style": task.style, "reason": failed[task]} for task in failed],
+        "failed": [{"content": task.content, "style": task.styles[0], "reason": failed[task]} for task in failed],
         "seconds": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(summary, indent=1))  # noqa: T201

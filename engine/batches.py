@@ -13,7 +13,7 @@ from pathlib import Path
 from . import image
 from .config import Config
 from .jobs import Job, missing
-from .painting import paint
+from .painting import loaded, paint
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace, line: Li
 
     def make(job: Job) -> tuple[int, str]:
         try:
-            return (130, "") if stop.is_set() else paint(stylizer, job, config, given, whole_only=True, stop=stop)
+            if stop.is_set():
+                return 130, ""
+            return paint(stylizer, loaded(job), config, given, whole_only=True, stop=stop)
         except Exception as error:
             return 1, line(error)
 

@@ -109,6 +109,8 @@ class Config:
             raise ValueError("style_blend: give one weight at least that is not zero")
         object.__setattr__(self, "style_blend", tuple(float(weight) for weight in self.style_blend))
         _whole("seed", self.seed, 0, 2**63 - 1)
+        if isinstance(self.iterations, list):
+            object.__setattr__(self, "iterations", tuple(self.iterations))
         for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
             _whole("iterations", count, 1, 10**6)
         if self.iterations == ():

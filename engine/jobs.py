@@ -34,15 +34,24 @@ def product(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Jo
 
     Raises ValueError if a pattern finds nothing or two jobs would write one file, FileNotFoundError for a missing file.
     """
+    return combine(_files(contents), _files(styles), out)
+
+
+def combine(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
+    """The jobs of `product` for single files, which may be URLs if `out` is a pattern.
+
+    Raises ValueError if two jobs would write one file.
+    """
     pattern = out if "{content}" in out or "{style}" in out else str(Path(out) / "{content}--{style}.png")
     jobs: dict[str, Job] = {}
-    for content in _files(contents):
-        for style in _files(styles):
+    for content in contents:
+        for style in styles:
             target = pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
             if target in jobs:
                 other = jobs[target]
                 raise ValueError(
-                    f"{content} with {style} and {other.content} with {other.styles[0]} would both be {target}: "
+                    f"{content} with {style} and {other.content} with {other.styles[0]} would both be written to "
+                    f"{target}: "
                     "give -o a pattern with {content} and {style}, and names that differ"
                 )
             jobs[target] = Job(content, (style,), target)

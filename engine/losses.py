@@ -59,7 +59,6 @@ class Objective:
         self.network = network
         self._frozen = None if frozen is None else frozen.to(network.image.device)
         self._views: dict[str, tuple[View, kernels.Layer]] = {}  # by term
-        self._layer_of: dict[str, str] = {}  # of the terms that have a view
         self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
         self._styles = tuple(config.style_layer_weights) if regions else ()
         self._style_weight = config.style_weight
@@ -162,7 +161,6 @@ class Objective:
         terms[term] = kernels.Layer(view.features, view.cotangent, None, target, 0.0, weight, distance)
         self._shares[term] = name, region.share
         self._views[term] = view, terms[term]
-        self._layer_of[term] = name
 
     def _losses(self) -> None:
         for view, _ in self._views.values():
@@ -174,9 +172,9 @@ class Objective:
         for name in layers:
             if name not in self._layers.names:
                 self.network.cotangents[name].zero_()
-        self._layers.gradients([term for term in self._layers.names if self._layer_of.get(term, term) in layers])
+        self._layers.gradients([term for term in self._layers.names if self._shares.get(term, (term, 0))[0] in layers])
         for term, (view, layer) in self._views.items():
-            if self._layer_of[term] not in layers:
+            if self._shares[term][0] not in layers:
                 continue
             slope = None
             if layer.distance is not None:

@@ -43,7 +43,12 @@ def load(source: Any) -> Any:
         from .targets import Targets
 
         return Targets.load(source)
-    return source if hasattr(source, "made_for") else image.load(source)
+    return image.load(source)
+
+
+def loaded(job: Job) -> Job:
+    """The job with its sources loaded."""
+    return replace(job, content=load(job.content), styles=tuple(load(style) for style in job.styles))
 
 
 def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = None) -> Iterator[Step]:
@@ -60,11 +65,12 @@ def paint(
     whole_only: bool = False,
     stop: threading.Event | None = None,
 ) -> tuple[int, str]:
-    """Make the picture of a job; returns exit status and message, 0 and nothing if all went well.
+    """Make the picture of a job whose sources are loaded.
+
+    Returns exit status and message, 0 and nothing if all went well.
 
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
-    job = replace(job, content=load(job.content), styles=tuple(load(style) for style in job.styles))
     resume = Path(given.resume).read_bytes() if given.resume else None
     run = Run(job, config)
     start = saved = time.perf_counter()
@@ -135,7 +141,8 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str) -> Iter
         for step in steps:
             record = {"out": out, "scale": step.scale, "iteration": step.iteration, "total": step.total}
             record |= {"loss": step.loss, "seconds": round(time.perf_counter() - start, 3)}
-            print(json.dumps(record), file=sys.stderr, flush=True)  # noqa: T201
+            sys.stderr.write(json.dumps(record) + "\n")  # in one piece: several pictures may be under way
+            sys.stderr.flush()
             yield step
         return
     from tqdm import tqdm

@@ -165,8 +165,8 @@ def _run(given: argparse.Namespace) -> int:
         config, job = replay.inputs(record, folder, sources, given.out)
         replay.take_engine(record, folder, given)
     else:
-        record, (content, *styles) = None, [painting.load(source) for source in sources]
-        job = Job(content, tuple(styles), given.out, _masks(given.mask), given.freeze)
+        job = painting.loaded(Job(sources[0], tuple(sources[1:]), given.out, _masks(given.mask), given.freeze))
+        record = None
 
     from . import sheet
     from .stylizer import Stylizer
@@ -228,6 +228,10 @@ def _masks(given: list[str] | None) -> list[Any] | None:
 def _save_targets(given: argparse.Namespace, stylizer: Any, job: Job, config: Config) -> None:
     if len(job.styles) != 1 or job.styles[0] is None:
         raise ValueError("--save-targets keeps one STYLE: give one")
+    if config.colour not in ("none", "keep-after"):
+        raise ValueError(f"--save-targets keeps the STYLE as it is, --colour {config.colour} changes it")
+    if job.content is not None:
+        config = config.sized(max(job.content.size))
     mask = (job.masks or [""])[0]
     stylizer.targets(job.styles[0], config, mask=mask[1] if isinstance(mask, tuple) else None).save(given.save_targets)
 

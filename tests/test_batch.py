@@ -14,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip("fsspec")
 from engine import Config, batch
+from engine.jobs import Job
 
 OPTIONS = '{"size": 48, "iterations": 2, "scales": 1, "init": "noise"}'
 
@@ -77,7 +78,7 @@ class Stub:
 
 
 def test_a_task_outlives_two_workers_and_no_more():
-    tasks = [batch.Task(f"c{i}", "s", f"o{i}") for i in range(6)]
+    tasks = [Job(f"c{i}", ("s",), f"o{i}") for i in range(6)]
     pool = Stub({tasks[1]: 2, tasks[4]: 3})
     answers = dict(batch.drive(pool, tasks, 2))
     assert len(answers) == 6

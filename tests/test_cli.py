@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engine import stylize
+from engine.targets import Targets
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "3", "--weights", "embedded", "--device", "cpu"]
 
@@ -296,6 +297,11 @@ def test_texture_and_its_saved_targets(pair, tmp_path):
     assert stylize.main(["none", kept, "-o", again, *options, "64x40", "--quiet"]) == 0
     with Image.open(again) as image:
         assert image.tobytes() == first
+    own = ["--iterations", "1", "--scales", "1", "--size", "original", "--overwrite", "--quiet", "--save-targets", kept]
+    assert stylize.main([content, style, "-o", out, *own]) == 0  # at the content's own size
+    with Image.open(content) as image:
+        assert list(Targets.load(kept).sides) == [max(image.size)]
+    assert stylize.main([content, style, "-o", out, *own, "--colour", "match"]) == 2
     inverted = str(tmp_path / "inverted.png")
     assert stylize.main([content, "none", "-o", inverted, *options, "48", "--init", "noise", "--quiet"]) == 0
     with Image.open(inverted) as image:

@@ -161,7 +161,7 @@ def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, styli
         path.write_bytes(path.read_bytes()[:-9])
     run(client, Wrapped(stylizer, seen.append))
     assert seen == [1, 2, 3, 4, 5, *range(1 if damage else 6, 10)]
-    whole = stylizer(files["content"], files["style"], problems.config_of(options))
+    whole = stylizer(files["content"], files["style"], Config(**options))
     assert client[0].get(job["image"]).content == worker.png(whole.image)
 
 

@@ -91,7 +91,7 @@ def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:
         for name, value in values.items():
             choice("option", name, [option.name for option in options()])
             _check_words(name, value)
-        config = config_of(values).sized(max(size))
+        config = Config(**values).sized(max(size))
         starts = ("content", "noise", "style")
         if config.init not in starts:
             raise ValueError(f"init {config.init!r}: choose from {', '.join(starts)}")
@@ -104,12 +104,6 @@ def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:
     except (ValueError, TypeError, OverflowError) as error:
         raise Problem(422, " ".join(str(error).split())) from error
     return json.dumps({name: value for name, value in asdict(config).items() if name in values}, sort_keys=True)
-
-
-def config_of(given: dict[str, Any]) -> Config:
-    """The `Config` of options that came as JSON. Raises ValueError or TypeError."""
-    values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in given.items()}
-    return Config(**values)
 
 
 def _check_words(name: str, value: Any) -> None:

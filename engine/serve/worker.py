@@ -25,7 +25,6 @@ from filelock import FileLock
 from engine.config import Config
 
 from . import logs
-from .problems import config_of
 from .store import Row, Store, write
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> No
 def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool]) -> tuple[str, str | None]:
     """The state that the job is left in, and why."""
     job, folder = row["id"], store.folder(row["id"])
-    config = config_of(json.loads(row["options"]))
+    config = Config(**json.loads(row["options"]))
     content = (folder / "content").read_bytes()
     styles = [(folder / f"style-{i}").read_bytes() for i in range(row["styles"])]
     report, preview = _Every(_REPORT, first=True), _Every(_PREVIEW, first=True)
