@@ -22,8 +22,8 @@ class Features(Protocol):
 
     `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers at least,
     `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
-    order of the runtime. Cotangents may share memory with each other and with the features: see `vjp`. Everything
-    happens inside `use`.
+    order of the runtime. A cotangent may be the features of its layer themselves, which it then takes the place of.
+    Everything happens inside `use`.
     """
 
     image: Tensor
@@ -58,7 +58,7 @@ class Features(Protocol):
         """features, cotangents -> gradient; the features are spent.
 
         Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
-        their cotangents, and may read the features of these layers and of shallower ones.
+        their cotangents, and may read the features of these layers.
         """
 
 

@@ -61,6 +61,15 @@ class View:
             self._target += found * self._guide
 
 
+def statistic_of(features: Tensor, statistic: str, guide: Tensor | None) -> tuple[Tensor, Tensor]:
+    """X and m of the features of a style; X is F itself where nothing is taken from it."""
+    if statistic == "gram" and guide is None:
+        return features, features.mean(1, dtype=torch.float32)
+    view = View(features, statistic, guide)
+    view.read()
+    return view.features, view.mean
+
+
 def guide(mask: Mask, size: tuple[int, int]) -> Tensor:
     """The guide (M,) fp32 of a mask for features of (height, width): its mean over each position's area, normalised."""
     shrunk = functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None].double(), size).flatten()

@@ -26,13 +26,13 @@ from .checkpoint import load as load_checkpoint
 from .config import MIN_SIDE, Config
 from .export import vgg
 from .export.weights import load as load_weights
-from .features import Features, Open, within
+from .features import Features, Open, give_back_freed_memory, within
 from .features import network as open_network
 from .goal import Goal, canvas
 from .goal import load as load_goal
 from .losses import Objective, Region
 from .optimize import Iterate, Stall, State, minimise, resized
-from .regions import Mask, View, frozen, guide, load_mask
+from .regions import Mask, frozen, guide, load_mask, statistic_of
 from .start import first_pixels
 from .targets import Statistic, Statistics, Targets, blend
 
@@ -440,9 +440,8 @@ class Stylizer:
                 for layer in layers:
                     own = features.features[layer]
                     part = None if mask is None else guide(mask, (own.shape[2], own.shape[3]))
-                    view = View(own.flatten(2)[0], config.style_loss, part)
-                    view.read()
-                    found[layer] = Statistic(kernels.gram(view.features, features.products), view.mean)
+                    seen, mean = statistic_of(own.flatten(2)[0], config.style_loss, part)
+                    found[layer] = Statistic(kernels.gram(seen, features.products), mean)
             return found
 
         return self._cached(self._targets, key, _STYLES, make)
@@ -480,6 +479,8 @@ class Stylizer:
                 weights = load_weights(self._source, layers)
                 opener = open_network(weights, layers, self.device, self._threads, with_max=with_max)
                 self._opened = _Network(depth, with_max, weights.name, weights.digests, opener)
+                del weights
+                give_back_freed_memory()
             assert self._opened
             return self._opened
 

@@ -1,15 +1,14 @@
 """VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions; direct ones before max pooling.
 
-Activations stand in NHWC order, fp32. The VJP works in place: it turns each ReLU output into its own masked cotangent.
-What the losses add to a layer is written just before, where the features of deeper layers have been: when the VJP comes
-to layer i it reads layer i + 1 and is done with those behind it.
+Activations stand in NHWC order, fp32. Of the forward pass the VJP reads one bit of each: whether its ReLU let it pass,
+and with max pooling another one, whether it was the largest. So only what the losses read outlives its next layer, and
+the losses write their cotangents where they have read; all other memory is used again and again (`program.layout`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,9 +21,8 @@ from torch import Tensor
 
 from .export import vgg
 from .export.weights import Weights
-from .features import give_back_freed_memory
 from .kernels import direct, nhwc, program, vector, winograd
-from .kernels.program import CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, UNPOOL
+from .kernels.program import CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, UNPOOL, Step
 
 
 class Network:
@@ -48,7 +46,6 @@ class Network:
                 if with_max:
                     self.arrays[f"{conv.name}.direct"] = direct.panels(kernel)
             self.arrays[f"{conv.name}.bias"] = weights.parameters[f"{conv.name}.bias"].numpy().copy()
-        give_back_freed_memory()
 
     def address(self, name: str) -> int:
         """Where the array `name` stands."""
@@ -58,36 +55,36 @@ class Network:
 class Features:
     """The forward program and the VJP program of one `spec`, with the memory they work in.
 
-    `image` and `gradient` are (1, 3, H, W) float32; `features` holds every ReLU output, `cotangents` one tensor for
-    each loss layer, both (1, C, H_l, W_l) float32 in NHWC order. `forward` reads `image` and writes `features`; `vjp`
-    reads `features` and the cotangents that it has asked for, writes `gradient` and leaves nothing of use in
-    `features`. All of it happens inside `use`. With `forward_only` there is no VJP, and the features of other than the
-    loss layers share memory.
+    `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers, (1, C, H_l,
+    W_l) float32 in NHWC order, and `cotangents` are the same memory. `forward` reads `image` and writes `features`;
+    `vjp` writes `gradient` and leaves nothing of use in `features`. All of it happens inside `use`. With `forward_only`
+    there is no VJP.
     """
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
         self.spec, self.products = spec, network.threads
         self._network, self._lock = network, threading.RLock()
         self.image = torch.zeros(1, 3, spec.height, spec.width)
-        shapes = spec.shapes
-        kept = [name for name in shapes if name in spec.layers or not forward_only]
-        # With room for a vector of positions to be read past the end of each.
-        ends = list(itertools.accumulate(_count(shapes[name]) + vector.ROWS * shapes[name][1] for name in kept))
-        begins = dict(zip(kept, [0, *ends], strict=False))
-        dead = {name: [0, *ends][min(i + 2, len(kept))] for i, name in enumerate(kept)}
-        needed = max(ends[-1], *(dead[name] + _count(shapes[name]) for name in spec.layers))
-        memory = torch.zeros(ends[-1] if forward_only else needed)
-        self.features = {name: _nhwc(memory[begins[name] :], shapes[name]) for name in kept}
-        largest = max((_count(shape) for name, shape in shapes.items() if name not in kept), default=0)
-        self._spare = [torch.zeros(largest) for _ in range(2 if largest else 0)]
-        pooled = [_count(shapes[conv.relu]) // 4 for conv in spec.convs]
-        self._pooled = torch.zeros(max(pooled))
-        self._forward = program.table(self._forward_steps())
-        self._vjp: list[tuple[tuple[str, ...], NDArray[Any]]] = []
+        self._sizes: dict[str, int] = {}
+        forward = self._forward_steps()
+        backward: list[Step] = []
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
-            self.cotangents = {name: _nhwc(memory[dead[name] :], shapes[name]) for name in spec.layers}
-            self._vjp = [(layers, program.table(steps)) for layers, steps in self._vjp_parts()]
+            backward = self._vjp_steps()
+        kept = spec.layers if forward_only else ()
+        places, floats = program.layout([*forward, *backward], self._sizes, kept)
+        self._memory = torch.zeros(floats)
+        self.features = {name: _nhwc(self._memory[places[name] :], spec.shapes[name]) for name in spec.layers}
+        self.cotangents = self.features
+        addresses = {name: self._memory.data_ptr() + 4 * place for name, place in places.items()}
+        self._forward = program.table(forward, addresses)
+        # The VJP in parts, each of which starts by reading the cotangent of one loss layer.
+        starts = [i for i, step in enumerate(backward) if step["target"] in spec.layers]
+        ends = [*starts[1:], len(backward)]
+        self._vjp = [
+            (str(backward[i]["target"]), program.table(backward[i:end], addresses))
+            for i, end in zip(starts, ends, strict=False)
+        ]
         floats = max(program.scratch_size(table) for table in (self._forward, *(table for _, table in self._vjp)))
         self._scratch = [torch.zeros(floats) for _ in range(network.threads.count)]
 
@@ -103,36 +100,26 @@ class Features:
 
     def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
         """features, cotangents -> gradient; each loss layer's cotangent is written by itself."""
-        for layers, table in self._vjp:
-            write(layers)
+        for layer, table in self._vjp:
+            write((layer,))
             self.products.run(table, self._scratch)
 
-    def _vjp_parts(self) -> list[tuple[tuple[str, ...], list[dict[str, int]]]]:
-        """The steps of the VJP in parts, each of which starts by reading the cotangent of one loss layer."""
-        left = [layer for layer in vgg.LAYERS if layer in self.cotangents]
-        parts: list[tuple[tuple[str, ...], list[dict[str, int]]]] = []
-        for step in self._vjp_steps():
-            own = step["source"] if step["op"] == MASK else step.get("extra", 0)
-            if own:
-                parts.append(((left.pop(),), []))
-            parts[-1][1].append(step)
-        return parts
-
-    def _forward_steps(self) -> list[dict[str, int]]:
+    def _forward_steps(self) -> list[Step]:
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
-        steps: list[dict[str, int]] = []
-        source = self.image.data_ptr()
+        steps: list[Step] = []
+        source: int | str = self.image.data_ptr()
         for i, conv in enumerate(spec.convs):
             _, channels, height, width = spec.shapes[conv.relu]
             if conv.after_pool:
-                _, below, tall, broad = spec.shapes[spec.convs[i - 1].relu]
-                pooling = {"op": POOL, "tasks": height, "source": source, "target": self._pooled.data_ptr()}
-                steps.append(pooling | {"height": tall, "width": broad, "c_out": below, "largest": largest})
-                source = self._pooled.data_ptr()
-            kept = self.features.get(conv.relu)
-            target = self._spare[i % 2].data_ptr() if kept is None else kept.data_ptr()
-            step = {"source": source, "target": target, "height": height, "width": width, "c_out": channels}
-            step |= {"extra": network.address(f"{conv.name}.bias"), "padding": nhwc.PADDINGS.index(spec.edge(conv))}
+                below = spec.convs[i - 1]
+                pooled = self._buffer(f"{below.relu} pooled", height * width, below.out_channels)
+                step: Step = {"op": POOL, "tasks": height, "source": source, "target": pooled, "largest": largest}
+                steps.append(step | self._shape(below) | self._winners(below))
+                source = pooled
+            target = self._buffer(conv.relu, height * width, channels)
+            bits = self._bits(f"{conv.relu} bits", height * width * channels)
+            step = {"source": source, "target": target, "bits": bits, "padding": nhwc.PADDINGS.index(spec.edge(conv))}
+            step |= self._shape(conv) | {"extra": network.address(f"{conv.name}.bias")}
             if conv.in_channels == 3 and largest:
                 step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
             elif conv.in_channels == 3:
@@ -143,17 +130,19 @@ class Features:
                 step |= self._groups(direct.tiles(height, width), channels)
             else:
                 step |= {"op": CONVOLVE, "c_in": conv.in_channels, "ending": winograd.RELU}
-                step |= {"weights": network.address(conv.name)} | self._shares(step)
+                step |= {"weights": network.address(conv.name)}
+                step |= self._shares(height, width, conv.in_channels, channels)
             steps.append(step)
             source = target
         return steps
 
-    def _vjp_steps(self) -> list[dict[str, int]]:
+    def _vjp_steps(self) -> list[Step]:
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
-        _, channels, height, width = spec.shapes[spec.convs[-1].relu]
-        source = self.features[spec.convs[-1].relu].data_ptr()
-        step = {"op": MASK, "tasks": height, "source": self._own(spec.convs[-1]), "target": source}
-        steps = [step | {"width": width, "c_out": channels}]
+        deepest = spec.convs[-1]
+        _, _, height, width = spec.shapes[deepest.relu]
+        source = deepest.relu
+        step: Step = {"op": MASK, "tasks": height, "target": source, "bits": f"{source} bits"}
+        steps = [step | self._shape(deepest)]
         for i, conv in reversed(list(enumerate(spec.convs))):
             _, channels, height, width = spec.shapes[conv.relu]
             step = {"source": source, "height": height, "width": width, "c_in": channels}
@@ -163,32 +152,49 @@ class Features:
                 steps.append(step | {"weights": network.address("last")})
                 break
             below = spec.convs[i - 1]
-            own, target = self._own(below), self.features[below.relu].data_ptr()
+            _, _, tall, broad = spec.shapes[below.relu]
+            adds = int(below.relu in spec.layers)
+            target = below.relu if adds else self._buffer(f"{below.relu} cotangent", tall * broad, conv.in_channels)
             step |= {"op": CONVOLVE, "c_out": conv.in_channels, "turned": 1, "weights": network.address(conv.name)}
-            step |= self._shares(step)
+            step |= self._shares(height, width, channels, conv.in_channels)
+            own: Step = {"target": target, "bits": f"{below.relu} bits"}
             if conv.after_pool:
-                pooled = self._pooled.data_ptr()
+                pooled = self._buffer(f"{below.relu} pooled cotangent", height * width, conv.in_channels)
                 steps.append(step | {"target": pooled, "ending": winograd.PLAIN})
-                _, channels, height, width = spec.shapes[below.relu]
-                step = {"op": UNPOOL, "tasks": -(-height // 2), "source": pooled, "target": target, "extra": own}
-                steps.append(step | {"height": height, "width": width, "c_out": channels, "largest": largest})
+                step = {"op": UNPOOL, "tasks": -(-tall // 2), "source": pooled, "adds": adds, "largest": largest}
+                steps.append(step | own | self._shape(below) | self._winners(below))
             else:
-                ending = winograd.MASKED_SUM if own else winograd.MASKED
-                steps.append(step | {"target": target, "ending": ending, "extra": own})
+                steps.append(step | own | {"ending": winograd.MASKED_SUM if adds else winograd.MASKED})
             source = target
         return steps
 
-    def _own(self, conv: vgg.Conv) -> int:
-        """Address of the cotangent that the losses give to a layer, or 0."""
-        return self.cotangents[conv.relu].data_ptr() if conv.relu in self.cotangents else 0
+    def _shape(self, conv: vgg.Conv) -> Step:
+        _, channels, height, width = self.spec.shapes[conv.relu]
+        return {"height": height, "width": width, "c_out": channels}
 
-    def _shares(self, step: dict[str, int]) -> dict[str, int]:
+    def _winners(self, conv: vgg.Conv) -> Step:
+        """The bits of the largest in each window behind a layer."""
+        if self.spec.pooling != "max":
+            return {}
+        return {"winners": self._bits(f"{conv.relu} winners", _count(self.spec.shapes[conv.relu]))}
+
+    def _buffer(self, name: str, positions: int, channels: int) -> str:
+        """Make room for an array, and for a vector of positions to be read past its end."""
+        self._sizes[name] = (positions + vector.ROWS) * channels
+        return name
+
+    def _bits(self, name: str, count: int) -> str:
+        """Make room for as many bits."""
+        self._sizes[name] = -(-count // (32 * vector.LANES)) * vector.LANES
+        return name
+
+    def _shares(self, height: int, width: int, c_in: int, c_out: int) -> Step:
         """How a convolution is cut into tasks: blocks of tiles, and groups of channels where tiles are few."""
-        tiles = -(-step["height"] // 4) * -(-step["width"] // 4)
-        block = min(_BLOCKS[step["c_in"]], -(-tiles // winograd.TILES) * winograd.TILES)
-        return {"tiles": block} | self._groups(-(-tiles // block), step["c_out"])
+        tiles = -(-height // 4) * -(-width // 4)
+        block = min(_BLOCKS[c_in], -(-tiles // winograd.TILES) * winograd.TILES)
+        return {"tiles": block} | self._groups(-(-tiles // block), c_out)
 
-    def _groups(self, blocks: int, channels: int) -> dict[str, int]:
+    def _groups(self, blocks: int, channels: int) -> Step:
         """Groups of output channels, so that there are enough tasks for the threads."""
         groups = 1
         while blocks * groups < 2 * self.products.count and channels % (2 * groups * vector.BLOCK) == 0:

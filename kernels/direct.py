@@ -17,7 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from .nhwc import PATCH, inside
-from .vector import BLOCK, ROWS, array, clear, copy, multiply_add_exact
+from .vector import BLOCK, ROWS, array, clear, copy, mark_positive, multiply_add_exact
 
 HIGH, BROAD = 4, 24  # positions of a tile
 
@@ -44,8 +44,8 @@ def scratch_size(c_in: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, target, height, width, channels, weights, bias, padding, row):  # type: ignore[no-untyped-def]
-    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width)."""
+def first(image, target, bits, height, width, channels, weights, bias, padding, row):  # type: ignore[no-untyped-def]
+    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width); `bits` as in `winograd`."""
     pixels, biases = array(image, (3, height, width)), array(bias, (channels,))
     numbers = array(weights, (2 * (6 + PATCH * channels),)).view(np.float64)
     mean, std, lines = numbers[:3], numbers[3:6], numbers[6:].reshape((PATCH, channels))
@@ -65,15 +65,18 @@ def first(image, target, height, width, channels, weights, bias, padding, row): 
                             sums[c] += value * line[c]
         for c in range(channels):
             results[row, x, c] = max(sums[c], 0.0)
+        place = (row * width + x) * channels
+        mark_positive(target + 4 * place, bits + place // 8, channels)
 
 
 @njit(nogil=True, error_model="numpy")
 def convolve(  # type: ignore[no-untyped-def]
-    source, target, height, width, c_in, c_out, weights, bias, padding, tile, group, groups, scratch
+    source, target, bits, height, width, c_in, c_out, weights, bias, padding, tile, group, groups, scratch
 ):
     """target (height, width, c_out) = max(convolution of source (height, width, c_in) + bias, 0) in one tile.
 
-    `weights` is the address of the panels; `group` of `groups` chooses output channels, a multiple of BLOCK.
+    `bits` is set where it is positive, as in `winograd`. `weights` is the address of the panels; `group` of `groups`
+    chooses output channels, a multiple of BLOCK.
     `padding`, an index of `nhwc.PADDINGS`, is zero or circular.
     """
     across = (width + BROAD - 1) // BROAD
@@ -104,6 +107,8 @@ def convolve(  # type: ignore[no-untyped-def]
         biases = array(bias + 4 * n, (BLOCK,))
         for y in range(high):
             for x in range(broad):
-                result = array(target + 4 * (((top + y) * width + left + x) * c_out + n), (BLOCK,))
+                place = ((top + y) * width + left + x) * c_out + n
+                result = array(target + 4 * place, (BLOCK,))
                 for c in range(BLOCK):
                     result[c] = max(sums[y, x, c] + (lost[y, x, c] + biases[c]), np.float32(0))
+                mark_positive(target + 4 * place, bits + place // 8, BLOCK)

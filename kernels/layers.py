@@ -70,9 +70,10 @@ class Layer:
     """What one layer works on.
 
     `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
-    fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). `target` A is (C, C) fp32,
-    None unless it is a style layer. `distance` takes the place of the distance of Gram matrices, for features without
-    their mean: A is then zero. The weights are the layer's own, beside those of all content and style losses.
+    fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). On a CPU the cotangent may
+    be the features themselves, and takes their place. `target` A is (C, C) fp32, None unless it is a style layer.
+    `distance` takes the place of the distance of Gram matrices, for features without their mean: A is then zero. The
+    weights are the layer's own, beside those of all content and style losses.
     """
 
     features: Tensor
@@ -92,8 +93,8 @@ class Layers:
     `losses` reads the features and writes `terms`, fp32: the weighted total (without total variation), the sum of the
     w_l c_l, a place for the total variation, then the s_l of each layer (0 if it has none). `gradients` writes the
     cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both use the same memory each time and leave
-    the host out. On a CPU `gradients` can be asked for the cotangents of some layers only: they may share memory with
-    each other. Raises ValueError for more than MAX_LAYERS layers.
+    the host out. On a CPU `gradients` can be asked for the cotangents of some layers only. Raises ValueError for more
+    than MAX_LAYERS layers.
     """
 
     def __init__(
@@ -268,15 +269,20 @@ class Layers:
             if name not in names:
                 continue
             assert layer.cotangent is not None
-            channels, elements = len(layer.features), layer.features.numel()
+            features, elements = layer.features, layer.features.numel()
+            channels = len(features)
+            if (
+                layer.content is not None
+                and difference is not None
+                and features.data_ptr() == layer.cotangent.data_ptr()
+            ):
+                features = features.clone()
             if layer.content is not None:
                 factor = 2 * scale * self._content_weight * layer.content_weight / elements
-                self._products.content_gradient(layer.features, layer.content, factor, layer.cotangent)
+                self._products.content_gradient(features, layer.content, factor, layer.cotangent)
             if difference is not None:
                 factor = scale * self._style_weight * layer.style_weight / (channels * elements)
-                self._products.style_gradient(
-                    layer.features, difference, factor, layer.cotangent, layer.content is not None
-                )
+                self._products.style_gradient(features, difference, factor, layer.cotangent, layer.content is not None)
 
 
 def gram(features: Tensor, products: Products | None = None) -> Tensor:

@@ -5,11 +5,14 @@ Arrays are fp32 (height, width, channels) at addresses in bytes, as in `winograd
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from .vector import BLOCK, ROWS, array, multiply
+from .vector import BLOCK, ROWS, Code, array, clear, mark_positive, multiply, procedure
 
 PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
 _ZERO, _REFLECT, _REPLICATE, _CIRCULAR = range(4)
@@ -48,8 +51,11 @@ def inside(place, length, padding):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, mean, target, height, width, channels, weights, bias, padding, task, scratch):  # type: ignore[no-untyped-def]
-    """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,), then padded."""
+def first(image, mean, target, bits, height, width, channels, weights, bias, padding, task, scratch):  # type: ignore[no-untyped-def]
+    """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,), then padded.
+
+    `bits` as in `winograd`.
+    """
     pixels, means = array(image, (3, height, width)), array(mean, (3,))
     results, biases = array(target, (height, width, channels)), array(bias, (channels,))
     patches = array(scratch, (width + ROWS, PATCH))
@@ -80,6 +86,8 @@ def first(image, mean, target, height, width, channels, weights, bias, padding, 
         for x in range(width):
             for c in range(channels):
                 results[y, x, c] = max(found[x, c] + biases[c], np.float32(0))
+            place = (y * width + x) * channels
+            mark_positive(target + 4 * place, bits + place // 8, channels)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -123,70 +131,98 @@ def last(source, target, height, width, channels, weights, padding, task, scratc
             gradient[0, y, x], gradient[1, y, x], gradient[2, y, x] = red, green, blue
 
 
+@intrinsic
+def _largest(context, corner, column, row, winners, target, count):  # type: ignore[no-untyped-def]
+    """target = the largest of the four vectors of `count` floats at `corner` and around, and whose each number is.
+
+    `column` and `row` are floats to the next one. Of equal ones only the first in row-major order has its bit set.
+    """
+
+    def emit(code: Code, corner: Any, column: Any, row: Any, winners: Any, target: Any, count: Any) -> None:
+        corners = [code.times(row, 0), column, row, code.b.add(row, column)]
+
+        def body(begin: Any) -> None:
+            places = [code.b.add(offset, begin) for offset in corners]
+            values = [code.load(code.offset(corner, place)) for place in places]
+            top = code.larger(code.larger(values[0], values[1]), code.larger(values[2], values[3]))
+            code.store(top, code.offset(target, begin))
+            left = code.equal(top, top)
+            for place, value in zip(places, values, strict=True):
+                equal = code.equal(value, top)
+                code.store_bits(code.b.and_(equal, left), code.bits(winners, place))
+                left = code.b.and_(left, code.b.not_(equal))
+
+        code.for_vectors(count, body)
+
+    return procedure(6, emit)
+
+
+def _spread(largest: bool, adds: bool) -> Any:
+    def emit(code: Code, share: Any, winners: Any, bits: Any, target: Any, count: Any) -> None:
+        def body(begin: Any) -> None:
+            value, place = code.load(code.offset(share, begin)), code.offset(target, begin)
+            value = code.where_bits(code.bits(winners, begin), value) if largest else code.scaled(0.25, value)
+            if adds:
+                value = code.add(value, code.load(place))
+            code.store(code.where_bits(code.bits(bits, begin), value), place)
+
+        code.for_vectors(count, body)
+
+    @intrinsic
+    def spread(context, share, winners, bits, target, count):  # type: ignore[no-untyped-def]
+        return procedure(5, emit)
+
+    return spread
+
+
+# (share, winners, bits, target, count): target = [bits] of a window's share, a quarter of it or [winners] of it, or of
+# that plus target.
+_spread_quarter, _spread_winner = _spread(False, False), _spread(True, False)
+_add_quarter, _add_winner = _spread(False, True), _spread(True, True)
+
+
 @njit(nogil=True, error_model="numpy")
-def pool(source, target, height, width, channels, largest, row):  # type: ignore[no-untyped-def]
-    """One row of the 2x2 pooling of (height, width, channels): maximum if `largest`, else mean; odd sides floor."""
+def pool(source, target, winners, height, width, channels, largest, row):  # type: ignore[no-untyped-def]
+    """One row of the 2x2 pooling of (height, width, channels): maximum if `largest`, else mean; odd sides floor.
+
+    Maxima set a bit for each element of the source in `winners`: whether it is the largest of its window, the first of
+    equal ones in row-major order, as in torch.
+    """
     a = array(source, (height, width, channels))
     result = array(target, (height // 2, width // 2, channels))
     for x in range(width // 2):
+        if largest:
+            corner = (2 * row * width + 2 * x) * channels
+            place, pooled = source + 4 * corner, target + 4 * (row * (width // 2) + x) * channels
+            _largest(place, channels, width * channels, winners + corner // 8, pooled, channels)
+            continue
         corner00, corner01 = a[2 * row, 2 * x], a[2 * row, 2 * x + 1]
         corner10, corner11 = a[2 * row + 1, 2 * x], a[2 * row + 1, 2 * x + 1]
-        pooled = result[row, x]
-        if largest:
-            for c in range(channels):
-                pooled[c] = max(max(corner00[c], corner01[c]), max(corner10[c], corner11[c]))
-        else:
-            for c in range(channels):
-                pooled[c] = np.float32(0.25) * (corner00[c] + corner01[c] + corner10[c] + corner11[c])
+        mean = result[row, x]
+        for c in range(channels):
+            mean[c] = np.float32(0.25) * (corner00[c] + corner01[c] + corner10[c] + corner11[c])
 
 
 @njit(nogil=True, error_model="numpy")
-def unpool(source, target, own, height, width, channels, largest, row, scratch):  # type: ignore[no-untyped-def]
-    """Rows 2 row and 2 row + 1 of the VJP of `pool` and of the ReLU below it, in place of that ReLU's output `target`.
+def unpool(source, target, bits, winners, adds, height, width, channels, largest, row, scratch):  # type: ignore[no-untyped-def]
+    """Rows 2 row and 2 row + 1 of the VJP of `pool` and of the ReLU below it, added to `target` before if `adds`.
 
-    `source` (height // 2, width // 2, channels) is the cotangent of the pooling; `own` is the address of what is added
-    to its VJP, or 0. Of equal maxima the first in row-major order takes all, as in torch. A row past the last window
-    is a row of windows of its own.
+    `source` (height // 2, width // 2, channels) is the cotangent of the pooling, `bits` and `winners` are what the ReLU
+    and `pool` have set. A row past the last window is a row of windows of its own.
     """
-    zero, quarter = np.float32(0), np.float32(0.25)
-    nothing = array(scratch, (channels,))
-    nothing[:] = zero
-    a = array(target, (height, width, channels))
-    cotangent = array(source, (height // 2, width // 2, channels))
-    added = array(own if own else target, (height, width, channels))
+    clear(scratch, channels)
     for x in range(0, width, 2):
         whole = 2 * row + 1 < height and x + 1 < width
-        share = cotangent[row, x // 2] if whole else nothing
-        if whole and largest:
-            p, q, r, s = a[2 * row, x], a[2 * row, x + 1], a[2 * row + 1, x], a[2 * row + 1, x + 1]
-            if own:
-                own_p, own_q = added[2 * row, x], added[2 * row, x + 1]
-                own_r, own_s = added[2 * row + 1, x], added[2 * row + 1, x + 1]
-            else:
-                own_p = own_q = own_r = own_s = nothing
-            for c in range(channels):
-                top = max(max(p[c], q[c]), max(r[c], s[c]))
-                in_p = p[c] == top
-                in_q = q[c] == top and not in_p
-                in_r = r[c] == top and not in_p and not in_q
-                in_s = not in_p and not in_q and not in_r
-                p[c] = ((share[c] if in_p else zero) + own_p[c]) if p[c] > zero else zero
-                q[c] = ((share[c] if in_q else zero) + own_q[c]) if q[c] > zero else zero
-                r[c] = ((share[c] if in_r else zero) + own_r[c]) if r[c] > zero else zero
-                s[c] = ((share[c] if in_s else zero) + own_s[c]) if s[c] > zero else zero
-            continue
+        share = source + 4 * (row * (width // 2) + x // 2) * channels if whole else scratch
         for y in range(2 * row, min(2 * row + 2, height)):
             for i in range(x, min(x + 2, width)):
-                value, extra = a[y, i], added[y, i] if own else nothing
-                for c in range(channels):
-                    value[c] = (quarter * share[c] + extra[c]) if value[c] > zero else zero
-
-
-@njit(nogil=True, error_model="numpy")
-def mask(cotangent, target, width, channels, row):  # type: ignore[no-untyped-def]
-    """One row of target = cotangent [target > 0], both (height, width, channels)."""
-    zero = np.float32(0)
-    offset = 4 * row * width * channels
-    found, value = array(cotangent + offset, (width * channels,)), array(target + offset, (width * channels,))
-    for i in range(width * channels):
-        value[i] = found[i] if value[i] > zero else zero
+                place = (y * width + i) * channels
+                own, passed, won = target + 4 * place, bits + place // 8, winners + place // 8
+                if largest and adds:
+                    _add_winner(share, won, passed, own, channels)
+                elif largest:
+                    _spread_winner(share, won, passed, own, channels)
+                elif adds:
+                    _add_quarter(share, won, passed, own, channels)
+                else:
+                    _spread_quarter(share, won, passed, own, channels)

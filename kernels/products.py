@@ -98,7 +98,7 @@ def content_gradient(features, content, target, factor, count, task):  # type: i
 
 @njit(nogil=True, error_model="numpy")
 def style_gradient(features, panels, target, positions, channels, adds, task, scratch):  # type: ignore[no-untyped-def]
-    """STRETCH rows of target = F matrix, or of target += F matrix if `adds`.
+    """STRETCH rows of target = F matrix, or of target += F matrix if `adds`; target may be F itself if it does not.
 
     `panels` (channels / BLOCK, channels, BLOCK) holds the columns of the matrix (channels, channels).
     """
@@ -106,12 +106,14 @@ def style_gradient(features, panels, target, positions, channels, adds, task, sc
     for t in range(first, last, ROWS):
         source, result, whole = features + 4 * t * channels, target + 4 * t * channels, t + ROWS <= last
         count = min(ROWS, last - t) * channels
+        if not whole or features == target:
+            copy(source, scratch, count)
+            source = scratch
         if not adds:
             clear(result, count)
         if not whole:  # nothing past the last position is read or written
-            copy(source, scratch, count)
             copy(result, scratch + 4 * ROWS * channels, count)
-            source, result = scratch, scratch + 4 * ROWS * channels
+            result = scratch + 4 * ROWS * channels
         for n in range(0, channels, BLOCK):
             panel = panels + 4 * n * channels
             multiply_add(source, channels, 1, panel, BLOCK, channels, result + 4 * n, channels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
@@ -22,18 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import direct, nhwc, products, winograd
-from .vector import BLOCK
+from .vector import BLOCK, keep_marked
 
 # What a step does:
 FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
 CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE = range(8, 13)
-_STEP = np.dtype(
-    [(name, np.int64) for name in ("op", "tasks", "source", "target", "height", "width", "c_in", "c_out")]
-    + [
-        (name, np.int64)
-        for name in ("weights", "extra", "mean", "turned", "ending", "tiles", "groups", "largest", "padding")
-    ]
+_FIELDS = (
+    "op tasks source target height width c_in c_out weights extra bits winners adds mean turned ending tiles groups"
 )
+_STEP = np.dtype([(name, np.int64) for name in f"{_FIELDS} largest padding".split()])
+Step = dict[str, int | str]  # the fields of a step; addresses may be names of buffers
 _PATIENCE = 200  # looks at a counter before the processor is offered to others
 
 
@@ -91,24 +90,50 @@ class Threads:
         channels, positions = features.shape
         panels = torch.empty(channels // BLOCK, channels, BLOCK)
         torch.mul(difference.view(channels, -1, BLOCK).transpose(0, 1), factor, out=panels)
-        step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "extra": int(accumulate)}
+        step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "adds": int(accumulate)}
         step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": panels.data_ptr()}
         self._run_steps([features, out], [step | {"width": positions, "c_out": channels}])
 
-    def _run_steps(self, tensors: list[Tensor], steps: list[dict[str, int]]) -> None:
+    def _run_steps(self, tensors: list[Tensor], steps: Sequence[Step]) -> None:
         assert all(tensor.dtype == torch.float32 and tensor.T.is_contiguous() for tensor in tensors)
         rows = table(steps)
         floats = scratch_size(rows)
         self.run(rows, [torch.empty(floats) for _ in range(self.count)])
 
 
-def table(steps: list[dict[str, int]]) -> NDArray[Any]:
-    """The program of these steps; what a step leaves out is zero."""
+def table(steps: Sequence[Step], addresses: Mapping[str, int] | None = None) -> NDArray[Any]:
+    """The program of these steps, whose buffers stand at `addresses`; what a step leaves out is zero."""
     rows = np.zeros(len(steps), _STEP)
     for row, step in zip(rows, steps, strict=True):
         for name, value in step.items():
-            row[name] = value
+            row[name] = (addresses or {})[value] if isinstance(value, str) else value
     return rows
+
+
+def layout(steps: Sequence[Step], sizes: Mapping[str, int], kept: Collection[str]) -> tuple[dict[str, int], int]:
+    """Where the buffers that `steps` name begin in one piece of memory, and how long it is; all in floats.
+
+    A buffer is in use from the first step that names it to the last one, or to the end if it is `kept`; two that are
+    never in use together may share memory. The largest are placed first, each as far in front as it can (Pisarchyk,
+    Lee 2020).
+    """
+    lives: dict[str, tuple[int, int]] = {}
+    for i, step in enumerate(steps):
+        for name in step.values():
+            if isinstance(name, str):
+                lives[name] = lives.get(name, (i, i))[0], len(steps) if name in kept else i
+    places: dict[str, int] = {}
+    for name in sorted(lives, key=lambda each: -sizes[each]):
+        first, last = lives[name]
+        place = 0
+        for begin, other in sorted((begin, other) for other, begin in places.items()):
+            if lives[other][0] > last or lives[other][1] < first:
+                continue
+            if place + sizes[name] <= begin:
+                break
+            place = max(place, begin + sizes[other])
+        places[name] = place
+    return places, max(place + sizes[name] for name, place in places.items())
 
 
 def scratch_size(rows: NDArray[Any]) -> int:
@@ -172,30 +197,32 @@ def _offer(context):  # type: ignore[no-untyped-def]
 @njit(nogil=True, error_model="numpy")
 def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     source, target, height, width = step.source, step.target, step.height, step.width
-    channels, weights, extra = step.c_out, step.weights, step.extra
+    channels, weights, extra, bits = step.c_out, step.weights, step.extra, step.bits
     if step.op == CONVOLVE:
         first = task // step.groups * step.tiles
         tiles = ((height + 3) // 4) * ((width + 3) // 4)
         count = min(step.tiles, tiles - first)
         winograd.convolve(
-            source, target, height, width, step.c_in, channels, weights, extra, step.turned, step.ending,
+            source, target, height, width, step.c_in, channels, weights, extra, bits, step.turned, step.ending,
             step.padding, first, count, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == DIRECT_FIRST:
-        direct.first(source, target, height, width, channels, weights, extra, step.padding, task)
+        direct.first(source, target, bits, height, width, channels, weights, extra, step.padding, task)
     elif step.op == DIRECT:
         direct.convolve(
-            source, target, height, width, step.c_in, channels, weights, extra, step.padding,
+            source, target, bits, height, width, step.c_in, channels, weights, extra, step.padding,
             task // step.groups, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == FIRST:
-        nhwc.first(source, step.mean, target, height, width, channels, weights, extra, step.padding, task, scratch)
+        padding = step.padding
+        nhwc.first(source, step.mean, target, bits, height, width, channels, weights, extra, padding, task, scratch)
     elif step.op == POOL:
-        nhwc.pool(source, target, height, width, channels, step.largest, task)
+        nhwc.pool(source, target, step.winners, height, width, channels, step.largest, task)
     elif step.op == UNPOOL:
-        nhwc.unpool(source, target, extra, height, width, channels, step.largest, task, scratch)
+        nhwc.unpool(source, target, bits, step.winners, step.adds, height, width, channels, step.largest, task, scratch)
     elif step.op == MASK:
-        nhwc.mask(source, target, width, channels, task)
+        place = task * width * channels
+        keep_marked(target + 4 * place, bits + place // 8, width * channels)
     elif step.op == CONTENT_LOSS:
         products.content_loss(source, weights, width, extra, task)
     elif step.op == CONTENT_GRADIENT:
@@ -205,7 +232,7 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     elif step.op == GRAM_SUM:
         products.gram_sum(source, target, width, channels, step.groups, task)
     elif step.op == STYLE:
-        products.style_gradient(source, weights, target, width, channels, extra, task, scratch)
+        products.style_gradient(source, weights, target, width, channels, step.adds, task, scratch)
     else:
         nhwc.last(source, target, height, width, step.c_in, weights, step.padding, task, scratch)
 

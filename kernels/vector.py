@@ -20,8 +20,8 @@ _COLUMNS = BLOCK // LANES
 _CHUNK = 32  # products added up on their own: the rounding of long sums would come to more than that of the products
 _SHORT = 16  # the same where the sums are exact
 
-FLOAT, _I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-VECTOR = ir.VectorType(FLOAT, LANES)
+FLOAT, _I16, _I32, I64 = ir.FloatType(), ir.IntType(LANES), ir.IntType(32), ir.IntType(64)
+VECTOR, _BITS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(1), LANES)
 ZERO = ir.Constant(VECTOR, None)
 _PREFETCH = "llvm.prefetch.p0"
 
@@ -105,7 +105,32 @@ class Code:
 
     def where_positive(self, condition: Any, value: Any) -> Any:
         """value where condition > 0, else 0."""
-        return self.b.select(self.b.fcmp_ordered(">", condition, ZERO), value, ZERO)
+        return self.b.select(self.positive(condition), value, ZERO)
+
+    def larger(self, x: Any, y: Any) -> Any:
+        """The larger one of each lane."""
+        return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
+
+    def equal(self, x: Any, y: Any) -> Any:
+        """A bit for each lane: x = y."""
+        return self.b.fcmp_ordered("==", x, y)
+
+    def positive(self, value: Any) -> Any:
+        """A bit for each lane: value > 0."""
+        return self.b.fcmp_ordered(">", value, ZERO)
+
+    def bits(self, address: Any, index: Any) -> Any:
+        """Where the bits of the vector that begins at element `index` stand; those of the first are at `address`."""
+        return self.b.add(address, self.b.sdiv(index, ir.Constant(I64, 8)))
+
+    def store_bits(self, bits: Any, address: Any) -> None:
+        """Write a bit for each lane, LANES / 8 bytes."""
+        self.b.store(self.b.bitcast(bits, _I16), self.b.inttoptr(address, _I16.as_pointer()), align=2)
+
+    def where_bits(self, address: Any, value: Any) -> Any:
+        """value in the lanes whose bit at `address` is set, else 0."""
+        bits = self.b.load(self.b.inttoptr(address, _I16.as_pointer()), align=2)
+        return self.b.select(self.b.bitcast(bits, _BITS), value, ZERO)
 
     def loop(self, count: Any, carried: Sequence[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """Run body(index, values) -> values for index in 0 .. count - 1, count >= 1; returns the last values."""
@@ -126,6 +151,15 @@ class Code:
         self.b.cbranch(self.b.icmp_signed("<", following, count), inside, after)
         self.b.position_at_end(after)
         return results
+
+    def for_vectors(self, count: Any, body: Callable[[Any], None]) -> None:
+        """Run body(begin) for the vectors of `count` floats, a multiple of LANES; each begins at float `begin`."""
+
+        def one(index: Any, carried: list[Any]) -> list[Any]:
+            body(self.times(index, LANES))
+            return carried
+
+        self.loop(self.b.sdiv(count, ir.Constant(I64, LANES)), [], one)
 
 
 def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[..., Any]]:
@@ -255,11 +289,10 @@ def copy(context, source, target, count):  # type: ignore[no-untyped-def]
     """Copy `count` floats, a multiple of LANES."""
 
     def emit(code: Code, source: Any, target: Any, count: Any) -> None:
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            code.store(code.load(code.offset(source, i, 4 * LANES)), code.offset(target, i, 4 * LANES))
-            return []
+        def body(begin: Any) -> None:
+            code.store(code.load(code.offset(source, begin)), code.offset(target, begin))
 
-        code.loop(code.b.sdiv(count, ir.Constant(I64, LANES)), [], body)
+        code.for_vectors(count, body)
 
     return procedure(3, emit)
 
@@ -269,13 +302,36 @@ def clear(context, target, count):  # type: ignore[no-untyped-def]
     """Set `count` floats, a multiple of LANES, to zero."""
 
     def emit(code: Code, target: Any, count: Any) -> None:
-        def body(i: Any, values: list[Any]) -> list[Any]:
-            code.store(ZERO, code.offset(target, i, 4 * LANES))
-            return []
-
-        code.loop(code.b.sdiv(count, ir.Constant(I64, LANES)), [], body)
+        code.for_vectors(count, lambda begin: code.store(ZERO, code.offset(target, begin)))
 
     return procedure(2, emit)
+
+
+@intrinsic
+def mark_positive(context, source, bits, count):  # type: ignore[no-untyped-def]
+    """Write a bit for each of `count` floats, a multiple of LANES: whether it is positive."""
+
+    def emit(code: Code, source: Any, bits: Any, count: Any) -> None:
+        def body(begin: Any) -> None:
+            code.store_bits(code.positive(code.load(code.offset(source, begin))), code.bits(bits, begin))
+
+        code.for_vectors(count, body)
+
+    return procedure(3, emit)
+
+
+@intrinsic
+def keep_marked(context, target, bits, count):  # type: ignore[no-untyped-def]
+    """Set those of `count` floats, a multiple of LANES, to zero whose bit is not set."""
+
+    def emit(code: Code, target: Any, bits: Any, count: Any) -> None:
+        def body(begin: Any) -> None:
+            place = code.offset(target, begin)
+            code.store(code.where_bits(code.bits(bits, begin), code.load(place)), place)
+
+        code.for_vectors(count, body)
+
+    return procedure(3, emit)
 
 
 @intrinsic

@@ -95,37 +95,49 @@ transform_input, transform_input_flipped = _input(False), _input(True)
 
 def _output(mode: str) -> Any:
     def emit(
-        code: Code, m: Any, plane: Any, extra: Any, target: Any, row: Any, column: Any, height: Any, width: Any
+        code: Code,
+        m: Any,
+        plane: Any,
+        bias: Any,
+        bits: Any,
+        target: Any,
+        row: Any,
+        column: Any,
+        height: Any,
+        width: Any,
     ) -> None:
         lines = []
         for i in range(6):
             lines.append(_output_line(code, [code.load(code.step(m, plane, 6 * i + j)) for j in range(6)]))
         columns = [_output_line(code, [line[j] for line in lines]) for j in range(4)]
-        bias = code.load(extra) if mode == "relu" else None
+        biases = code.load(bias) if mode == "relu" else None
         for i in range(4):
             with code.inside(i, height):
                 for j in range(4):
                     with code.inside(j, width):
                         place = code.b.add(code.times(row, i), code.times(column, j))
                         address, value = code.offset(target, place), columns[j][i]
+                        own = code.bits(bits, place)
                         if mode == "relu":
-                            value = code.add(value, bias)
+                            value = code.add(value, biases)
+                            code.store_bits(code.positive(value), own)
                             value = code.where_positive(value, value)
                         if mode == "masked_sum":
-                            value = code.add(value, code.load(code.offset(extra, place)))
+                            value = code.add(value, code.load(address))
                         if mode in ("masked", "masked_sum"):
-                            value = code.where_positive(code.load(address), value)
+                            value = code.where_bits(own, value)
                         code.store(value, address)
 
     @intrinsic
-    def output(context, m, plane, extra, target, row, column, height, width):  # type: ignore[no-untyped-def]
-        return procedure(8, emit)
+    def output(context, m, plane, bias, bits, target, row, column, height, width):  # type: ignore[no-untyped-def]
+        return procedure(9, emit)
 
     return output
 
 
-# (m, plane, extra, target, row, column, height, width): the upper left height x width of the 4x4 results Y of LANES
-# channels, as target = max(Y + bias, 0), target = Y [target > 0], target = (Y + extra) [target > 0] or target = Y.
+# (m, plane, bias, bits, target, row, column, height, width): the upper left height x width of the 4x4 results Y of
+# LANES channels, as target = max(Y + bias, 0) and bits = target > 0, as target = Y [bits], as target = (Y + target)
+# [bits] or as target = Y.
 output_relu, output_masked, output_masked_sum, output_plain = map(_output, ("relu", "masked", "masked_sum", "plain"))
 
 RELU, MASKED, MASKED_SUM, PLAIN = range(4)  # what `convolve` makes of its results: see output_relu and so on
@@ -138,16 +150,32 @@ def scratch_size(c_in: int, c_out: int, tiles: int) -> int:
 
 @njit(nogil=True, error_model="numpy")
 def convolve(  # type: ignore[no-untyped-def]
-    source, target, height, width, c_in, c_out, u, extra, turned, ending, padding, first, count, group, groups, scratch
+    source,
+    target,
+    height,
+    width,
+    c_in,
+    c_out,
+    u,
+    bias,
+    bits,
+    turned,
+    ending,
+    padding,
+    first,
+    count,
+    group,
+    groups,
+    scratch,
 ):
     """Results of one block of tiles and one group of output channels.
 
     `source` (height, width, c_in) and `target` (height, width, c_out) are addresses; `u` is the address of the panels
     of the kernel or, if `turned`, of the kernel whose VJP is wanted: turned by 180 degrees, its channel axes swapped.
     `first` and `count` choose tiles in row-major order, `group` of `groups` the channels, which are a multiple of
-    BLOCK. `extra` is the address of the bias or of what is added (see `ending`). `padding`, an index of
-    `nhwc.PADDINGS`, is zero or circular: the VJP of either is padded in the same way. `scratch` has `scratch_size`
-    floats.
+    BLOCK. `bits` is the address of a bit for each element of `target`, set where its ReLU lets it pass (see `ending`).
+    `padding`, an index of `nhwc.PADDINGS`, is zero or circular: the VJP of either is padded in the same way. `scratch`
+    has `scratch_size` floats.
     """
     across = (width + 3) // 4
     rows = -(-count // TILES) * TILES  # of V and M; those past `count` hold leftovers, which nobody reads
@@ -197,13 +225,14 @@ def convolve(  # type: ignore[no-untyped-def]
         y, x = 4 * ((first + t) // across), 4 * ((first + t) % across)
         high, broad = min(4, height - y), min(4, width - x)
         for c in range(0, wide, LANES):
-            place, offset = m + 4 * (t * wide + c), 4 * ((y * width + x) * c_out + channel + c)
+            offset = (y * width + x) * c_out + channel + c
+            place, result, marks = m + 4 * (t * wide + c), target + 4 * offset, bits + offset // 8
             stride, row = m_plane, width * c_out
             if ending == RELU:
-                output_relu(place, stride, extra + 4 * (channel + c), target + offset, row, c_out, high, broad)
+                output_relu(place, stride, bias + 4 * (channel + c), marks, result, row, c_out, high, broad)
             elif ending == MASKED:
-                output_masked(place, stride, extra, target + offset, row, c_out, high, broad)
+                output_masked(place, stride, 0, marks, result, row, c_out, high, broad)
             elif ending == MASKED_SUM:
-                output_masked_sum(place, stride, extra + offset, target + offset, row, c_out, high, broad)
+                output_masked_sum(place, stride, 0, marks, result, row, c_out, high, broad)
             else:
-                output_plain(place, stride, extra, target + offset, row, c_out, high, broad)
+                output_plain(place, stride, 0, marks, result, row, c_out, high, broad)
