@@ -12,6 +12,8 @@ LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4),
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
 WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
+TV_FORMS = ("mean", "sum", "block", "nine-point")
+PIXEL_RANGES = ("auto", "0-255", "0-256")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 _MAX_SIZE = 16384
 
@@ -49,6 +51,11 @@ class Config:
     style_weight: float = _option(3e3, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
     tv_power: float = _option(2.0, "power of a difference of neighbours in the total variation loss, from 1")
+    tv_form: str = _option(
+        "mean",
+        "total variation is the mean or the sum of the differences of neighbours; block: their sum without the last "
+        "row and column; nine-point: mean, with the diagonals",
+    )
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
     content_layers: tuple[Any, ...] = _option(
         (("relu2_2", 1.0),), "layers of the content loss, NAME or NAME:WEIGHT; their weighted losses are added up"
@@ -57,6 +64,10 @@ class Config:
         tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),
         "layers of the style loss, NAME or NAME:WEIGHT; the weights are divided by their sum",
     )
+    content_loss: str = _option(
+        "mean",
+        "mean of the squared differences of a layer's features, or sum: half of their sum, which grows with the size",
+    )
     style_loss: str = _option(
         "gram",
         "gram matrices; wasserstein: distance of normal distributions by mean and covariance; shifted: gram of F - 1",
@@ -64,6 +75,9 @@ class Config:
     style_blend: tuple[float, ...] = _option((), "weights of the styles, divided by their sum; equal by default")
     style_scale: float = _option(1.0, "long side of the styles over that of the image")
     style_size: int | str = _option("auto", "long side of the styles in pixels at every scale; auto follows the image")
+    pixel_range: str = _option(
+        "auto", "pixels that the network sees: as its weights want them (auto), or in 0-255 or 0-256 less their mean"
+    )
     pooling: str = _option("avg", "pooling of the network: avg or max")
     padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
     tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
@@ -125,7 +139,10 @@ class Config:
             object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
         if not sum(weight for _, weight in self.style_layers) > 0:
             raise ValueError("style_layers: give one weight at least that is not zero")
+        choice("content_loss", self.content_loss, ("mean", "sum"))
         choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
+        choice("tv_form", self.tv_form, TV_FORMS)
+        choice("pixel_range", self.pixel_range, PIXEL_RANGES)
         choice("pooling", self.pooling, ("avg", "max"))
         choice("padding", self.padding, ("zero", "reflect", "replicate"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))

@@ -108,6 +108,7 @@ _METAVARS = {
     "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
     "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...]", "scales": "auto|N",
     "content_weight": "W", "style_weight": "W", "tv_weight": "W", "tv_power": "F",
+    "tv_form": "mean|sum|block|nine-point", "content_loss": "mean|sum", "pixel_range": "auto|0-255|0-256",
     "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "padding": "zero|reflect|replicate", "init": "content|noise|style|PATH", "init_noise": "F",
     "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "N", "average": "F", "stop": "F", "seed": "N",
