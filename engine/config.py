@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
-LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
+_PLACES = tuple(f"{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
+LAYERS = tuple(kind + place for place in _PLACES for kind in ("conv", "relu"))  # convolutions, and the ReLUs behind
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
 WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
@@ -37,7 +38,8 @@ class Config:
     """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError.
 
     Layers are given as names, "name:weight" or (name, weight), and kept as (name, weight) pairs; the weight is 1 where
-    none is given. Style weights act divided by their sum, content weights as they are.
+    none is given. `relu4_2` is a ReLU's output, `conv4_2` that of the convolution before it. Style weights act divided
+    by their sum, content weights as they are.
     """
 
     size: int | str | tuple[int, int] = _option(
@@ -58,7 +60,9 @@ class Config:
     )
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
     content_layers: tuple[Any, ...] = _option(
-        (("relu2_2", 1.0),), "layers of the content loss, NAME or NAME:WEIGHT; their weighted losses are added up"
+        (("relu2_2", 1.0),),
+        "layers (relu2_2, or conv2_2: before its ReLU) of the content loss, NAME or NAME:WEIGHT; their weighted losses "
+        "are added up",
     )
     style_layers: tuple[Any, ...] = _option(
         tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),

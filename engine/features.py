@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 class Features(Protocol):
     """The forward pass and the VJP at one `spec`, with the memory they work in.
 
-    `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers at least,
+    `image` and `gradient` are (1, 3, H, W) float32; `features` holds what the loss layers give out at least,
     `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
     order of the runtime. Cotangents may share memory with each other and with the features: see `vjp`. Everything
     happens inside `use`.
@@ -36,7 +36,7 @@ class Features(Protocol):
 
     @property
     def features(self) -> Mapping[str, Tensor]:
-        """ReLU outputs by layer."""
+        """What layers give out, by layer: ReLUs, or convolutions before their ReLU."""
 
     @property
     def cotangents(self) -> Mapping[str, Tensor]:

@@ -59,6 +59,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scales": 1,
         "iterations": 1000,
     },
+    # PyTorch's tutorial: c + 1e6 sum_l D_l / C_l^2 on convolutions before their ReLU, pixels clamped before each
+    # evaluation. Network: imagenet.
+    "pytorch-tutorial": {
+        **_by_square(("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1"), 1e6),
+        "content_weight": 1.0,
+        "content_layers": ("conv2_2",),
+        "pooling": "max",
+        "init": "content",
+        "optimizer": "lbfgs",
+        "clamp": True,
+        "scales": 1,
+        "iterations": 300,
+    },
     # gordicaleksa's pytorch-neural-style-transfer: 1e5 c + 3e4 mean_l D_l + sum |d|, ImageNet weights fed 0-255. What
     # it calls conv4_2 is relu4_2: the ReLU behind the convolution works in place. Network: imagenet.
     "gordicaleksa": {

@@ -2,7 +2,8 @@
 
 Activations stand in NHWC order, fp32. The VJP works in place: it turns each ReLU output into its own masked cotangent.
 What the losses add to a layer is written just before, where the features of deeper layers have been: when the VJP comes
-to layer i it reads layer i + 1 and is done with those behind it.
+to layer i it reads layer i + 1 and is done with those behind it. A convolution that is a loss layer itself has memory
+of its own for its values, and its ReLU is a step of its own; their cotangent is added to the masked one of the ReLU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .export import vgg
 from .export.weights import Weights
 from .features import give_back_freed_memory
 from .kernels import direct, nhwc, program, vector, winograd
-from .kernels.program import CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, UNPOOL
+from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, RECTIFY, UNPOOL
 
 
 class Network:
@@ -70,15 +71,21 @@ class Features:
         self._network, self._lock = network, threading.RLock()
         self.image = torch.zeros(1, 3, spec.height, spec.width)
         shapes = spec.shapes
-        kept = [name for name in shapes if name in spec.layers or not forward_only]
+        kept = [conv.relu for conv in spec.convs if conv.relu in spec.layers or not forward_only]
         # With room for a vector of positions to be read past the end of each.
-        ends = list(itertools.accumulate(_count(shapes[name]) + vector.ROWS * shapes[name][1] for name in kept))
-        begins = dict(zip(kept, [0, *ends], strict=False))
-        dead = {name: [0, *ends][min(i + 2, len(kept))] for i, name in enumerate(kept)}
-        needed = max(ends[-1], *(dead[name] + _count(shapes[name]) for name in spec.layers))
-        memory = torch.zeros(ends[-1] if forward_only else needed)
+        ends = list(itertools.accumulate((_room(shapes[name]) for name in kept), initial=0))
+        begins = dict(zip(kept, ends, strict=False))
+        dead = {}  # where a cotangent is written
+        for i, name in enumerate(kept):
+            dead[name] = dead[name.replace("relu", "conv")] = ends[min(i + 2, len(kept))]
+        needed = ends[-1]
+        if not forward_only:
+            needed = max(needed, *(dead[name] + _count(shapes[name]) for name in spec.layers))
+        memory = torch.zeros(needed)
         self.features = {name: _nhwc(memory[begins[name] :], shapes[name]) for name in kept}
-        largest = max((_count(shape) for name, shape in shapes.items() if name not in kept), default=0)
+        for name in (conv.name for conv in spec.convs if conv.name in spec.layers):
+            self.features[name] = _nhwc(torch.zeros(_room(shapes[name])), shapes[name])
+        largest = max((_count(shapes[conv.relu]) for conv in spec.convs if conv.relu not in kept), default=0)
         self._spare = [torch.zeros(largest) for _ in range(2 if largest else 0)]
         pooled = [_count(shapes[conv.relu]) // 4 for conv in spec.convs]
         self._pooled = torch.zeros(max(pooled))
@@ -109,12 +116,10 @@ class Features:
 
     def _vjp_parts(self) -> list[tuple[tuple[str, ...], list[dict[str, int]]]]:
         """The steps of the VJP in parts, each of which starts by reading the cotangent of one loss layer."""
-        left = [layer for layer in vgg.LAYERS if layer in self.cotangents]
         parts: list[tuple[tuple[str, ...], list[dict[str, int]]]] = []
-        for step in self._vjp_steps():
-            own = step["source"] if step["op"] == MASK else step.get("extra", 0)
-            if own:
-                parts.append(((left.pop(),), []))
+        for layer, step in self._vjp_steps():
+            if layer:
+                parts.append(((layer,), []))
             parts[-1][1].append(step)
         return parts
 
@@ -129,9 +134,11 @@ class Features:
                 pooling = {"op": POOL, "tasks": height, "source": source, "target": self._pooled.data_ptr()}
                 steps.append(pooling | {"height": tall, "width": broad, "c_out": below, "largest": largest})
                 source = self._pooled.data_ptr()
-            kept = self.features.get(conv.relu)
-            target = self._spare[i % 2].data_ptr() if kept is None else kept.data_ptr()
+            kept, bare = self.features.get(conv.relu), self.features.get(conv.name)
+            rectified = self._spare[i % 2].data_ptr() if kept is None else kept.data_ptr()
+            target, ending = (rectified, winograd.RELU) if bare is None else (bare.data_ptr(), winograd.BIASED)
             step = {"source": source, "target": target, "height": height, "width": width, "c_out": channels}
+            step["ending"] = ending
             step |= {"extra": network.address(f"{conv.name}.bias"), "padding": nhwc.PADDINGS.index(spec.edge(conv))}
             if conv.in_channels == 3 and largest:
                 step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
@@ -142,45 +149,57 @@ class Features:
                 step |= {"op": DIRECT, "c_in": conv.in_channels, "weights": network.address(f"{conv.name}.direct")}
                 step |= self._groups(direct.tiles(height, width), channels)
             else:
-                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "ending": winograd.RELU}
+                step |= {"op": CONVOLVE, "c_in": conv.in_channels}
                 step |= {"weights": network.address(conv.name)} | self._shares(step)
             steps.append(step)
-            source = target
+            if bare is not None:
+                steps.append(self._rows(RECTIFY, conv) | {"source": target, "target": rectified})
+            source = rectified
         return steps
 
-    def _vjp_steps(self) -> list[dict[str, int]]:
+    def _vjp_steps(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """The steps, each with the loss layer whose cotangent it is the first to read, if there is one."""
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
-        _, channels, height, width = spec.shapes[spec.convs[-1].relu]
-        source = self.features[spec.convs[-1].relu].data_ptr()
-        step = {"op": MASK, "tasks": height, "source": self._own(spec.convs[-1]), "target": source}
-        steps = [step | {"width": width, "c_out": channels}]
+        deepest = spec.convs[-1]
+        source = self.features[deepest.relu].data_ptr()
+        if deepest.relu in self.cotangents:
+            yield deepest.relu, self._rows(MASK, deepest) | {"source": self._own(deepest.relu), "target": source}
         for i, conv in reversed(list(enumerate(spec.convs))):
             _, channels, height, width = spec.shapes[conv.relu]
+            if conv.name in self.cotangents:
+                afresh = int(conv is deepest and conv.relu not in self.cotangents)
+                step = {"source": self._own(conv.name), "target": source, "ending": afresh}
+                yield conv.name, self._rows(ADD, conv) | step
             step = {"source": source, "height": height, "width": width, "c_in": channels}
             step["padding"] = nhwc.PADDINGS.index(spec.edge(conv))
             if conv.in_channels == 3:
                 step |= {"op": LAST, "tasks": -(-height // nhwc.BAND), "target": self.gradient.data_ptr()}
-                steps.append(step | {"weights": network.address("last")})
+                yield "", step | {"weights": network.address("last")}
                 break
             below = spec.convs[i - 1]
-            own, target = self._own(below), self.features[below.relu].data_ptr()
+            own, target = self._own(below.relu), self.features[below.relu].data_ptr()
+            layer = below.relu if own else ""
             step |= {"op": CONVOLVE, "c_out": conv.in_channels, "turned": 1, "weights": network.address(conv.name)}
             step |= self._shares(step)
             if conv.after_pool:
                 pooled = self._pooled.data_ptr()
-                steps.append(step | {"target": pooled, "ending": winograd.PLAIN})
+                yield "", step | {"target": pooled, "ending": winograd.PLAIN}
                 _, channels, height, width = spec.shapes[below.relu]
                 step = {"op": UNPOOL, "tasks": -(-height // 2), "source": pooled, "target": target, "extra": own}
-                steps.append(step | {"height": height, "width": width, "c_out": channels, "largest": largest})
+                yield layer, step | {"height": height, "width": width, "c_out": channels, "largest": largest}
             else:
                 ending = winograd.MASKED_SUM if own else winograd.MASKED
-                steps.append(step | {"target": target, "ending": ending, "extra": own})
+                yield layer, step | {"target": target, "ending": ending, "extra": own}
             source = target
-        return steps
 
-    def _own(self, conv: vgg.Conv) -> int:
+    def _rows(self, op: int, conv: vgg.Conv) -> dict[str, int]:
+        """A step that goes through a layer row by row."""
+        _, channels, height, width = self.spec.shapes[conv.relu]
+        return {"op": op, "tasks": height, "width": width, "c_out": channels}
+
+    def _own(self, layer: str) -> int:
         """Address of the cotangent that the losses give to a layer, or 0."""
-        return self.cotangents[conv.relu].data_ptr() if conv.relu in self.cotangents else 0
+        return self.cotangents[layer].data_ptr() if layer in self.cotangents else 0
 
     def _shares(self, step: dict[str, int]) -> dict[str, int]:
         """How a convolution is cut into tasks: blocks of tiles, and groups of channels where tiles are few."""
@@ -210,6 +229,10 @@ def _nhwc(memory: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """A tensor (1, C, H, W) in NHWC order at the beginning of `memory`."""
     _, channels, height, width = shape
     return memory[: _count(shape)].view(1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _room(shape: tuple[int, int, int, int]) -> int:
+    return _count(shape) + vector.ROWS * shape[1]
 
 
 def _count(shape: tuple[int, int, int, int]) -> int:

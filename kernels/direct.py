@@ -44,8 +44,8 @@ def scratch_size(c_in: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, target, height, width, channels, weights, bias, padding, row):  # type: ignore[no-untyped-def]
-    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width)."""
+def first(image, target, height, width, channels, weights, bias, padding, least, row):  # type: ignore[no-untyped-def]
+    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width); `least` as in `nhwc.first`."""
     pixels, biases = array(image, (3, height, width)), array(bias, (channels,))
     numbers = array(weights, (2 * (6 + PATCH * channels),)).view(np.float64)
     mean, std, lines = numbers[:3], numbers[3:6], numbers[6:].reshape((PATCH, channels))
@@ -64,14 +64,14 @@ def first(image, target, height, width, channels, weights, bias, padding, row): 
                         for c in range(channels):
                             sums[c] += value * line[c]
         for c in range(channels):
-            results[row, x, c] = max(sums[c], 0.0)
+            results[row, x, c] = max(sums[c], least)
 
 
 @njit(nogil=True, error_model="numpy")
 def convolve(  # type: ignore[no-untyped-def]
-    source, target, height, width, c_in, c_out, weights, bias, padding, tile, group, groups, scratch
+    source, target, height, width, c_in, c_out, weights, bias, padding, least, tile, group, groups, scratch
 ):
-    """target (height, width, c_out) = max(convolution of source (height, width, c_in) + bias, 0) in one tile.
+    """target (height, width, c_out) = max(convolution of source (height, width, c_in) + bias, least) in one tile.
 
     `weights` is the address of the panels; `group` of `groups` chooses output channels, a multiple of BLOCK.
     `padding`, an index of `nhwc.PADDINGS`, is zero or circular.
@@ -106,4 +106,4 @@ def convolve(  # type: ignore[no-untyped-def]
             for x in range(broad):
                 result = array(target + 4 * (((top + y) * width + left + x) * c_out + n), (BLOCK,))
                 for c in range(BLOCK):
-                    result[c] = max(sums[y, x, c] + (lost[y, x, c] + biases[c]), np.float32(0))
+                    result[c] = max(sums[y, x, c] + (lost[y, x, c] + biases[c]), least)

@@ -101,15 +101,16 @@ def _output(mode: str) -> Any:
         for i in range(6):
             lines.append(_output_line(code, [code.load(code.step(m, plane, 6 * i + j)) for j in range(6)]))
         columns = [_output_line(code, [line[j] for line in lines]) for j in range(4)]
-        bias = code.load(extra) if mode == "relu" else None
+        bias = code.load(extra) if mode in ("relu", "biased") else None
         for i in range(4):
             with code.inside(i, height):
                 for j in range(4):
                     with code.inside(j, width):
                         place = code.b.add(code.times(row, i), code.times(column, j))
                         address, value = code.offset(target, place), columns[j][i]
-                        if mode == "relu":
+                        if bias is not None:
                             value = code.add(value, bias)
+                        if mode == "relu":
                             value = code.where_positive(value, value)
                         if mode == "masked_sum":
                             value = code.add(value, code.load(code.offset(extra, place)))
@@ -125,10 +126,12 @@ def _output(mode: str) -> Any:
 
 
 # (m, plane, extra, target, row, column, height, width): the upper left height x width of the 4x4 results Y of LANES
-# channels, as target = max(Y + bias, 0), target = Y [target > 0], target = (Y + extra) [target > 0] or target = Y.
+# channels, as target = max(Y + bias, 0), target = Y [target > 0], target = (Y + extra) [target > 0], target = Y or
+# target = Y + bias.
 output_relu, output_masked, output_masked_sum, output_plain = map(_output, ("relu", "masked", "masked_sum", "plain"))
+output_biased = _output("biased")
 
-RELU, MASKED, MASKED_SUM, PLAIN = range(4)  # what `convolve` makes of its results: see output_relu and so on
+RELU, MASKED, MASKED_SUM, PLAIN, BIASED = range(5)  # what `convolve` makes of its results: see output_relu and so on
 
 
 def scratch_size(c_in: int, c_out: int, tiles: int) -> int:
@@ -205,5 +208,7 @@ def convolve(  # type: ignore[no-untyped-def]
                 output_masked(place, stride, extra, target + offset, row, c_out, high, broad)
             elif ending == MASKED_SUM:
                 output_masked_sum(place, stride, extra + offset, target + offset, row, c_out, high, broad)
+            elif ending == BIASED:
+                output_biased(place, stride, extra + 4 * (channel + c), target + offset, row, c_out, high, broad)
             else:
                 output_plain(place, stride, extra, target + offset, row, c_out, high, broad)

@@ -44,6 +44,17 @@ def neural_style(x, content, style, see):
     }
 
 
+def pytorch_tutorial(x, content, style, see):
+    """Losses stand behind convolutions: conv_4, the fourth, for content, the first five for style."""
+    layers = ["conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1"]
+    f, p, a = (see(picture, "max", set(layers)) for picture in (x, content, style))
+    total = 0
+    for layer in layers:
+        own, wanted = (gram(each[layer], each[layer].numel()) for each in (f, a))
+        total = total + 1e6 * functional.mse_loss(own, wanted)
+    return {"content": functional.mse_loss(f["conv2_2"], p["conv2_2"]), "style": total}
+
+
 def gordicaleksa(x, content, style, see):
     """The network that wants (x - mean) / std gets 255 x - 255 mean."""
     mean, std = (torch.tensor(each, dtype=torch.float64) for each in oracle.IMAGENET)
@@ -75,6 +86,7 @@ def pystiche(x, content, style, see):
 FORMULAS = {
     "gatys2016": (gatys2016, "caffe"),
     "neural-style": (neural_style, "caffe"),
+    "pytorch-tutorial": (pytorch_tutorial, "torchvision"),
     "gordicaleksa": (gordicaleksa, "torchvision"),
     "pystiche": (pystiche, "torchvision"),
 }
@@ -131,6 +143,21 @@ def test_a_run_with_a_preset_lowers_its_loss(pictures, stylizer, name):
     config = preset(name, size=48, iterations=counts)
     losses = [step.loss for step in stylizer.steps(pictures["content"], pictures["style"], config)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "onnxruntime"])
+@pytest.mark.parametrize("statistic", ["gram", "shifted"])
+def test_convolutions_as_loss_layers(states, stylizers, device, statistic):
+    """Before their ReLU, beside it, and deeper than any ReLU that counts."""
+    layers = {"content_layers": ("conv2_2", "relu2_2"), "style_layers": ("conv1_1", "relu2_1", "conv2_1:2", "conv3_1")}
+    config = Config(**layers, style_loss=statistic, style_weight=0.5)
+    pictures = [np.random.default_rng(i).random((36, 45, 3)).astype(np.float32) for i in range(3)]
+    own = stylizers["torchvision"] if device == "cpu" else Stylizer(states["torchvision"][0], device)
+    score = own.evaluate(*pictures, config)
+    total, terms, gradient = oracle.objective(*pictures, states["torchvision"][1], config)
+    assert score.loss == pytest.approx(total, rel=1e-5)
+    assert score.style_loss == pytest.approx({layer: terms[layer] for layer in config.style_layer_weights}, rel=1e-5)
+    assert np.linalg.norm(score.gradient - gradient) < 1e-4 * np.linalg.norm(gradient)
 
 
 def test_targets_of_another_range_of_pixels_are_refused(pictures, stylizer):
