@@ -45,7 +45,9 @@ class Config:
     size: int | str | tuple[int, int] = _option(
         512, "long side of the result in pixels, or original for the content's own; without content a square, or WxH"
     )
-    iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
+    iterations: int | tuple[int | str, ...] = _option(
+        100, "evaluations at the last scale, or N,N,N for each scale; in N,N,... the last number holds for the rest"
+    )
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
     )
@@ -129,9 +131,10 @@ class Config:
         _whole("seed", self.seed, 0, 2**63 - 1)
         if isinstance(self.iterations, list):
             object.__setattr__(self, "iterations", tuple(self.iterations))
-        for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
+        counts = self.iterations if isinstance(self.iterations, tuple) else (self.iterations,)
+        for count in counts[:-1] if counts[-1:] == ("...",) else counts:
             _whole("iterations", count, 1, 10**6)
-        if self.iterations == ():
+        if self.iterations in ((), ("...",)):
             raise ValueError("iterations: give at least one number")
         if self.scales != "auto":
             if isinstance(self.scales, str):
@@ -222,11 +225,12 @@ class Config:
                 f"at size {self.long_side}: choose a larger size or crop it"
             )
         if isinstance(self.iterations, tuple):
-            if len(self.iterations) == 1:
-                return [(side, self.iterations[0]) for side in sides]
-            if len(self.iterations) != len(sides):
-                raise ValueError(f"iterations names {len(self.iterations)} scales, there are {len(sides)}: {sides}")
-            return list(zip(sides, self.iterations, strict=True))
+            counts = [int(count) for count in self.iterations if count != "..."]
+            if len(counts) < len(self.iterations) or len(counts) == 1:
+                counts = (counts + counts[-1:] * len(sides))[: len(sides)]
+            if len(counts) != len(sides):
+                raise ValueError(f"iterations names {len(counts)} scales, there are {len(sides)}: {sides}")
+            return list(zip(sides, counts, strict=True))
         last = len(sides) - 1
         return [(side, round(self.iterations * math.sqrt(2) ** (last - i))) for i, side in enumerate(sides)]
 

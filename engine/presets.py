@@ -89,6 +89,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scales": 1,
         "iterations": 1000,
     },
+    # crowsonkb's style-transfer-pytorch (2023): 0.015 c + sum_l v_l W2_l + 2 TV. Its roots of matrices are 12 steps of
+    # Newton and Schulz, here they are exact. Network: imagenet.
+    "crowsonkb": {
+        "content_weight": 0.015,
+        "style_weight": 1.0,
+        "style_loss": "wasserstein",
+        "content_layers": ("relu4_2",),
+        "style_layers": tuple(zip(_BLOCKS, (256, 64, 16, 4, 1), strict=True)),
+        "tv_weight": 2.0,
+        "tv_form": "nine-point",
+        "padding": "replicate",
+        "pooling": "max",
+        "init": "content",
+        "optimizer": "adam",
+        "learning_rate": 0.02,
+        "average": 0.99,
+        "scales": "auto",
+        "iterations": (1000, 500, "..."),
+    },
     # pystiche 1.0, its command line: c + 1000 mean_l D_l. Network: imagenet.
     "pystiche": {
         "content_weight": 1.0,

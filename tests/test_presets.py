@@ -72,6 +72,35 @@ def gordicaleksa(x, content, style, see):
     }
 
 
+def crowsonkb(x, content, style, see):
+    """Wasserstein-2 distance of normal distributions; nine-point total variation of a picture framed by its border."""
+    f, p, a = (see(picture, "max", {"relu4_2", *BLOCKS}, "replicate") for picture in (x, content, style))
+    total = 0
+    for layer, weight in zip(BLOCKS, (256, 64, 16, 4, 1), strict=True):
+        means = [each[layer].mean(1) for each in (f, a)]
+        own, wanted = (
+            gram(each[layer] - mean[:, None], each[layer].shape[1]) + 1e-4 * torch.eye(len(mean), dtype=mean.dtype)
+            for each, mean in zip((f, a), means, strict=True)
+        )
+        values, vectors = torch.linalg.eigh(wanted)
+        root = vectors * values.sqrt() @ vectors.T
+        cross = torch.linalg.eigvalsh(root @ own @ root).sqrt().sum()
+        distance = functional.mse_loss(*means) + (own.trace() + wanted.trace() - 2 * cross) / len(values)
+        total = total + weight / 341 * distance
+    framed = functional.pad(x.permute(2, 0, 1)[None], (1, 1, 1, 1), "replicate")[0]
+    here, right, below = framed[:, 1:-1, 1:-1], framed[:, 1:-1, 2:], framed[:, 2:, 1:-1]
+    falling, rising = framed[:, 1:, 1:] - framed[:, :-1, :-1], framed[:, 1:, :-1] - framed[:, :-1, 1:]
+    straight, oblique = (
+        ((right - here) ** 2).mean() + ((below - here) ** 2).mean(),
+        (falling**2).mean() + (rising**2).mean(),
+    )
+    return {
+        "content": 0.015 * functional.mse_loss(f["relu4_2"], p["relu4_2"]),
+        "style": total,
+        "tv": 2 * 2 * (straight / 3 + oblique / 12),
+    }
+
+
 def pystiche(x, content, style, see):
     """Content MSE; Gram matrices divided by the number of positions, their MSE averaged over the layers, times 1e3."""
     f, p, a = (see(picture, "max", {"relu4_2", *BLOCKS}) for picture in (x, content, style))
@@ -88,6 +117,7 @@ FORMULAS = {
     "neural-style": (neural_style, "caffe"),
     "pytorch-tutorial": (pytorch_tutorial, "torchvision"),
     "gordicaleksa": (gordicaleksa, "torchvision"),
+    "crowsonkb": (crowsonkb, "torchvision"),
     "pystiche": (pystiche, "torchvision"),
 }
 
@@ -180,6 +210,11 @@ def test_preset_of_the_command_line_and_options_that_win(name):
     assert config != parsed()
     assert parsed("--preset", name, "--style-weight", "7") == preset(name, style_weight=7.0)
     assert preset(name, seed=3).seed == 3
+
+
+def test_iterations_of_the_other_scales():
+    assert parsed("--iterations", "9,5,...").iterations == (9, 5, "...")
+    assert [count for _, count in preset("crowsonkb").schedule(1)] == [1000, 500, 500, 500, 500]
 
 
 def test_an_unknown_preset_is_named():
