@@ -1,7 +1,7 @@
 """`python -m engine.batch`: contents x styles, on processes of this machine or the actors of a Ray cluster.
 
 A worker holds one `Stylizer` and has one picture in hand; the rest waits here. Pictures are written under their final
-name in one go, and a rerun paints only those that are not there.
+name in one go, each with its manifest, and a rerun paints only those that are not there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -41,11 +42,18 @@ class Painter:
         self._stylizer, self._config = Stylizer(weights, device, threads=threads), config
 
     def paint(self, task: Job) -> str:
-        """Paint one picture: an empty string, or why it cannot be painted."""
+        """Paint one picture, with its manifest: an empty string, or why it cannot be painted."""
+        from . import manifest, painting
+
         try:
-            image = self._stylizer(_read(task.content), _read(task.styles[0]), self._config).image
+            start, losses = time.perf_counter(), []
+            job = replace(task, content=_load(task.content), styles=tuple(map(_load, task.styles)))
+            for step in painting.begin(self._stylizer, job, self._config):
+                losses.append((step.iteration, step.loss))
+            seconds = time.perf_counter() - start
+            record = painting.describe(self._stylizer, self._config, job, losses, seconds, step.total)
             stream = io.BytesIO()
-            image.save(stream, "PNG")
+            step.image.save(stream, "PNG", **manifest.embed("PNG", record))
             _write(task.out, stream.getvalue())
         except Exception as error:  # one picture's failure is recorded, the others go on
             return " ".join(str(error).split()) or type(error).__name__
@@ -196,6 +204,13 @@ def _pictures(source: str) -> list[str]:
 def _read(url: str) -> bytes:
     files, path = _files(url)
     return bytes(files.cat_file(path))
+
+
+def _load(url: str) -> Any:
+    """The picture there, by the name of its file."""
+    from . import image
+
+    return replace(image.load(_read(url)), name=url.rpartition("/")[2])
 
 
 def _write(url: str, data: bytes) -> None:

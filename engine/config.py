@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
-LAYERS = tuple(f"relu{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
+_PLACES = tuple(f"{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
+LAYERS = tuple(kind + place for place in _PLACES for kind in ("conv", "relu"))  # convolutions, and the ReLUs behind
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
 WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
+TV_FORMS = ("mean", "sum", "block", "nine-point")
+PIXEL_RANGES = ("auto", "0-255", "0-256")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 _MAX_SIZE = 16384
 
@@ -35,13 +38,16 @@ class Config:
     """Options of one call; each field is a command line option of the same name. Raises ValueError or TypeError.
 
     Layers are given as names, "name:weight" or (name, weight), and kept as (name, weight) pairs; the weight is 1 where
-    none is given. Style weights act divided by their sum, content weights as they are.
+    none is given. `relu4_2` is a ReLU's output, `conv4_2` that of the convolution before it. Style weights act divided
+    by their sum, content weights as they are.
     """
 
     size: int | str | tuple[int, int] = _option(
         512, "long side of the result in pixels, or original for the content's own; without content a square, or WxH"
     )
-    iterations: int | tuple[int, ...] = _option(100, "evaluations at the last scale, or N,N,... for each scale")
+    iterations: int | tuple[int | str, ...] = _option(
+        100, "evaluations at the last scale, or N,N,N for each scale; in N,N,... the last number holds for the rest"
+    )
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
     )
@@ -49,13 +55,24 @@ class Config:
     style_weight: float = _option(3e3, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
     tv_power: float = _option(2.0, "power of a difference of neighbours in the total variation loss, from 1")
+    tv_form: str = _option(
+        "mean",
+        "total variation is the mean or the sum of the differences of neighbours; block: their sum without the last "
+        "row and column; nine-point: mean, with the diagonals",
+    )
     # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
     content_layers: tuple[Any, ...] = _option(
-        (("relu2_2", 1.0),), "layers of the content loss, NAME or NAME:WEIGHT; their weighted losses are added up"
+        (("relu2_2", 1.0),),
+        "layers (relu2_2, or conv2_2: before its ReLU) of the content loss, NAME or NAME:WEIGHT; their weighted losses "
+        "are added up",
     )
     style_layers: tuple[Any, ...] = _option(
         tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),
         "layers of the style loss, NAME or NAME:WEIGHT; the weights are divided by their sum",
+    )
+    content_loss: str = _option(
+        "mean",
+        "mean of the squared differences of a layer's features, or sum: half of their sum, which grows with the size",
     )
     style_loss: str = _option(
         "gram",
@@ -64,6 +81,9 @@ class Config:
     style_blend: tuple[float, ...] = _option((), "weights of the styles, divided by their sum; equal by default")
     style_scale: float = _option(1.0, "long side of the styles over that of the image")
     style_size: int | str = _option("auto", "long side of the styles in pixels at every scale; auto follows the image")
+    pixel_range: str = _option(
+        "auto", "pixels that the network sees: as its weights want them (auto), or in 0-255 or 0-256 less their mean"
+    )
     pooling: str = _option("avg", "pooling of the network: avg or max")
     padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
     tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
@@ -111,9 +131,10 @@ class Config:
         _whole("seed", self.seed, 0, 2**63 - 1)
         if isinstance(self.iterations, list):
             object.__setattr__(self, "iterations", tuple(self.iterations))
-        for count in self.iterations if isinstance(self.iterations, tuple) else (self.iterations,):
+        counts = self.iterations if isinstance(self.iterations, tuple) else (self.iterations,)
+        for count in counts[:-1] if counts[-1:] == ("...",) else counts:
             _whole("iterations", count, 1, 10**6)
-        if self.iterations == ():
+        if self.iterations in ((), ("...",)):
             raise ValueError("iterations: give at least one number")
         if self.scales != "auto":
             if isinstance(self.scales, str):
@@ -125,7 +146,10 @@ class Config:
             object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
         if not sum(weight for _, weight in self.style_layers) > 0:
             raise ValueError("style_layers: give one weight at least that is not zero")
+        choice("content_loss", self.content_loss, ("mean", "sum"))
         choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
+        choice("tv_form", self.tv_form, TV_FORMS)
+        choice("pixel_range", self.pixel_range, PIXEL_RANGES)
         choice("pooling", self.pooling, ("avg", "max"))
         choice("padding", self.padding, ("zero", "reflect", "replicate"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
@@ -201,11 +225,12 @@ class Config:
                 f"at size {self.long_side}: choose a larger size or crop it"
             )
         if isinstance(self.iterations, tuple):
-            if len(self.iterations) == 1:
-                return [(side, self.iterations[0]) for side in sides]
-            if len(self.iterations) != len(sides):
-                raise ValueError(f"iterations names {len(self.iterations)} scales, there are {len(sides)}: {sides}")
-            return list(zip(sides, self.iterations, strict=True))
+            counts = [int(count) for count in self.iterations if count != "..."]
+            if len(counts) < len(self.iterations) or len(counts) == 1:
+                counts = (counts + counts[-1:] * len(sides))[: len(sides)]
+            if len(counts) != len(sides):
+                raise ValueError(f"iterations names {len(counts)} scales, there are {len(sides)}: {sides}")
+            return list(zip(sides, counts, strict=True))
         last = len(sides) - 1
         return [(side, round(self.iterations * math.sqrt(2) ** (last - i))) for i, side in enumerate(sides)]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from . import kernels
@@ -20,7 +21,7 @@ _T = TypeVar("_T")
 class Features(Protocol):
     """The forward pass and the VJP at one `spec`, with the memory they work in.
 
-    `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers at least,
+    `image` and `gradient` are (1, 3, H, W) float32; `features` holds what the loss layers give out at least,
     `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
     order of the runtime. A cotangent may be the features of its layer themselves, which it then takes the place of.
     Everything happens inside `use`.
@@ -35,7 +36,7 @@ class Features(Protocol):
 
     @property
     def features(self) -> Mapping[str, Tensor]:
-        """ReLU outputs by layer."""
+        """What layers give out, by layer: ReLUs, or convolutions before their ReLU."""
 
     @property
     def cotangents(self) -> Mapping[str, Tensor]:
@@ -65,8 +66,8 @@ class Features(Protocol):
 class Open(Protocol):
     """Opens a network at the shape of a spec; with `forward_only` there are no cotangents, no gradient and no VJP."""
 
-    def __call__(self, spec: vgg.Spec, *, forward_only: bool = False) -> Features:
-        """The features at `spec`."""
+    def __call__(self, spec: vgg.Spec, *, forward_only: bool = False, pixel_range: str = "auto") -> Features:
+        """The features at `spec` of pixels as `Config.pixel_range` has them."""
 
 
 def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int, *, with_max: bool = False) -> Open:
@@ -76,21 +77,59 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
     On `cpu` it is the Winograd program, elsewhere the two ONNX graphs in ONNX Runtime. Raises BackendError if the
     device cannot run it.
     """
+    normalisation = weights.mean, weights.std  # not the weights, which the program has copies of
     if device == "cpu":
         from . import winograd
 
         transformed = winograd.Network(weights, layers, threads, with_max=with_max)
 
-        def open_program(spec: vgg.Spec, *, forward_only: bool = False) -> Features:
-            return winograd.Features(spec, transformed, forward_only=forward_only)
+        def open_program(spec: vgg.Spec, *, forward_only: bool = False, pixel_range: str = "auto") -> Features:
+            found = winograd.Features(spec, transformed, forward_only=forward_only)
+            return _ranged(found, normalisation, pixel_range)
 
         return open_program
     from . import session
 
-    def open_graphs(spec: vgg.Spec, *, forward_only: bool = False) -> Features:
-        return session.Features(spec, weights, device, threads, forward_only=forward_only)
+    def open_graphs(spec: vgg.Spec, *, forward_only: bool = False, pixel_range: str = "auto") -> Features:
+        found = session.Features(spec, weights, device, threads, forward_only=forward_only)
+        return _ranged(found, normalisation, pixel_range)
 
     return open_graphs
+
+
+class Ranged:
+    """A network whose first convolution sees `top` x - 255 m for pixels x in [0, 1], whatever its weights want.
+
+    m is the mean that they are made for. It hands pixels on that the normalisation of the network turns into these.
+    """
+
+    def __init__(self, network: Features, mean: Sequence[float], std: Sequence[float], top: float) -> None:
+        self._network = network
+        self.spec, self.products = network.spec, network.products
+        self.features, self.use = network.features, network.use
+        self.image = torch.zeros_like(network.image)
+        if hasattr(network, "gradient"):  # it is not forward_only
+            self.gradient, self.cotangents = network.gradient, network.cotangents
+        both = torch.tensor([*mean, *std], dtype=torch.float64, device=self.image.device)
+        means, deviations = both.view(2, 1, 3, 1, 1).unbind()
+        self._factor, self._offset = top * deviations, means * (1 - 255 * deviations)
+
+    def forward(self) -> None:
+        """image -> features."""
+        self._network.image.copy_(self.image.double() * self._factor + self._offset)  # rounded once
+        self._network.forward()
+
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; see `Features.vjp`."""
+        self._network.vjp(write)
+        self.gradient.mul_(self._factor)
+
+
+def _ranged(network: Features, normalisation: tuple[Sequence[float], Sequence[float]], pixel_range: str) -> Features:
+    """The network, made for (mean, deviation), as it sees pixels of a `Config.pixel_range`."""
+    if pixel_range == "auto":
+        return network
+    return Ranged(network, *normalisation, float(pixel_range.removeprefix("0-")))
 
 
 def within(network: Features, values: Iterator[_T]) -> Iterator[_T]:

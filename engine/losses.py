@@ -41,11 +41,12 @@ class Region:
 class Objective:
     """L = content_weight * content + style_weight * style + tv_weight * tv.
 
-    Content is the sum of w_l c_l over its layers, style the sum of v_l u_r s_lr over its layers and the `regions`, with
-    the weights w of `Config.content_layer_weights`, v of `Config.style_layer_weights` and the shares u of the regions;
-    the sums of v and of u are one. `content` holds the features P (1, C, H, W) of the content image at the content
-    layers; empty, there is no content loss, and without regions no style loss. The formulas are those of `kernels`.
-    The gradient of pixels that are `frozen`, bools (1, 1, H, W), is zero.
+    Content is the sum of w_l c_l over its layers, with `Config.content_loss` sum times C_l M_l / 2; style is the sum
+    of v_l u_r s_lr over its layers and the `regions`, with the weights w of `Config.content_layer_weights`, v of
+    `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
+    features P (1, C, H, W) of the content image at the content layers; empty, there is no content loss, and without
+    regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
+    (1, 1, H, W), is zero.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Objective:
             self._layers.terms,
             config.tv_power,
             config.tile,
+            config.tv_form,
         )
 
     def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:
@@ -144,6 +146,8 @@ class Objective:
             return
         weights = config.content_layer_weights.get(name, 0.0), config.style_layer_weights.get(name, 0.0)
         features, cotangent = _flat(self.network.features[name]), _flat(self.network.cotangents[name])
+        if config.content_loss == "sum":
+            weights = weights[0] * features.numel() / 2, weights[1]
         terms[name] = kernels.Layer(features, cotangent, content, target, *weights)
         if target is not None:
             self._shares[name] = name, 1.0

@@ -163,7 +163,7 @@ class Features:
 
 
 def _zeros(spec: vgg.Spec, name: str, dtype: torch.dtype, place: torch.device) -> Tensor:
-    """Memory for a ReLU output, (1, C, H, W) in the order of the spec."""
+    """Memory for a layer's features, (1, C, H, W) in the order of the spec."""
     one, channels, height, width = spec.shapes[name]
     if spec.nhwc:
         return torch.zeros(one, height, width, channels, dtype=dtype, device=place).permute(0, 3, 1, 2)

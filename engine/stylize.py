@@ -106,8 +106,9 @@ def _parser() -> argparse.ArgumentParser:
 _PROGRESS = "auto (a bar on a terminal), none, or json (a line for each iteration on stderr)"
 _METAVARS = {
     "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
-    "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...]", "scales": "auto|N",
+    "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...][,...]", "scales": "auto|N",
     "content_weight": "W", "style_weight": "W", "tv_weight": "W", "tv_power": "F",
+    "tv_form": "mean|sum|block|nine-point", "content_loss": "mean|sum", "pixel_range": "auto|0-255|0-256",
     "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "padding": "zero|reflect|replicate", "init": "content|noise|style|PATH", "init_noise": "F",
     "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "N", "average": "F", "stop": "F", "seed": "N",
@@ -257,7 +258,7 @@ def _parse(name: str, default: Any, text: Any) -> Any:
             raise ValueError("give true or false")
         return text in (True, "true")
     if name == "iterations":
-        counts = tuple(int(part) for part in text.split(","))
+        counts = tuple(part if part == "..." else int(part) for part in text.split(","))
         return counts[0] if len(counts) == 1 else counts
     if name == "size" and "x" in text:
         width, height = text.split("x")

@@ -410,6 +410,7 @@ class Stylizer:
     def _made_for(self, layers: tuple[str, ...], config: Config) -> dict[str, str]:
         """What statistics of these layers depend on besides the picture and its size."""
         weights = f"{self.weights_name} {self.weights_digest(layers or vgg.LAYERS)[:16]}"
+        weights += "" if config.pixel_range == "auto" else f" fed {config.pixel_range}"
         return {
             "weights": weights,
             "pooling": config.pooling,
@@ -428,7 +429,7 @@ class Stylizer:
         digest = hashlib.sha256(style.rgb.tobytes())
         digest.update(b"" if mask is None else mask.tobytes())
         layers = tuple(config.style_layer_weights)
-        kinds = (config.pooling, config.padding, config.style_loss, self.precision)
+        kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, self.precision)
         key = (digest.digest(), style.size, size, layers, *kinds)
 
         def make() -> Statistics:
@@ -451,7 +452,8 @@ class Stylizer:
         make = functools.partial(self._open_features, size, layers, config, padding)
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
             return make()
-        return self._cached(self._networks, (size, layers, config.pooling, padding, self.precision), _NETWORKS, make)
+        key = (size, layers, config.pixel_range, config.pooling, padding, self.precision)
+        return self._cached(self._networks, key, _NETWORKS, make)
 
     def _open_features(
         self,
@@ -465,7 +467,8 @@ class Stylizer:
         blocked = self.device == "onnxruntime" and precision == "fp32"
         nhwc = self.device in provider.GPUS and precision != "fp32"
         spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
-        return self._network(layers, config.pooling).open(spec, forward_only=forward_only)
+        network = self._network(layers, config.pooling)
+        return network.open(spec, forward_only=forward_only, pixel_range=config.pixel_range)
 
     def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:
         """The network down to the deepest of `layers`, made anew only for what it cannot do yet."""

@@ -3,6 +3,7 @@
 Activations stand in NHWC order, fp32. Of the forward pass the VJP reads one bit of each: whether its ReLU let it pass,
 and with max pooling another one, whether it was the largest. So only what the losses read outlives its next layer, and
 the losses write their cotangents where they have read; all other memory is used again and again (`program.layout`).
+A convolution that is a loss layer itself has its ReLU as a step of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from .export import vgg
 from .export.weights import Weights
 from .kernels import direct, nhwc, program, vector, winograd
-from .kernels.program import CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, UNPOOL, Step
+from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, RECTIFY, UNPOOL, Step
 
 
 class Network:
@@ -55,8 +56,8 @@ class Network:
 class Features:
     """The forward program and the VJP program of one `spec`, with the memory they work in.
 
-    `image` and `gradient` are (1, 3, H, W) float32; `features` holds the ReLU outputs of the loss layers, (1, C, H_l,
-    W_l) float32 in NHWC order, and `cotangents` are the same memory. `forward` reads `image` and writes `features`;
+    `image` and `gradient` are (1, 3, H, W) float32; `features` holds those of the loss layers, (1, C, H_l, W_l) float32
+    in NHWC order, and `cotangents` are the same memory. `forward` reads `image` and writes `features`;
     `vjp` writes `gradient` and leaves nothing of use in `features`. All of it happens inside `use`. With `forward_only`
     there is no VJP.
     """
@@ -67,24 +68,19 @@ class Features:
         self.image = torch.zeros(1, 3, spec.height, spec.width)
         self._sizes: dict[str, int] = {}
         forward = self._forward_steps()
-        backward: list[Step] = []
+        parts: list[tuple[tuple[str, ...], list[Step]]] = []
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
-            backward = self._vjp_steps()
+            parts = self._vjp_parts()
         kept = spec.layers if forward_only else ()
-        places, floats = program.layout([*forward, *backward], self._sizes, kept)
+        steps = [*forward, *(step for _, part in parts for step in part)]
+        places, floats = program.layout(steps, self._sizes, kept)
         self._memory = torch.zeros(floats)
         self.features = {name: _nhwc(self._memory[places[name] :], spec.shapes[name]) for name in spec.layers}
         self.cotangents = self.features
         addresses = {name: self._memory.data_ptr() + 4 * place for name, place in places.items()}
         self._forward = program.table(forward, addresses)
-        # The VJP in parts, each of which starts by reading the cotangent of one loss layer.
-        starts = [i for i, step in enumerate(backward) if step["target"] in spec.layers]
-        ends = [*starts[1:], len(backward)]
-        self._vjp = [
-            (str(backward[i]["target"]), program.table(backward[i:end], addresses))
-            for i, end in zip(starts, ends, strict=False)
-        ]
+        self._vjp = [(layers, program.table(part, addresses)) for layers, part in parts]
         floats = max(program.scratch_size(table) for table in (self._forward, *(table for _, table in self._vjp)))
         self._scratch = [torch.zeros(floats) for _ in range(network.threads.count)]
 
@@ -99,9 +95,9 @@ class Features:
         self.products.run(self._forward, self._scratch)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
-        """features, cotangents -> gradient; each loss layer's cotangent is written by itself."""
-        for layer, table in self._vjp:
-            write((layer,))
+        """features, cotangents -> gradient; a loss layer's cotangent is written when it is needed."""
+        for layers, table in self._vjp:
+            write(layers)
             self.products.run(table, self._scratch)
 
     def _forward_steps(self) -> list[Step]:
@@ -116,9 +112,11 @@ class Features:
                 step: Step = {"op": POOL, "tasks": height, "source": source, "target": pooled, "largest": largest}
                 steps.append(step | self._shape(below) | self._winners(below))
                 source = pooled
-            target = self._buffer(conv.relu, height * width, channels)
+            bare = conv.name in spec.layers
+            target = self._buffer(conv.name if bare else conv.relu, height * width, channels)
             bits = self._bits(f"{conv.relu} bits", height * width * channels)
             step = {"source": source, "target": target, "bits": bits, "padding": nhwc.PADDINGS.index(spec.edge(conv))}
+            step["ending"] = winograd.BIASED if bare else winograd.RELU
             step |= self._shape(conv) | {"extra": network.address(f"{conv.name}.bias")}
             if conv.in_channels == 3 and largest:
                 step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
@@ -129,27 +127,46 @@ class Features:
                 step |= {"op": DIRECT, "c_in": conv.in_channels, "weights": network.address(f"{conv.name}.direct")}
                 step |= self._groups(direct.tiles(height, width), channels)
             else:
-                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "ending": winograd.RELU}
-                step |= {"weights": network.address(conv.name)}
+                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "weights": network.address(conv.name)}
                 step |= self._shares(height, width, conv.in_channels, channels)
             steps.append(step)
             source = target
+            if bare:
+                source = self._buffer(conv.relu, height * width, channels)
+                step = {"op": RECTIFY, "tasks": height, "source": target, "target": source}
+                steps.append(step | self._shape(conv))
         return steps
 
-    def _vjp_steps(self) -> list[Step]:
+    def _vjp_parts(self) -> list[tuple[tuple[str, ...], list[Step]]]:
+        """The steps of the VJP in parts, each with the loss layers whose cotangents it is the first to read."""
+        parts: list[tuple[tuple[str, ...], list[Step]]] = []
+        for layers, step in self._vjp_steps():
+            if layers:
+                parts.append((layers, []))
+            parts[-1][1].append(step)
+        return parts
+
+    def _vjp_steps(self) -> Iterator[tuple[tuple[str, ...], Step]]:
+        """The steps, each with the loss layers whose cotangents it is the first to read."""
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
         deepest = spec.convs[-1]
-        _, _, height, width = spec.shapes[deepest.relu]
-        source = deepest.relu
-        step: Step = {"op": MASK, "tasks": height, "target": source, "bits": f"{source} bits"}
-        steps = [step | self._shape(deepest)]
+        source = deepest.relu if deepest.relu in spec.layers else deepest.name
+        read: tuple[str, ...] = (source,)  # layers that the next step reads
+        if source == deepest.relu:
+            _, _, height, width = spec.shapes[source]
+            step: Step = {"op": MASK, "tasks": height, "target": source, "bits": f"{source} bits"}
+            yield read, step | self._shape(deepest)
+            read = ()
         for i, conv in reversed(list(enumerate(spec.convs))):
             _, channels, height, width = spec.shapes[conv.relu]
+            if conv.name in spec.layers and source != conv.name:
+                step = {"op": ADD, "tasks": height, "source": conv.name, "target": source}
+                yield (conv.name,), step | self._shape(conv)
             step = {"source": source, "height": height, "width": width, "c_in": channels}
             step["padding"] = nhwc.PADDINGS.index(spec.edge(conv))
             if conv.in_channels == 3:
                 step |= {"op": LAST, "tasks": -(-height // nhwc.BAND), "target": self.gradient.data_ptr()}
-                steps.append(step | {"weights": network.address("last")})
+                yield read, step | {"weights": network.address("last")}
                 break
             below = spec.convs[i - 1]
             _, _, tall, broad = spec.shapes[below.relu]
@@ -158,15 +175,16 @@ class Features:
             step |= {"op": CONVOLVE, "c_out": conv.in_channels, "turned": 1, "weights": network.address(conv.name)}
             step |= self._shares(height, width, channels, conv.in_channels)
             own: Step = {"target": target, "bits": f"{below.relu} bits"}
+            layers = (below.relu,) if adds else ()
             if conv.after_pool:
                 pooled = self._buffer(f"{below.relu} pooled cotangent", height * width, conv.in_channels)
-                steps.append(step | {"target": pooled, "ending": winograd.PLAIN})
+                yield read, step | {"target": pooled, "ending": winograd.PLAIN}
+                read = ()
                 step = {"op": UNPOOL, "tasks": -(-tall // 2), "source": pooled, "adds": adds, "largest": largest}
-                steps.append(step | own | self._shape(below) | self._winners(below))
+                yield layers, step | own | self._shape(below) | self._winners(below)
             else:
-                steps.append(step | own | {"ending": winograd.MASKED_SUM if adds else winograd.MASKED})
-            source = target
-        return steps
+                yield (*read, *layers), step | own | {"ending": winograd.MASKED_SUM if adds else winograd.MASKED}
+            source, read = target, ()
 
     def _shape(self, conv: vgg.Conv) -> Step:
         _, channels, height, width = self.spec.shapes[conv.relu]

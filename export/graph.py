@@ -3,6 +3,8 @@
 forward   image (1, 3, H, W) float32, RGB in [0, 1]  ->  the ReLU outputs asked for
 vjp       a cotangent for each loss layer, and every ReLU output  ->  gradient (1, 3, H, W) float32
 
+Loss layers are ReLU outputs or the convolutions before them, whose values the VJP does not need.
+
 The VJP of a 3x3 convolution with stride 1 and padding 1 is the same convolution with the kernel turned by 180 degrees
 and its channel axes swapped. The VJP of a ReLU is the mask (a > 0), and the ReLU output a itself carries that mask.
 Average pooling spreads a quarter of the cotangent over its four positions; the quarter is folded into the weights of
@@ -117,7 +119,7 @@ def offsets(spec: vgg.Spec) -> dict[str, tuple[int, int]]:
 
 
 def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = None) -> onnx.ModelProto:
-    """The forward graph; `outputs` are the ReLU outputs to hand over, all of them (which the VJP needs) by default."""
+    """The forward graph; `outputs` are the layers to hand over, by default every ReLU output and loss layer."""
     build = _Builder(spec, weights)
     wanted = outputs if outputs is not None else tuple(spec.shapes)
     mean = build.constant("mean", np.array(weights.mean, np.float32).reshape(1, 3, 1, 1))
@@ -131,7 +133,10 @@ def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = 
         kernel = build.external(f"{conv.name}.weight", conv.out_channels, conv.in_channels, 3, 3)
         bias = build.external(f"{conv.name}.bias", conv.out_channels)
         x, pads = _framed(build, spec, conv, x)
-        x = build.node("Conv", [x, kernel, bias], conv.name, kernel_shape=[3, 3], pads=[pads] * 4)
+        name = _inside(spec, conv.name) if conv.name in wanted else conv.name
+        x = build.node("Conv", [x, kernel, bias], name, kernel_shape=[3, 3], pads=[pads] * 4)
+        if spec.nhwc and conv.name in wanted:
+            build.node("Transpose", [x], conv.name, perm=_TO_NHWC)
         x = build.node("Relu", [x], _inside(spec, conv.relu))
         if spec.nhwc and conv.relu in wanted:
             build.node("Transpose", [x], conv.relu, perm=_TO_NHWC)
@@ -140,22 +145,22 @@ def forward(spec: vgg.Spec, weights: Weights, outputs: tuple[str, ...] | None = 
 
 
 def vjp(spec: vgg.Spec, weights: Weights) -> onnx.ModelProto:
-    """The VJP graph: `cotangent.<layer>` for each loss layer and `<relu>` for each ReLU -> `gradient`."""
+    """The VJP graph: `cotangent.<layer>` for each loss layer and `<relu>` for each ReLU under one -> `gradient`."""
     build = _Builder(spec, weights)
     inputs: list[onnx.ValueInfoProto] = []
     for conv in reversed(spec.convs):
-        own = ["cotangent.", ""] if conv.relu in spec.layers else [""]
-        inputs += [_info(spec, conv.relu, prefix) for prefix in own]
+        inputs += [_info(spec, name, "cotangent.") for name in (conv.relu, conv.name) if name in spec.layers]
+        if conv is not spec.convs[-1] or conv.relu in spec.layers:
+            inputs.append(_info(spec, conv.relu))
     if spec.nhwc:
         for info in inputs:
             build.node("Transpose", [info.name], _inside(spec, info.name), perm=_TO_NCHW)
     cotangent = ""
     for conv in reversed(spec.convs):
-        relu = conv.relu
-        if relu in spec.layers:
-            own_cotangent = _inside(spec, f"cotangent.{relu}")
-            cotangent = build.node("Add", [cotangent, own_cotangent], f"sum.{relu}") if cotangent else own_cotangent
-        cotangent = _mask(build, spec, cotangent, relu, conv.out_channels)
+        cotangent = _with_own(build, spec, cotangent, conv.relu)
+        if cotangent:
+            cotangent = _mask(build, spec, cotangent, conv.relu, conv.out_channels)
+        cotangent = _with_own(build, spec, cotangent, conv.name)
         kernel = build.external(f"{conv.name}.vjp", conv.in_channels, conv.out_channels, 3, 3)
         out = f"{conv.name}.cotangent"
         folds = spec.edge(conv) in ("reflect", "replicate")
@@ -172,11 +177,11 @@ def vjp(spec: vgg.Spec, weights: Weights) -> onnx.ModelProto:
     return build.model("vgg19_vjp", inputs, [gradient])
 
 
-def _info(spec: vgg.Spec, relu: str, prefix: str = "") -> onnx.ValueInfoProto:
-    """Name, type and shape of a ReLU output, or of its cotangent, as it is handed over."""
-    one, channels, height, width = spec.shapes[relu]
+def _info(spec: vgg.Spec, layer: str, prefix: str = "") -> onnx.ValueInfoProto:
+    """Name, type and shape of a layer's features, or of their cotangent, as they are handed over."""
+    one, channels, height, width = spec.shapes[layer]
     shape = (one, height, width, channels) if spec.nhwc else (one, channels, height, width)
-    return helper.make_tensor_value_info(prefix + relu, ELEMENTS[spec.precision], shape)
+    return helper.make_tensor_value_info(prefix + layer, ELEMENTS[spec.precision], shape)
 
 
 def _inside(spec: vgg.Spec, name: str) -> str:
@@ -219,6 +224,14 @@ def _folded(build: _Builder, spec: vgg.Spec, conv: vgg.Conv, x: str) -> str:
             total = build.node("Add", [total, share], f"{name}.sum")
         x = total
     return x
+
+
+def _with_own(build: _Builder, spec: vgg.Spec, cotangent: str, layer: str) -> str:
+    """The cotangent that has come from above, if any has, and what the losses add to it at this layer."""
+    if layer not in spec.layers:
+        return cotangent
+    own = _inside(spec, f"cotangent.{layer}")
+    return build.node("Add", [cotangent, own], f"sum.{layer}") if cotangent else own
 
 
 def _mask(build: _Builder, spec: vgg.Spec, cotangent: str, relu: str, channels: int) -> str:

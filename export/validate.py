@@ -111,7 +111,9 @@ def check(spec: vgg.Spec, weights: Weights) -> Errors:
     forward = max(_error(outputs[layer], value.numpy()) for layer, value in features.items())
     dtype = graph.DTYPES[spec.precision]
     feeds = {f"cotangent.{layer}": (value * scale).numpy().astype(dtype) for layer, value in cotangents.items()}
-    result = run(graph.vjp(spec, weights), graph.vjp_initializers(spec, weights), {**outputs, **feeds})
+    backward = graph.vjp(spec, weights)
+    feeds |= {info.name: outputs[info.name] for info in backward.graph.input if info.name in outputs}
+    result = run(backward, graph.vjp_initializers(spec, weights), feeds)
     truth = linear_piece_vjp(spec, weights, outputs, cotangents)
     errors = Errors(forward, _error(result["gradient"] / scale, truth.numpy()))
     for name, error, limit in zip(
@@ -140,6 +142,7 @@ def linear_piece_vjp(
         edge = spec.edge(conv)
         x = functional.pad(x, (1, 1, 1, 1), "constant" if edge == "zero" else edge)
         x = functional.conv2d(x, weights.parameters[f"{conv.name}.weight"].double())
+        found[conv.name] = x
         below = torch.from_numpy(relus[conv.relu]).float()
         x = found[conv.relu] = x * (below > 0)
     outputs = [found[layer] for layer in cotangents]

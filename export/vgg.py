@@ -1,7 +1,8 @@
 """VGG-19 (Simonyan, Zisserman 2014, configuration E): its convolutions, and the torch module that is the oracle.
 
 The table below is torchvision's `cfgs["E"]` without the classifier; a test holds the two together. Layers carry
-the names of the field: `relu4_1` is the first ReLU of the fourth block. Pooling stands between blocks only.
+the names of the field: `conv4_1` is the first convolution of the fourth block, `relu4_1` the ReLU behind it. Pooling
+stands between blocks only.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ def _convolutions() -> Iterable[Conv]:
 
 CONVS = tuple(_convolutions())
 LAYERS = tuple(conv.relu for conv in CONVS)
+LOSS_LAYERS = tuple(name for conv in CONVS for name in (conv.name, conv.relu))  # what a loss may look at, by depth
 
 
 def cut(layers: Iterable[str]) -> tuple[Conv, ...]:
     """The convolutions up to the deepest of `layers`: all that a loss at these layers needs."""
-    deepest = max(LAYERS.index(layer) for layer in layers)
-    return CONVS[: deepest + 1]
+    deepest = max(LOSS_LAYERS.index(layer) for layer in layers)
+    return CONVS[: deepest // 2 + 1]
 
 
 def shapes(convs: Iterable[Conv], height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
@@ -127,11 +129,12 @@ def module(
         def forward(self, image: Tensor) -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
             x = (image - self.get_buffer("mean")) / self.get_buffer("std")
-            names = iter(LAYERS)
+            names = iter(LOSS_LAYERS)
             for stage in self.features:
                 x = stage(x)
-                if isinstance(stage, nn.ReLU):
-                    found[next(names)] = x
+                if isinstance(stage, nn.Conv2d | nn.ReLU):
+                    name = next(names)  # the ReLU works in place
+                    found[name] = x.clone() if name in wanted and isinstance(stage, nn.Conv2d) else x
             return {layer: found[layer] for layer in wanted}
 
     with torch.no_grad():
@@ -160,9 +163,9 @@ class Spec:
     padding: str = "zero"
 
     def __post_init__(self) -> None:
-        unknown = [layer for layer in self.layers if layer not in LAYERS]
+        unknown = [layer for layer in self.layers if layer not in LOSS_LAYERS]
         if unknown or not self.layers:
-            raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(LAYERS)}")
+            raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(LOSS_LAYERS)}")
         if min(self.height, self.width) < MIN_SIDE:
             raise ValueError(f"image of {self.width} x {self.height} pixels: both sides have to be at least {MIN_SIDE}")
         if self.pooling not in POOLINGS or self.precision not in PRECISIONS:
@@ -191,5 +194,6 @@ class Spec:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """(1, C, H, W) of each ReLU output."""
-        return shapes(self.convs, self.height, self.width)
+        """(1, C, H, W) of each ReLU output, and of each convolution that is a loss layer."""
+        found = shapes(self.convs, self.height, self.width)
+        return found | {conv.name: found[conv.relu] for conv in self.convs if conv.name in self.layers}

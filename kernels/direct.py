@@ -44,8 +44,8 @@ def scratch_size(c_in: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, target, bits, height, width, channels, weights, bias, padding, row):  # type: ignore[no-untyped-def]
-    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width); `bits` as in `winograd`."""
+def first(image, target, bits, height, width, channels, weights, bias, padding, least, row):  # type: ignore[no-untyped-def]
+    """One row of relu1_1 (height, width, channels) of a padded image (3, height, width); see `nhwc.first`."""
     pixels, biases = array(image, (3, height, width)), array(bias, (channels,))
     numbers = array(weights, (2 * (6 + PATCH * channels),)).view(np.float64)
     mean, std, lines = numbers[:3], numbers[3:6], numbers[6:].reshape((PATCH, channels))
@@ -64,16 +64,16 @@ def first(image, target, bits, height, width, channels, weights, bias, padding, 
                         for c in range(channels):
                             sums[c] += value * line[c]
         for c in range(channels):
-            results[row, x, c] = max(sums[c], 0.0)
+            results[row, x, c] = max(sums[c], least)
         place = (row * width + x) * channels
         mark_positive(target + 4 * place, bits + place // 8, channels)
 
 
 @njit(nogil=True, error_model="numpy")
 def convolve(  # type: ignore[no-untyped-def]
-    source, target, bits, height, width, c_in, c_out, weights, bias, padding, tile, group, groups, scratch
+    source, target, bits, height, width, c_in, c_out, weights, bias, padding, least, tile, group, groups, scratch
 ):
-    """target (height, width, c_out) = max(convolution of source (height, width, c_in) + bias, 0) in one tile.
+    """target (height, width, c_out) = max(convolution of source (height, width, c_in) + bias, least) in one tile.
 
     `bits` is set where it is positive, as in `winograd`. `weights` is the address of the panels; `group` of `groups`
     chooses output channels, a multiple of BLOCK.
@@ -110,5 +110,5 @@ def convolve(  # type: ignore[no-untyped-def]
                 place = ((top + y) * width + left + x) * c_out + n
                 result = array(target + 4 * place, (BLOCK,))
                 for c in range(BLOCK):
-                    result[c] = max(sums[y, x, c] + (lost[y, x, c] + biases[c]), np.float32(0))
+                    result[c] = max(sums[y, x, c] + (lost[y, x, c] + biases[c]), least)
                 mark_positive(target + 4 * place, bits + place // 8, BLOCK)

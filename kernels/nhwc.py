@@ -1,4 +1,4 @@
-"""The steps of VGG-19 on a CPU that are no Winograd convolution: the layer at the pixels, pooling and masks.
+"""The steps of VGG-19 on a CPU that are no Winograd convolution: the layer at the pixels, pooling, ReLUs and masks.
 
 Arrays are fp32 (height, width, channels) at addresses in bytes, as in `winograd`; a step does some rows of its result.
 """
@@ -51,10 +51,12 @@ def inside(place, length, padding):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def first(image, mean, target, bits, height, width, channels, weights, bias, padding, task, scratch):  # type: ignore[no-untyped-def]
+def first(  # type: ignore[no-untyped-def]
+    image, mean, target, bits, height, width, channels, weights, bias, padding, least, task, scratch
+):
     """relu1_1 (height, width, channels) of an image (3, height, width) minus mean (3,), then padded.
 
-    `bits` as in `winograd`.
+    `least` is its smallest value: 0, or minus infinity for conv1_1. `bits` as in `winograd`.
     """
     pixels, means = array(image, (3, height, width)), array(mean, (3,))
     results, biases = array(target, (height, width, channels)), array(bias, (channels,))
@@ -85,7 +87,7 @@ def first(image, mean, target, bits, height, width, channels, weights, bias, pad
                 multiply(rows, PATCH, 1, weights + 4 * n, channels, PATCH, result + 4 * n, channels)
         for x in range(width):
             for c in range(channels):
-                results[y, x, c] = max(found[x, c] + biases[c], np.float32(0))
+                results[y, x, c] = max(found[x, c] + biases[c], least)
             place = (y * width + x) * channels
             mark_positive(target + 4 * place, bits + place // 8, channels)
 
@@ -226,3 +228,21 @@ def unpool(source, target, bits, winners, adds, height, width, channels, largest
                     _add_quarter(share, won, passed, own, channels)
                 else:
                     _spread_quarter(share, won, passed, own, channels)
+
+
+@njit(nogil=True, error_model="numpy")
+def rectify(source, target, width, channels, row):  # type: ignore[no-untyped-def]
+    """One row of target = max(source, 0), both (height, width, channels)."""
+    offset = 4 * row * width * channels
+    found, value = array(source + offset, (width * channels,)), array(target + offset, (width * channels,))
+    for i in range(width * channels):
+        value[i] = max(found[i], np.float32(0))
+
+
+@njit(nogil=True, error_model="numpy")
+def add(source, target, width, channels, row):  # type: ignore[no-untyped-def]
+    """One row of target += source, both (height, width, channels)."""
+    offset = 4 * row * width * channels
+    found, value = array(source + offset, (width * channels,)), array(target + offset, (width * channels,))
+    for i in range(width * channels):
+        value[i] += found[i]

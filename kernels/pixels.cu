@@ -1,4 +1,4 @@
-// Total variation: mean power of the difference of neighbouring pixels; and the gradient of the whole loss.
+// Total variation: weighted powers of the differences of neighbouring pixels; and the gradient of the whole loss.
 
 #include "common.cuh"
 
@@ -7,34 +7,46 @@ __device__ inline float sharpened(float d, float power) {
     return power == 2 || d == 0 ? d : copysignf(powf(fabsf(d), power - 1), d);
 }
 
-// pixels (3, height, width), whose last column and row have the first as neighbours if wrap. Writes gradient = vjp / *scale + weight * dTV/dx unless it is null, adds to the terms of
-// layer_losses: terms[2] = TV, terms[0] += weight * TV, which becomes NaN if the gradient is not finite.
+// pixels (3, height, width), whose last column and row have the first as neighbours if wrap. Writes gradient = vjp /
+// *scale + weight * dTV/dx unless it is null, adds to the terms of layer_losses: terms[2] = TV, terms[0] += weight *
+// TV, which becomes NaN if the gradient is not finite. across are the weights of the differences across, in inner rows,
+// in the first and in the last one; down the same by columns; diagonal is that of diagonal ones.
 // sums (gridDim.x, 2) are scratch.
 __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gradient, const float* scale,
                                long long height, long long width, float weight, float power, long long wrap,
-                               double* sums, unsigned* arrived, float* terms) {
-    const long long open = wrap ? 0 : 1, count = 3 * height * width;
-    const float across = 1.f / (3 * height * (width - open)), down = 1.f / (3 * (height - open) * width);
+                               float across, float across_first, float across_last, float down, float down_first,
+                               float down_last, float diagonal, double* sums, unsigned* arrived, float* terms) {
+    const long long count = 3 * height * width;
     const float unscale = 1 / *scale;
     double value = 0, broken = 0;
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
         const long long column = i % width, row = i / width % height;
+        const long long left = column > 0 ? -1 : width - 1, right = column + 1 < width ? 1 : 1 - width;
+        const long long above = row > 0 ? -width : (height - 1) * width;
+        const long long below = row + 1 < height ? width : (1 - height) * width;
+        const bool has_left = wrap || column > 0, has_right = wrap || column + 1 < width;
+        const bool has_above = wrap || row > 0, has_below = wrap || row + 1 < height;
+        const float wide = row == 0 ? across_first : row + 1 == height ? across_last : across;
+        const float tall = column == 0 ? down_first : column + 1 == width ? down_last : down;
         const float x = pixels[i];
         float slope = 0;
-        if (wrap || column + 1 < width) {
-            const float d = pixels[column + 1 < width ? i + 1 : i - column] - x, e = sharpened(d, power);
-            value += across * d * e;
-            slope -= across * e;
+        // A pair counts where its upper or left pixel is; its slope is felt at both.
+        const auto pair = [&](bool is_there, bool counts, long long offset, float share) {
+            if (!is_there) return;
+            const float d = pixels[i + offset] - x, e = sharpened(d, power);
+            if (counts) value += share * d * e;
+            slope -= share * e;
+        };
+        pair(has_right, true, right, wide);
+        pair(has_left, false, left, wide);
+        pair(has_below, true, below, tall);
+        pair(has_above, false, above, tall);
+        if (diagonal != 0) {
+            pair(has_below && has_right, true, below + right, diagonal);
+            pair(has_below && has_left, true, below + left, diagonal);
+            pair(has_above && has_right, false, above + right, diagonal);
+            pair(has_above && has_left, false, above + left, diagonal);
         }
-        if (wrap || column > 0)
-            slope += across * sharpened(x - pixels[column > 0 ? i - 1 : i + width - 1], power);
-        if (wrap || row + 1 < height) {
-            const float d = pixels[row + 1 < height ? i + width : i - row * width] - x, e = sharpened(d, power);
-            value += down * d * e;
-            slope -= down * e;
-        }
-        if (wrap || row > 0)
-            slope += down * sharpened(x - pixels[row > 0 ? i - width : i + (height - 1) * width], power);
         if (gradient) {
             gradient[i] = unscale * vjp[i] + power * weight * slope;
             broken += !isfinite(gradient[i]);

@@ -27,7 +27,7 @@ from .vector import BLOCK, keep_marked
 
 # What a step does:
 FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
-CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE = range(8, 13)
+CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE, RECTIFY, ADD = range(8, 15)
 _FIELDS = (
     "op tasks source target height width c_in c_out weights extra bits winners adds mean turned ending tiles groups"
 )
@@ -198,6 +198,7 @@ def _offer(context):  # type: ignore[no-untyped-def]
 def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     source, target, height, width = step.source, step.target, step.height, step.width
     channels, weights, extra, bits = step.c_out, step.weights, step.extra, step.bits
+    least = np.float32(-np.inf if step.ending == winograd.BIASED else 0)
     if step.op == CONVOLVE:
         first = task // step.groups * step.tiles
         tiles = ((height + 3) // 4) * ((width + 3) // 4)
@@ -207,15 +208,16 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
             step.padding, first, count, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == DIRECT_FIRST:
-        direct.first(source, target, bits, height, width, channels, weights, extra, step.padding, task)
+        direct.first(source, target, bits, height, width, channels, weights, extra, step.padding, least, task)
     elif step.op == DIRECT:
         direct.convolve(
-            source, target, bits, height, width, step.c_in, channels, weights, extra, step.padding,
+            source, target, bits, height, width, step.c_in, channels, weights, extra, step.padding, least,
             task // step.groups, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == FIRST:
-        padding = step.padding
-        nhwc.first(source, step.mean, target, bits, height, width, channels, weights, extra, padding, task, scratch)
+        nhwc.first(
+            source, step.mean, target, bits, height, width, channels, weights, extra, step.padding, least, task, scratch
+        )
     elif step.op == POOL:
         nhwc.pool(source, target, step.winners, height, width, channels, step.largest, task)
     elif step.op == UNPOOL:
@@ -223,6 +225,10 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     elif step.op == MASK:
         place = task * width * channels
         keep_marked(target + 4 * place, bits + place // 8, width * channels)
+    elif step.op == RECTIFY:
+        nhwc.rectify(source, target, width, channels, task)
+    elif step.op == ADD:
+        nhwc.add(source, target, width, channels, task)
     elif step.op == CONTENT_LOSS:
         products.content_loss(source, weights, width, extra, task)
     elif step.op == CONTENT_GRADIENT:

@@ -110,7 +110,7 @@ def _output(mode: str) -> Any:
         for i in range(6):
             lines.append(_output_line(code, [code.load(code.step(m, plane, 6 * i + j)) for j in range(6)]))
         columns = [_output_line(code, [line[j] for line in lines]) for j in range(4)]
-        biases = code.load(bias) if mode == "relu" else None
+        biases = code.load(bias) if mode in ("relu", "biased") else None
         for i in range(4):
             with code.inside(i, height):
                 for j in range(4):
@@ -118,9 +118,10 @@ def _output(mode: str) -> Any:
                         place = code.b.add(code.times(row, i), code.times(column, j))
                         address, value = code.offset(target, place), columns[j][i]
                         own = code.bits(bits, place)
-                        if mode == "relu":
+                        if biases is not None:
                             value = code.add(value, biases)
                             code.store_bits(code.positive(value), own)
+                        if mode == "relu":
                             value = code.where_positive(value, value)
                         if mode == "masked_sum":
                             value = code.add(value, code.load(address))
@@ -136,11 +137,12 @@ def _output(mode: str) -> Any:
 
 
 # (m, plane, bias, bits, target, row, column, height, width): the upper left height x width of the 4x4 results Y of
-# LANES channels, as target = max(Y + bias, 0) and bits = target > 0, as target = Y [bits], as target = (Y + target)
-# [bits] or as target = Y.
+# LANES channels, as target = max(Y + bias, 0), as target = Y [bits], as target = (Y + target) [bits], as target = Y or
+# as target = Y + bias. Those with a bias set bits = Y + bias > 0.
 output_relu, output_masked, output_masked_sum, output_plain = map(_output, ("relu", "masked", "masked_sum", "plain"))
+output_biased = _output("biased")
 
-RELU, MASKED, MASKED_SUM, PLAIN = range(4)  # what `convolve` makes of its results: see output_relu and so on
+RELU, MASKED, MASKED_SUM, PLAIN, BIASED = range(5)  # what `convolve` makes of its results: see output_relu and so on
 
 
 def scratch_size(c_in: int, c_out: int, tiles: int) -> int:
@@ -234,5 +236,7 @@ def convolve(  # type: ignore[no-untyped-def]
                 output_masked(place, stride, 0, marks, result, row, c_out, high, broad)
             elif ending == MASKED_SUM:
                 output_masked_sum(place, stride, 0, marks, result, row, c_out, high, broad)
+            elif ending == BIASED:
+                output_biased(place, stride, bias + 4 * (channel + c), marks, result, row, c_out, high, broad)
             else:
                 output_plain(place, stride, 0, marks, result, row, c_out, high, broad)

@@ -29,7 +29,7 @@ def random_state(seed: int = 0, caffe: bool = False) -> dict[str, Tensor]:
 def features(
     image: Tensor, state: dict[str, Tensor], pooling: str, layers: set[str], padding: str = "zero"
 ) -> dict[str, Tensor]:
-    """ReLU outputs (C, M) float64 of an image (H, W, 3) in [0, 1]."""
+    """Outputs (C, M) float64 of ReLUs and convolutions of an image (H, W, 3) in [0, 1]."""
     x = image.permute(2, 0, 1)[None]
     caffe = "conv1_1.weight" in state
     if caffe:
@@ -45,9 +45,11 @@ def features(
             x = functional.pad(x, (1, 1, 1, 1), "constant" if edge == "zero" else edge)
             x = functional.conv2d(x, state[f"{name}.weight"].double(), state[f"{name}.bias"].double())
             channels_in = x.shape[1]
-            x = functional.relu(x)
-            if f"relu{block}_{i}" in layers:
-                found[f"relu{block}_{i}"] = x[0].flatten(1)
+            rectified = functional.relu(x)
+            for kind, value in (("conv", x), ("relu", rectified)):
+                if f"{kind}{block}_{i}" in layers:
+                    found[f"{kind}{block}_{i}"] = value[0].flatten(1)
+            x = rectified
             if set(found) == layers:
                 return found
             index += 2

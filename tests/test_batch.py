@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("fsspec")
-from engine import Config, batch
+from engine import Config, batch, manifest, stylize
 from engine.jobs import Job
 
 OPTIONS = '{"size": 48, "iterations": 2, "scales": 1, "init": "noise"}'
@@ -50,6 +50,20 @@ def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, 
     assert batch.main(words(folders)) == 0
     assert json.loads(capsys.readouterr().out)["there_already"] == 3
     assert times == [path.stat().st_mtime_ns for path in sorted((folders / "out").iterdir())]
+
+
+def test_pictures_of_a_batch_are_replayed(folders, capsys):
+    """Each carries its manifest, which names its sources as files."""
+    painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
+    task = batch.plan([str(folders / "contents")], [str(folders / "styles")], str(folders / "out"))[1]
+    assert painter.paint(task) == ""
+    record = manifest.read(task.out)
+    assert (record["content"]["name"], record["styles"][0]["name"]) == ("c1.png", "s.jpg")
+    assert record["iterations"] == {"done": 2, "total": 2}
+    again = str(folders / "again.png")
+    sources = [str(folders / "contents" / "c1.png"), str(folders / "styles" / "s.jpg")]
+    assert stylize.main([*sources, "--replay", task.out, "-o", again, "--quiet"]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(task.out)))
 
 
 class Stub:

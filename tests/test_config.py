@@ -24,6 +24,8 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"iterations": 0}, ValueError, "from 1"),
         ({"iterations": ()}, ValueError, "at least one"),
         ({"iterations": (3, -1)}, ValueError, "from 1"),
+        ({"iterations": ("...",)}, ValueError, "at least one"),
+        ({"iterations": ("...", 3)}, TypeError, "whole number"),
         ({"scales": "many"}, ValueError, "auto or a number"),
         ({"scales": 0}, ValueError, "from 1"),
         ({"style_weight": -1}, ValueError, "not negative"),
@@ -48,6 +50,9 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"history": 21}, ValueError, "from 1 to 20"),
         ({"clamp": 1}, TypeError, "True or False"),
         ({"tile": "yes"}, TypeError, "True or False"),
+        ({"tv_form": "nine-points"}, ValueError, "did you mean nine-point"),
+        ({"content_loss": "summ"}, ValueError, "did you mean sum"),
+        ({"pixel_range": "0-1"}, ValueError, "choose from auto, 0-255, 0-256"),
         ({"padding": "replicat"}, ValueError, "did you mean replicate"),
         ({"padding": "reflect", "tile": True}, ValueError, "no border"),
     ],
@@ -73,6 +78,8 @@ def test_schedule_grows_by_sqrt_2_and_works_most_at_the_small_scales():
 
 def test_schedule_takes_numbers_for_each_scale():
     assert Config(size=256, iterations=(5, 4, 3)).schedule(1) == [(128, 5), (181, 4), (256, 3)]
+    assert Config(size=256, iterations=(5, 4, "...")).schedule(1) == [(128, 5), (181, 4), (256, 4)]
+    assert Config(size=128, iterations=[5, 4, "..."]).schedule(1) == [(128, 5)]
     assert Config(size=256, scales=1, iterations=7).schedule(1) == [(256, 7)]
     assert Config(size=200, scales=2, iterations=(7,)).schedule(1) == [(141, 7), (200, 7)]
     with pytest.raises(ValueError, match="names 2 scales, there are 3"):

@@ -19,7 +19,7 @@ from engine.kernels import _cuda, lbfgs
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
-from engine.kernels.pixels import Pixels, total_variation_reference
+from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
 from engine.kernels.wasserstein import Wasserstein
 
@@ -328,13 +328,17 @@ def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
     assert max(float(layer.cotangent.double().square().mean().sqrt()) for layer in found._layers) < 2
 
 
-@pytest.mark.parametrize(("power", "wrap"), [(2, False), (1, False), (1.5, True), (2, True)])
+VARIATIONS = [(2, False, "mean"), (1, False, "mean"), (1.5, True, "mean"), (2, True, "mean")]
+VARIATIONS += [(power, wrap, form) for form in FORMS[1:] for power, wrap in ((1, False), (2, True))]
+
+
+@pytest.mark.parametrize(("power", "wrap", "form"), VARIATIONS)
 @pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31)])
-def test_pixels(host, size, power, wrap):
+def test_pixels(host, size, power, wrap, form):
     pixels, vjp = random(1, 3, *size), random(1, 3, *size, seed=1)
-    truth, slope = total_variation_reference(numbers(pixels[0]), power, wrap)
+    truth, slope = total_variation_reference(numbers(pixels[0]), power, wrap, form)
     terms, gradient = torch.tensor([5.0, 1.0, 0.0, 2.0]), torch.full_like(pixels, torch.nan)
-    finish = Pixels(pixels, vjp, torch.tensor(8.0), 7, terms, power, wrap)
+    finish = Pixels(pixels, vjp, torch.tensor(8.0), 7, terms, power, wrap, form)
     finish.finish(gradient)
     assert numbers(terms) == pytest.approx([5 + 7 * truth, 1, truth, 2], rel=1e-6)
     assert error(gradient[0], numbers(vjp[0]) / 8 + 7 * slope) < 1e-6

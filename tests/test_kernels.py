@@ -10,7 +10,7 @@ from engine import kernels
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
-from engine.kernels.pixels import Pixels, total_variation_reference
+from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
 from engine.kernels.wasserstein import Wasserstein, wasserstein_reference
 
@@ -161,14 +161,15 @@ def test_content_gradient_is_the_derivative_of_the_loss():
     assert error(content_gradient_reference(f, target), numeric) < 1e-7
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("power", "wrap"), [(2, False), (1, False), (1.5, True), (2, True)])
 @pytest.mark.parametrize("size", [(2, 2), (2, 9), (31, 17)])
-def test_pixels(size, power, wrap):
+def test_pixels(size, power, wrap, form):
     x, vjp = random(3, *size), random(3, *size, seed=1)
-    truth, slope = total_variation_reference(x, power, wrap)
+    truth, slope = total_variation_reference(x, power, wrap, form)
     terms, gradient = torch.tensor([5.0, 1.0, 0.0]), torch.full((1, 3, *size), torch.nan)
     arguments = torch.from_numpy(x)[None].float(), torch.from_numpy(vjp)[None].float(), torch.tensor(4.0), 7, terms
-    Pixels(*arguments, power, wrap).finish(gradient)
+    Pixels(*arguments, power, wrap, form).finish(gradient)
     assert terms.tolist() == pytest.approx([5 + 7 * truth, 1, truth], rel=1e-6)
     assert error(gradient[0], vjp / 4 + 7 * slope) < 1e-6
 
@@ -183,10 +184,11 @@ def test_a_gradient_that_is_not_finite_makes_the_loss_nan(value):
 
 @pytest.mark.parametrize("power", [1, 1.25, 2, 3])
 @pytest.mark.parametrize("wrap", [False, True])
-def test_total_variation_gradient_is_the_derivative_of_the_loss(power, wrap):
+@pytest.mark.parametrize("form", FORMS)
+def test_total_variation_gradient_is_the_derivative_of_the_loss(power, wrap, form):
     pixels = random(3, 4, 5)
-    numeric = numeric_gradient(lambda x: total_variation_reference(x, power, wrap)[0], pixels)
-    assert error(total_variation_reference(pixels, power, wrap)[1], numeric) < 1e-7
+    numeric = numeric_gradient(lambda x: total_variation_reference(x, power, wrap, form)[0], pixels)
+    assert error(total_variation_reference(pixels, power, wrap, form)[1], numeric) < 1e-7
 
 
 @pytest.mark.parametrize("power", [1, 1.25, 2, 3])
@@ -197,6 +199,26 @@ def test_total_variation_is_torchs_mean_power(power):
     assert total_variation_reference(pixels, power)[0] == pytest.approx(float(plain))
     rolled = sum((x.roll(-1, axis) - x).abs().pow(power).mean() for axis in (1, 2))
     assert total_variation_reference(pixels, power, wrap=True)[0] == pytest.approx(float(rolled))
+
+
+def test_forms_of_total_variation():
+    """Written with slices and torch's padding; a picture that wraps around has no border, so a block is all of it."""
+    pixels = random(3, 5, 7)
+    x = torch.from_numpy(pixels)
+    across, down = x.diff(dim=2).abs(), x.diff(dim=1).abs()
+    found = {form: float(total_variation_reference(pixels, 1, form=form)[0]) for form in FORMS}
+    assert found["sum"] == pytest.approx(float(across.sum() + down.sum()))
+    assert found["block"] == pytest.approx(float(across[:, :-1].sum() + down[:, :, :-1].sum()))
+    for padding, wrap in (("replicate", False), ("circular", True)):
+        framed = torch.nn.functional.pad(x[None], (1, 1, 1, 1), padding)[0]
+        inner, low = framed[:, 1:-1, 1:-1], slice(1 if wrap else 0, None)
+        corners = framed[:, low, low]
+        sides = [framed[:, 1:-1, 2:] - inner, framed[:, 2:, 1:-1] - inner]
+        diagonals = [corners[:, 1:, 1:] - corners[:, :-1, :-1], corners[:, 1:, :-1] - corners[:, :-1, 1:]]
+        truth = sum(2 / 3 * (d**2).mean() for d in sides) + sum((d**2).mean() / 6 for d in diagonals)
+        assert float(total_variation_reference(pixels, 2, wrap, "nine-point")[0]) == pytest.approx(float(truth))
+    one, other = (total_variation_reference(pixels, 2, True, form) for form in ("block", "sum"))
+    assert float(one[0]) == float(other[0])
 
 
 def test_total_variation_of_a_flat_picture_is_zero():

@@ -6,7 +6,8 @@ from PIL import Image
 
 pytest.importorskip("skimage", reason="scikit-image brings the photographs")
 
-from benchmarks import quality, styles
+from benchmarks import controls, quality, styles
+from engine import goal
 
 
 def test_exponential_curves_are_read_exactly():
@@ -46,3 +47,24 @@ def test_styles_are_colourful_pictures():
         picture = np.asarray(draw())
         assert picture.shape == (styles.SIDE, styles.SIDE, 3)
         assert picture.std() > 20
+
+
+def test_the_sheet_of_the_controls(tmp_path, monkeypatch):
+    """With a stylizer that paints nothing: every cell is there, and its options hold for its sources."""
+
+    class Stub:
+        def __init__(self, weights):
+            assert weights == "embedded"
+
+        def __call__(self, content, style, config, masks, freeze):
+            goal.load(content, style, config, masks, freeze)
+            size = config.size if isinstance(config.size, tuple) else (config.size, round(config.size / 1.5))
+            return type("Result", (), {"image": Image.new("RGB", size)})
+
+    monkeypatch.setattr(controls, "Stylizer", Stub)
+    found = [labels for labels, _ in controls.cells(160, 1)]
+    assert len(found) % controls.COLUMNS == 0
+    assert {("A, freeze",), ("B, colour", "match"), ("A and C", "blend 3:1")} <= {tuple(labels) for labels in found}
+    assert controls.main(["--size", "64", "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "controls.jpg") as page:
+        assert page.width > 6 * 64

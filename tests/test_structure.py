@@ -37,7 +37,7 @@ ALLOWED = {
         {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
         | {"start", "targets", "export", "kernels"}
     ),
-    "batch": {"config", "jobs", "stylizer"},
+    "batch": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "stylize": (
         {"batches", "config", "image", "jobs", "manifest", "painting", "presets", "provider", "replay", "sheet"}
         | {"stylizer", "__version__"}

@@ -15,13 +15,14 @@ def test_table_is_torchvisions_vgg19():
 
 
 def test_config_knows_the_same_layers_and_limits():
-    assert config.LAYERS == vgg.LAYERS
+    assert config.LAYERS == vgg.LOSS_LAYERS
     assert config.MIN_SIDE == vgg.MIN_SIDE
 
 
 def test_cut_keeps_nothing_behind_the_deepest_layer():
     assert vgg.cut(["relu1_1", "relu3_1"])[-1].name == "conv3_1"
-    assert len(vgg.cut(["relu5_4"])) == 16
+    assert vgg.cut(["conv3_1", "relu1_1"])[-1].name == "conv3_1"
+    assert len(vgg.cut(["relu5_4"])) == len(vgg.cut(["conv5_4"])) == 16
 
 
 @pytest.mark.parametrize("size", [(32, 32), (97, 131), (63, 64)])

@@ -79,7 +79,7 @@ def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups, padding):
         for group in range(groups):
             direct.convolve(
                 address(source), address(target), address(bits), *size, c_in, c_out, address(panels), address(bias),
-                nhwc.PADDINGS.index(padding), tile, group, groups, address(scratch),
+                nhwc.PADDINGS.index(padding), np.float32(0), tile, group, groups, address(scratch),
             )  # fmt: skip
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
     x = functional.pad(x, (1, 1, 1, 1), "constant" if padding == "zero" else padding)
@@ -139,7 +139,7 @@ def network(net):
 
 def every_relu(spec, network, image):
     """The ReLU outputs down to the deepest of the spec: a program that keeps all of them."""
-    every = replace(spec, layers=tuple(conv.relu for conv in spec.convs))
+    every = replace(spec, layers=tuple(spec.shapes))
     found = winograd.Features(every, network, forward_only=True)
     with found.use():
         found.image.copy_(image)
@@ -177,11 +177,11 @@ def forward_and_vjp(spec, network, seed=0):
 @given(
     height=st.integers(32, 75),
     width=st.integers(32, 75),
-    layers=st.sets(st.sampled_from(vgg.LAYERS), min_size=1, max_size=5),
+    layers=st.sets(st.sampled_from(vgg.LOSS_LAYERS), min_size=1, max_size=5),
     pooling=st.sampled_from(["avg", "max"]),
 )
 def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
-    spec = vgg.Spec(height, width, tuple(layer for layer in vgg.LAYERS if layer in layers), pooling)
+    spec = vgg.Spec(height, width, tuple(layer for layer in vgg.LOSS_LAYERS if layer in layers), pooling)
     image, features, cotangents, gradient = forward_and_vjp(spec, network)
     for layer, truth in net.module(spec.layers, pooling, torch.float64)(image.double()).items():
         assert error(features[layer], truth) < (5e-6 if pooling == "avg" else 3e-7)
