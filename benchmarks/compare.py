@@ -9,7 +9,7 @@ this process, and peak memory is measured in a fresh process each.
     it/s, ratio  median of one iteration (evaluation and optimiser step), and eager's over the variant's
     fastest      the same ratio for the fastest iterations
     GFLOP/s      of the convolutions alone, and its share of the rate of fp32 matrix products measured in the same turns
-    peak MiB     resident memory after 100 iterations, those of a default run's last scale
+    peak MiB     resident memory after 100 iterations, when torch's L-BFGS has all of its history
     imports MiB  the part of it that importing torch and the loop takes; what either imports later counts as its own
 
 The first line says how many cores were busy with other work. Unless that is next to none the ratios mean nothing:

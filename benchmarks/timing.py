@@ -8,14 +8,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from engine import BackendError, Config
+from engine import BackendError
 
 from . import cases, machine
 from .cases import Loop, Problem
 
 TURN = 3  # iterations of one variant before the next one has its turn
 WARM_UP = 3  # iterations after the first one that are not timed
-MEMORY_ITERATIONS = Config().iterations  # of a default run's last scale; torch's L-BFGS history grows until then
+MEMORY_ITERATIONS = 100  # torch's L-BFGS history grows until then
 
 
 def start(

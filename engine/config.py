@@ -13,6 +13,7 @@ LAYERS = tuple(kind + place for place in _PLACES for kind in ("conv", "relu"))  
 MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
 WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
 COARSEST = 128  # pixels; about the long side of the first scale
+COARSE = 0.4  # iterations of each coarse scale over those of the last one
 TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
@@ -46,7 +47,9 @@ class Config:
         512, "long side of the result in pixels, or original for the content's own; without content a square, or WxH"
     )
     iterations: int | tuple[int | str, ...] = _option(
-        100, "evaluations at the last scale, or N,N,N for each scale; in N,N,... the last number holds for the rest"
+        250,
+        "evaluations at the last scale, those before it get two fifths of them; or N,N,N for each scale; in N,N,... the "
+        "last number holds for the rest",
     )
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
@@ -212,8 +215,10 @@ class Config:
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).
 
-        Coarse iterations are cheap and settle the large strokes: each scale gets sqrt(2) times the iterations of the
-        next finer one. Scales whose short side would fall under MIN_SIDE are left out. The size has to be a number.
+        Coarse iterations are cheap and settle the large strokes; what they find of details is lost at the next scale,
+        which starts far above the loss of a run at that scale alone, so the last scale decides. Each one before it gets
+        the share COARSE of its iterations. Scales whose short side would fall under MIN_SIDE are left out. The size has
+        to be a number.
         """
         auto = 1 + max(0, round(2 * math.log2(self.long_side / COARSEST)))
         count = auto if self.scales == "auto" else int(self.scales)
@@ -231,8 +236,8 @@ class Config:
             if len(counts) != len(sides):
                 raise ValueError(f"iterations names {len(counts)} scales, there are {len(sides)}: {sides}")
             return list(zip(sides, counts, strict=True))
-        last = len(sides) - 1
-        return [(side, round(self.iterations * math.sqrt(2) ** (last - i))) for i, side in enumerate(sides)]
+        coarse = max(1, round(COARSE * self.iterations))
+        return [(side, coarse) for side in sides[:-1]] + [(sides[-1], self.iterations)]
 
 
 def options() -> Iterable[Field[Any]]:

@@ -70,10 +70,10 @@ def test_layers_in_every_form_have_one_normal_form():
     assert dataclasses.replace(config, size=64).style_layers == config.style_layers
 
 
-def test_schedule_grows_by_sqrt_2_and_works_most_at_the_small_scales():
+def test_schedule_grows_by_sqrt_2_and_works_most_at_the_last_scale():
     schedule = Config(size=512, iterations=100).schedule(1.5)
     assert [side for side, _ in schedule] == [128, 181, 256, 362, 512]
-    assert [count for _, count in schedule] == [400, 283, 200, 141, 100]
+    assert [count for _, count in schedule] == [40, 40, 40, 40, 100]
 
 
 def test_schedule_takes_numbers_for_each_scale():
