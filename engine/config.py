@@ -48,8 +48,8 @@ class Config:
     )
     iterations: int | tuple[int | str, ...] = _option(
         250,
-        "evaluations at the last scale, those before it get two fifths of them; or N,N,N for each scale; in N,N,... the "
-        "last number holds for the rest",
+        "evaluations at the last scale, those before it get two fifths of them; or N,N,N for each scale; in N,N,... "
+        "the last number holds for the rest",
     )
     scales: int | str = _option(
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"

@@ -94,14 +94,14 @@ class Threads:
         step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": panels.data_ptr()}
         self._run_steps([features, out], [step | {"width": positions, "c_out": channels}])
 
-    def _run_steps(self, tensors: list[Tensor], steps: Sequence[Step]) -> None:
+    def _run_steps(self, tensors: list[Tensor], steps: Sequence[Mapping[str, int | str]]) -> None:
         assert all(tensor.dtype == torch.float32 and tensor.T.is_contiguous() for tensor in tensors)
         rows = table(steps)
         floats = scratch_size(rows)
         self.run(rows, [torch.empty(floats) for _ in range(self.count)])
 
 
-def table(steps: Sequence[Step], addresses: Mapping[str, int] | None = None) -> NDArray[Any]:
+def table(steps: Sequence[Mapping[str, int | str]], addresses: Mapping[str, int] | None = None) -> NDArray[Any]:
     """The program of these steps, whose buffers stand at `addresses`; what a step leaves out is zero."""
     rows = np.zeros(len(steps), _STEP)
     for row, step in zip(rows, steps, strict=True):
@@ -110,7 +110,7 @@ def table(steps: Sequence[Step], addresses: Mapping[str, int] | None = None) -> 
     return rows
 
 
-def layout(steps: Sequence[Step], sizes: Mapping[str, int], kept: Collection[str]) -> tuple[dict[str, int], int]:
+def layout(steps: Sequence[Mapping[str, int | str]], sizes: Mapping[str, int], kept: Collection[str]) -> tuple[dict[str, int], int]:
     """Where the buffers that `steps` name begin in one piece of memory, and how long it is; all in floats.
 
     A buffer is in use from the first step that names it to the last one, or to the end if it is `kept`; two that are
