@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import kernels
+from engine import config, kernels
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
@@ -199,6 +199,10 @@ def test_total_variation_is_torchs_mean_power(power):
     assert total_variation_reference(pixels, power)[0] == pytest.approx(float(plain))
     rolled = sum((x.roll(-1, axis) - x).abs().pow(power).mean() for axis in (1, 2))
     assert total_variation_reference(pixels, power, wrap=True)[0] == pytest.approx(float(rolled))
+
+
+def test_config_knows_the_same_forms():
+    assert config.TV_FORMS == FORMS
 
 
 def test_forms_of_total_variation():
