@@ -110,7 +110,9 @@ def table(steps: Sequence[Mapping[str, int | str]], addresses: Mapping[str, int]
     return rows
 
 
-def layout(steps: Sequence[Mapping[str, int | str]], sizes: Mapping[str, int], kept: Collection[str]) -> tuple[dict[str, int], int]:
+def layout(
+    steps: Sequence[Mapping[str, int | str]], sizes: Mapping[str, int], kept: Collection[str]
+) -> tuple[dict[str, int], int]:
     """Where the buffers that `steps` name begin in one piece of memory, and how long it is; all in floats.
 
     A buffer is in use from the first step that names it to the last one, or to the end if it is `kept`; two that are
