@@ -73,10 +73,11 @@ class Baseline:
     def iterate(self, start: Tensor) -> Iterator[float]:
         """Optimise from `start` for ever: the loss after each iteration, one evaluation and one L-BFGS step.
 
+        The picture so far is `pixels`.
         `max_iter=1` hands every iteration out; torch carries the history from call to call, so the steps are those of
         one long call.
         """
-        pixels = self._place(start).requires_grad_()
+        pixels = self.pixels = self._place(start).requires_grad_()
         optimizer = torch.optim.LBFGS([pixels], max_iter=1, tolerance_grad=0, tolerance_change=0)
 
         def closure() -> Tensor:

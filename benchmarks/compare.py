@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from engine import Config, provider
+from engine import provider
 
 from . import cases, machine, timing
 
@@ -76,9 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": list(rows.values()),
     }
     _print_table(report)
-    if args.equal_loss:
-        report["equal_loss"] = timing.equal_loss(problem, engines[0], args.baseline_iterations, args.engine_iterations)
-        _print_equal_loss(report["equal_loss"])
     out = args.out or RESULTS / f"{machine.slug(args.device)}-{args.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
@@ -93,11 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--content", type=Path, help="content picture, by default the bundled one")
     parser.add_argument("--style", type=Path, help="style picture, by default the bundled one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all of it runs (default cpu)")
-    names, own = (*cases.RIVALS, *cases.ENGINES), Config().iterations
+    names = (*cases.RIVALS, *cases.ENGINES)
     parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--equal-loss", action="store_true", help="also measure the time to equal loss")
-    parser.add_argument("--baseline-iterations", type=int, default=500, help="that set the loss to reach (default 500)")
-    parser.add_argument("--engine-iterations", type=int, default=own, help=f"at its last scale (default {own})")
     parser.add_argument("--out", type=Path, help="JSON to write, by default named after machine and size in results/")
     parser.add_argument("--memory", choices=names, metavar="NAME", help=argparse.SUPPRESS)
     return parser
@@ -138,15 +132,6 @@ def _print_table(report: dict[str, Any]) -> None:
             f"{row['iterations_per_s']:7.2f}{row['ratio']:6.2f}{row['ratio_of_fastest']:8.2f}{row['gflop_per_s']:8.0f}{row['share_of_mm']:6.0%}"
             f"{row.get('device_mib', row['peak_mib']):9.0f}{row['imports_mib']:12.0f}"
         )
-
-
-def _print_equal_loss(found: dict[str, Any]) -> None:
-    eager = f"eager reached its lowest loss of {found['baseline_iterations']} iterations, {found['loss']:.6g}, in "
-    eager += f"{found['baseline_s']:.1f} s"
-    if found["engine_s"] is None:
-        print(f"{eager}; the engine did not: {found['engine_lowest_loss']:.6g} after {found['engine_total_s']:.1f} s")
-    else:
-        print(f"{eager}; the engine in {found['engine_s']:.1f} s: {found['ratio']:.1f} times as fast")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def table(size: int, iterations: int) -> dict[str, object]:
         sources = {"random": Path(folder, "random.safetensors"), "k-means": Path(folder, "k-means.safetensors")}
         save_file(he(), sources["random"])
         save_file(_parameters(FLOOR), sources["k-means"])
-        save_file(_parameters(JUDGE), Path(folder, "judge.safetensors"))
+        save_file(other(), Path(folder, "judge.safetensors"))
         judges = {"learned": network(Path(folder, "judge.safetensors")), "gabor": (gabor, "modulus 2")}
         config = Config(size=size, iterations=iterations)
         styles = {name: STYLES[name]() for _, name in PAIRS}
@@ -144,6 +144,11 @@ def he() -> dict[str, Tensor]:
         parameters[f"{conv.name}.weight"] = filters * math.sqrt(2 / (9 * conv.in_channels))
         parameters[f"{conv.name}.bias"] = torch.zeros(conv.out_channels)
     return _torchvision_names(parameters)
+
+
+def other() -> dict[str, Tensor]:
+    """Features of the same method from another seed and other photographs."""
+    return _parameters(JUDGE)
 
 
 def _parameters(recipe: Recipe) -> dict[str, Tensor]:

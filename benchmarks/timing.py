@@ -8,9 +8,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
+
 from engine import BackendError
+from engine import image as images
 
 from . import cases, machine
+from .baseline import Baseline
 from .cases import Loop, Problem
 
 TURN = 3  # iterations of one variant before the next one has its turn
@@ -107,8 +111,12 @@ def memory(name: str, problem: Problem) -> dict[str, float]:
     return found
 
 
-def equal_loss(problem: Problem, engine: str, iterations: int, engine_iterations: int) -> dict[str, Any]:
+def equal_loss(
+    problem: Problem, engine: str, iterations: int, engine_iterations: int
+) -> tuple[dict[str, Any], tuple[Image.Image, Image.Image]]:
     """Time until the engine's coarse-to-fine run has, at full size, the lowest loss of `iterations` eager iterations.
+
+    Also the pictures at the ends of both runs, eager's first.
 
     Loading the weights counts for neither, making graphs and targets for both. The two runs advance in turns,
     whichever has used less time so far; so a busy spell of the machine hits both.
@@ -117,14 +125,19 @@ def equal_loss(problem: Problem, engine: str, iterations: int, engine_iterations
 
     stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
     cases.weights(problem)
+    pictures: dict[str, Image.Image] = {}
 
     def baseline() -> Iterator[float]:
-        yield from itertools.islice(cases.build("eager", problem).iterate(problem.start), iterations)
+        loop = cases.build("eager", problem)
+        assert isinstance(loop, Baseline)
+        yield from itertools.islice(loop.iterate(problem.start), iterations)
+        pictures["baseline"] = images.to_pil(loop.pixels.detach().cpu(), None)
 
     def ours() -> Iterator[float | None]:
         config = replace(problem.config, iterations=engine_iterations)
         for step in stylizer.steps(problem.content, problem.style, config):
             yield step.loss if step.scale == problem.config.size else None
+        pictures["engine"] = step.image
 
     running: dict[str, Iterator[float | None]] = {"baseline": baseline(), "engine": ours()}
     clock = dict.fromkeys(running, 0.0)
@@ -143,7 +156,7 @@ def equal_loss(problem: Problem, engine: str, iterations: int, engine_iterations
     target = min(loss for loss, _ in traces["baseline"])
     reached = {name: next((s for loss, s in trace if loss <= target), None) for name, trace in traces.items()}
     engine_s = reached["engine"]
-    return {
+    found = {
         "baseline_iterations": iterations,
         "engine_iterations": engine_iterations,
         "loss": target,
@@ -153,3 +166,4 @@ def equal_loss(problem: Problem, engine: str, iterations: int, engine_iterations
         "engine_lowest_loss": min(loss for loss, _ in traces["engine"]),
         "engine_total_s": clock["engine"],
     }
+    return found, (pictures["baseline"], pictures["engine"])

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ from PIL import Image
 
 pytest.importorskip("skimage", reason="scikit-image brings the photographs")
 
-from benchmarks import controls, quality, styles
+from benchmarks import controls, equal_loss, quality, styles
 from engine import goal
 
 
@@ -68,3 +69,13 @@ def test_the_sheet_of_the_controls(tmp_path, monkeypatch):
     assert controls.main(["--size", "64", "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "controls.jpg") as page:
         assert page.width > 6 * 64
+
+
+def test_time_to_equal_loss(tmp_path, capsys):
+    assert equal_loss.main(["--size", "40", "--iterations", "4", "--pairs", "bundled", "--out", str(tmp_path)]) == 0
+    (report,) = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
+    found = report["pairs"]["bundled"]
+    assert found["baseline_s"] / found["engine_s"] == found["ratio"] == report["median_ratio"]
+    assert "times as soon" in capsys.readouterr().out
+    (sheet,) = tmp_path.glob("*.jpg")
+    assert Image.open(sheet).size == (1024, 256)
