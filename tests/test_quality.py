@@ -78,4 +78,5 @@ def test_time_to_equal_loss(tmp_path, capsys):
     assert found["baseline_s"] / found["engine_s"] == found["ratio"] == report["median_ratio"]
     assert "times as soon" in capsys.readouterr().out
     (sheet,) = tmp_path.glob("*.jpg")
-    assert Image.open(sheet).size == (1024, 256)
+    with Image.open(sheet) as page:
+        assert page.size == (1024, 256)
