@@ -182,8 +182,8 @@ def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
     with Server(tmp_path / "data") as server:
         _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})
         server.finished(body["id"], until=("running",))
-        (pid,) = [int(word) for word in children(server.process.pid)]
-        os.kill(pid, signal.SIGKILL)
+        (pid,) = [pid for pid in children(server.process.pid) if b"engine.serve.worker" in command(pid)]
+        os.kill(int(pid), signal.SIGKILL)
         server.finished(body["id"], until=("queued",))
         _, other, _ = post(server, *pair, {**OPTIONS, "init": "noise"}, None)
         request = urllib.request.Request(f"{server.url}/v1/jobs/{body['id']}", method="DELETE")
@@ -196,6 +196,10 @@ def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
 def children(pid: int) -> list[str]:
     """Ids of the processes that the threads of this one have started."""
     return " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+
+
+def command(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def serve(*words, **environment):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import shutil
 import sqlite3
-import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from starlette.exceptions import HTTPException
 from engine import __version__
 
 from . import problems
+from .decoder import DECODERS, Decoders
 from .guard import Guard
 from .metrics import Metrics
 from .problems import Problem
@@ -36,7 +38,6 @@ _PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", 
 _LOOK = 0.15  # seconds between two looks of an event stream at the store
 _ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 _STREAMS = 256  # event streams at the same time
-_DECODERS = threading.BoundedSemaphore(2)  # uploads decoded at the same time, which bounds their memory
 _JOB = {
     "id": "7f0a3c52d1f94a0e8f5e1c0b9d2a6e41", "state": "running", "reason": None, "place": None, "scale": 256,
     "iteration": 40, "total": 141, "loss": 0.0312, "eta": 9.5, "preview": 3, "seconds": 4.1, "priority": 0,
@@ -95,6 +96,9 @@ class Service:
         self.metrics = Metrics(self.store)
         self.stopping = False
         self.streams = 0
+        self.check_picture = functools.partial(problems.check_picture, max_pixels=settings.max_pixels)
+        # Threads of their own: uploads that wait for a decoder must not keep the others from answering.
+        self.turns = ThreadPoolExecutor(2 * DECODERS, "turn")
 
     def job(self, job: str) -> Row:
         """The row of a job. Raises Problem."""
@@ -106,8 +110,16 @@ class Service:
     def picture(self, name: str, upload: UploadFile) -> tuple[bytes, tuple[int, int]]:
         """An uploaded picture and its (width, height). Raises Problem."""
         data = upload.file.read()
-        with _DECODERS:
-            return data, problems.check_picture(name, data, self.settings)
+        return data, self.check_picture(name, data)
+
+    def in_turn(self, route: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:
+        """A route that takes its time: some calls run at once, the rest waits."""
+
+        @functools.wraps(route)
+        async def turned(**given: Any) -> Response:
+            return await asyncio.get_running_loop().run_in_executor(self.turns, functools.partial(route, **given))
+
+        return turned
 
     def check_open(self) -> None:
         """Raise Problem if nothing can be stored now."""
@@ -139,11 +151,14 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(store.recover)
-        supervisor = Supervisor(store, settings)
+        supervisor, decoders = Supervisor(store, settings), Decoders(settings.max_pixels)
+        service.check_picture = decoders.check
         supervisor.start()
         yield
         service.stopping = True
+        decoders.close()
         await asyncio.to_thread(supervisor.stop)
+        await asyncio.to_thread(service.turns.shutdown, cancel_futures=True)
         store.close()
 
     app = FastAPI(
@@ -188,6 +203,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         responses=_ok(202, "Accepted: it is on the disk", _JOB)
         | _errors(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
     )  # fmt: skip
+    @service.in_turn
     def add_job(
         request: Request,
         content: Annotated[UploadFile, File(description="the picture to paint")],
@@ -202,13 +218,13 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         client = request.client.host if request.client else "unknown"
         if idempotency_key is None:
             service.check_room(client)
+        if len(style or []) + len(style_id or []) > 8:
+            raise Problem(422, "style: at most 8 are mixed")
         data, size = service.picture("content", content)
         styles: list[bytes | str] = [service.picture("style", each)[0] for each in style or []]
         styles += style_id or []
         if not styles:
             raise Problem(422, "style: send at least one picture, or style_id")
-        if len(styles) > 8:
-            raise Problem(422, "style: at most 8 are mixed")
         checked = problems.check_options(options, size, settings)
         allowed = min(settings.deadline, deadline or settings.deadline)
         digests = [each if isinstance(each, str) else hashlib.sha256(each).hexdigest() for each in (data, *styles)]
@@ -258,6 +274,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         responses=_PAINTED
         | _errors(404, 406, 409, 422),
     )  # fmt: skip
+    @service.in_turn
     def image(job: JobId, accept: Annotated[str, Header()] = "*/*") -> Response:
         media = _negotiate(accept)
         row = service.job(job)
@@ -281,8 +298,10 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
 
     @app.post(
         "/v1/styles", status_code=201, response_model=None, summary="Store a style",
-        responses=_ok(201, "Stored", {"id": "5" * 64}) | _errors(400, 408, 413, 415, 422, 503, 507),
+        responses=_ok(201, "Stored", {"id": "5" * 64}) | _ok(200, "It was there", {"id": "5" * 64})
+        | _errors(400, 408, 413, 415, 422, 503, 507),
     )  # fmt: skip
+    @service.in_turn
     def add_style(style: Annotated[UploadFile, File(description="the picture")]) -> Response:
         service.check_open()
         data, size = service.picture("style", style)
@@ -308,7 +327,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         return Response(status_code=204)
 
     @app.get("/health/live", summary="The process answers")
-    def live() -> dict[str, str]:
+    async def live() -> dict[str, str]:
         return {"status": "live"}
 
     @app.get("/health/ready", summary="A worker is ready and jobs are taken", responses=_errors(503, 507))
