@@ -325,7 +325,8 @@ def test_harm_from_all_sides_is_answered_and_nobody_else_waits(tmp_path):
 
         def upload(turn):
             for i, (name, (data, wanted)) in enumerate(uploads.items()):
-                answers.append((name, style(server, NAMES[(i + turn) % len(NAMES)], data), wanted))
+                file = NAMES[(i + turn) % len(NAMES)]
+                answers.append((name, style(server, file, data), wanted if len(file) < 4096 else {400, 413}))
 
         def speak(head):
             with (
