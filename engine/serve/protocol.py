@@ -29,6 +29,12 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
         self._stop()
 
+    def send_400_response(self, msg: str) -> None:
+        """The bytes are no HTTP: if that shows in a body, whoever reads it must not answer once more."""
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+
     def _look(self) -> None:
         waits = self.cycle is None or self.cycle.response_complete
         if not waits:
