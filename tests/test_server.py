@@ -121,7 +121,7 @@ def kill_under_load(server, pair, stylizer, jobs, clients, kills, longest, seed,
 
 def test_jobs_of_eight_clients_survive_a_kill_and_sigterm(tmp_path, pair, stylizer):
     with Server(tmp_path / "data") as server:
-        kill_under_load(server, pair, stylizer, jobs=16, clients=8, kills=1, longest=2, seed=0)
+        kill_under_load(server, pair, stylizer, jobs=8, clients=8, kills=1, longest=2, seed=0, lengths=(2,))
         _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})
         server.finished(body["id"], until=("running",))
         status, seconds = server.terminate()
@@ -179,6 +179,7 @@ def footprint(server):
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
     with Server(tmp_path / "data") as server:
         _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})

@@ -14,12 +14,13 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, File, Form, Header, Path, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from engine import __version__
@@ -33,6 +34,7 @@ from .settings import Settings
 from .store import UNFINISHED, ConflictError, FullError, Row, Store
 from .supervisor import Supervisor
 
+_T = TypeVar("_T")
 _PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LOOK = 0.15  # seconds between two looks of an event stream at the store
@@ -112,14 +114,26 @@ class Service:
         data = upload.file.read()
         return data, self.check_picture(name, data)
 
+    async def turn(self, work: Callable[[], _T]) -> _T:
+        """What work gives that takes its time: some is done at once, the rest waits."""
+        return await asyncio.get_running_loop().run_in_executor(self.turns, work)
+
     def in_turn(self, route: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:
-        """A route that takes its time: some calls run at once, the rest waits."""
+        """A route that takes its time."""
 
         @functools.wraps(route)
         async def turned(**given: Any) -> Response:
-            return await asyncio.get_running_loop().run_in_executor(self.turns, functools.partial(route, **given))
+            return await self.turn(functools.partial(route, **given))
 
         return turned
+
+    def painted(self, job: str) -> tuple[Row, bytes]:
+        """A job and its picture, or the picture so far. Raises Problem."""
+        row = self.job(job)
+        for name in ("result.png", "preview.png"):
+            with contextlib.suppress(FileNotFoundError):
+                return row, (self.store.folder(job) / name).read_bytes()
+        raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
 
     def check_open(self) -> None:
         """Raise Problem if nothing can be stored now."""
@@ -274,16 +288,12 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         responses=_PAINTED
         | _errors(404, 406, 409, 422),
     )  # fmt: skip
-    @service.in_turn
-    def image(job: JobId, accept: Annotated[str, Header()] = "*/*") -> Response:
+    async def image(job: JobId, accept: Annotated[str, Header()] = "*/*") -> Response:
         media = _negotiate(accept)
-        row = service.job(job)
-        for name in ("result.png", "preview.png"):
-            with contextlib.suppress(FileNotFoundError):
-                data = (store.folder(job) / name).read_bytes()
-                headers = {"vary": "accept", "x-job-state": row["state"]}
-                return Response(_convert(data, _PICTURES[media]), 200, headers, media)
-        raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
+        row, data = await run_in_threadpool(service.painted, job)
+        if _PICTURES[media] != "PNG":
+            data = await service.turn(functools.partial(_convert, data, _PICTURES[media]))
+        return Response(data, 200, {"vary": "accept", "x-job-state": row["state"]}, media)
 
     @app.get(
         "/v1/jobs/{job}/events", response_model=None, summary="Progress as server-sent events",
@@ -414,8 +424,6 @@ def _negotiate(accept: str) -> str:
 
 def _convert(data: bytes, form: str) -> bytes:
     """A PNG file in another format."""
-    if form == "PNG":
-        return data
     stream = io.BytesIO()
     image = Image.open(io.BytesIO(data))
     if form == "JPEG":

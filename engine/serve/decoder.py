@@ -23,14 +23,15 @@ _ROOM = 2**29  # bytes of a decoder besides 24 for each pixel that it has to tak
 
 
 class Decoders:
-    """The decoding processes of a server, started when they are needed and again when they die."""
+    """The decoding processes of a server: the first starts now, the rest when needed, and again when they die."""
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels, self._closed = max_pixels, False
         self._all: set[subprocess.Popen[bytes]] = set()
         self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
-        for _ in range(DECODERS):
+        for _ in range(DECODERS - 1):
             self._idle.put(None)
+        self._idle.put(self._spawn())  # so that the first upload does not wait for Python to start
 
     def check(self, name: str, data: bytes) -> tuple[int, int]:
         """(width, height) of an uploaded picture that can be decoded. Raises Problem."""
