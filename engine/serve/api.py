@@ -98,7 +98,9 @@ class Service:
         self.metrics = Metrics(self.store)
         self.stopping = False
         self.streams = 0
-        self.check_picture = functools.partial(problems.check_picture, max_pixels=settings.max_pixels)
+        self.check_picture: Callable[[str, bytes], tuple[int, int]] = functools.partial(
+            problems.check_picture, max_pixels=settings.max_pixels
+        )
         # Threads of their own: uploads that wait for a decoder must not keep the others from answering.
         self.turns = ThreadPoolExecutor(2 * DECODERS, "turn")
 

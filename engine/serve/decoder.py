@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 from .problems import Problem, check_picture
 
@@ -69,7 +70,7 @@ class Decoders:
         return process
 
     @staticmethod
-    def _ask(process: subprocess.Popen[bytes], name: str, data: bytes) -> dict[str, int]:
+    def _ask(process: subprocess.Popen[bytes], name: str, data: bytes) -> dict[str, Any]:
         assert process.stdin is not None
         assert process.stdout is not None
         clock = threading.Timer(_SECONDS, process.kill)
@@ -92,7 +93,7 @@ def main(max_pixels: int) -> None:
         name, size = json.loads(line)
         try:
             width, height = check_picture(name, sys.stdin.buffer.read(size), max_pixels)
-            answer = {"width": width, "height": height}
+            answer: dict[str, Any] = {"width": width, "height": height}
         except Problem as problem:
             answer = {"status": problem.status_code, "detail": problem.detail}
         print(json.dumps(answer), flush=True)  # noqa: T201
