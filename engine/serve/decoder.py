@@ -28,6 +28,7 @@ class Decoders:
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels, self._closed = max_pixels, False
+        self._lock = threading.Lock()
         self._all: set[subprocess.Popen[bytes]] = set()
         self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
         for _ in range(DECODERS - 1):
@@ -39,9 +40,10 @@ class Decoders:
         process = self._idle.get()
         try:
             if process is None or process.poll() is not None:
-                process = self._spawn()
+                process = self._spawn(process)
             answer = self._ask(process, name, data)
         except (OSError, ValueError) as error:
+            self._check_open()
             raise Problem(422, f"{name} is damaged, or takes too much time or memory to decode") from error
         finally:
             self._idle.put(process)
@@ -51,23 +53,26 @@ class Decoders:
 
     def close(self) -> None:
         """End the processes, those at work too."""
-        self._closed = True
-        for process in self._all:
-            process.kill()
-            with contextlib.suppress(OSError):  # of what was still to be written
-                process.communicate()
+        with self._lock:
+            self._closed = True
+            for process in self._all:
+                process.kill()
+                _bury(process)
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _check_open(self) -> None:
         if self._closed:
             raise Problem(503, "the server is stopping", retry_after=10)
-        for process in [each for each in self._all if each.poll() is not None]:
-            self._all.remove(process)
-            with contextlib.suppress(OSError):
-                process.communicate()
-        command = [sys.executable, "-m", "engine.serve.decoder", str(self._max_pixels)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._all.add(process)
-        return process
+
+    def _spawn(self, dead: subprocess.Popen[bytes] | None = None) -> subprocess.Popen[bytes]:
+        with self._lock:
+            self._check_open()
+            if dead:
+                self._all.discard(dead)
+                _bury(dead)
+            command = [sys.executable, "-m", "engine.serve.decoder", str(self._max_pixels)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._all.add(process)
+            return process
 
     @staticmethod
     def _ask(process: subprocess.Popen[bytes], name: str, data: bytes) -> dict[str, Any]:
@@ -82,6 +87,12 @@ class Decoders:
             return json.loads(process.stdout.readline())
         finally:
             clock.cancel()
+
+
+def _bury(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipes of a process that was killed, and take its status."""
+    with contextlib.suppress(OSError, ValueError):  # of what was still to be written or read
+        process.communicate()
 
 
 def main(max_pixels: int) -> None:
