@@ -28,12 +28,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("schemathesis")
 import schemathesis
 import uvicorn
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from engine.serve import api, decoder, problems, protocol
+from engine.serve import api, decoder, guard, problems, protocol
 from engine.serve.settings import Settings
 
 OPTIONS = ("{}", '{"size": 48, "iterations": 1, "scales": 1}', '{"size": 1e9}', "[", '{"init": "../x"}')
@@ -169,6 +170,16 @@ def received(client) -> bytes:
         while data := client.recv(65536):
             found += data
     return found
+
+
+def test_uploads_beyond_the_limit_come_again(tmp_path, monkeypatch):
+    app = api.create_app(Settings(data=str(tmp_path), reserve=0))
+    client = TestClient(app, base_url="http://localhost")
+    assert client.post("/v1/styles", files={"style": picture()}).status_code == 201
+    monkeypatch.setattr(guard, "_UPLOADS", 0)
+    refused = client.post("/v1/styles", files={"style": picture()})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert client.get("/v1/styles").status_code == 200
 
 
 # All at once, against a real server.
