@@ -16,7 +16,7 @@ test: $(SET_UP)
 	$(BIN)/python -m pytest -m "$(MARK)"
 
 test-slow: $(SET_UP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -rP
 
 test-browser: $(SET_UP)
 	test -x $(CHROMIUM) || (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium)

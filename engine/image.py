@@ -91,7 +91,7 @@ def load(source: Source) -> Picture:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pil(source)
-    most, pixels = _limit("STYLIZE_MAX_BYTES", MAX_BYTES), _limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
+    most, pixels = limit("STYLIZE_MAX_BYTES", MAX_BYTES), limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
     if isinstance(source, bytes | bytearray | memoryview):
         name, data = "picture", bytes(source)
     elif isinstance(source, str) and source == "-":
@@ -122,7 +122,8 @@ def load(source: Source) -> Picture:
         raise ValueError(f"{name} is damaged ({error})") from error
 
 
-def _limit(variable: str, default: int) -> int:
+def limit(variable: str, default: int) -> int:
+    """A limit that the environment may set. Raises ValueError if it is no number."""
     text = os.environ.get(variable, str(default))
     if not (text.isdecimal() and int(text)):
         raise ValueError(f"{variable} {text!r}: give a whole number from 1")
@@ -172,7 +173,7 @@ def _from_pil(image: Image.Image) -> Picture:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF tag says, or as it is if its EXIF data are damaged."""
-    pixels = _limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
+    pixels = limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
     try:
         with _bounded(pixels):
             return ImageOps.exif_transpose(image)

@@ -8,11 +8,10 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from . import colour, kernels, provider
 from . import image as images
+from .cache import Cache
 from .checkpoint import Checkpoint, dump
 from .checkpoint import load as load_checkpoint
 from .config import MIN_SIDE, Config
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-_NETWORKS = 8  # graph pairs kept open: the scales of one run
-_STYLES = 64  # style targets kept, 2.4 MB each with the default layers
+# Bytes kept for later runs, $STYLIZE_CACHE_BYTES: style targets, 2.4 MB a scale with the default layers; and networks,
+# 0.8 kB a pixel in fp16, but on `cpu`, where they open in milliseconds.
+_CACHE, _NETWORK_CACHE = 2**28, 2**32
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ class Stylizer:
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.
+
+    Style targets and, but on `cpu`, networks are kept for later runs, up to the environment's STYLIZE_CACHE_BYTES.
     """
 
     def __init__(
@@ -156,8 +158,7 @@ class Stylizer:
         self._source = weights
         self._lock = threading.RLock()
         self._opened: _Network | None = None
-        self._networks: OrderedDict[Hashable, Features] = OrderedDict()
-        self._targets: OrderedDict[Hashable, Statistics] = OrderedDict()
+        self._cache = Cache(images.limit("STYLIZE_CACHE_BYTES", _CACHE if self.device == "cpu" else _NETWORK_CACHE))
         self._network(Config().layers)
 
     @property
@@ -445,15 +446,15 @@ class Stylizer:
                     found[layer] = Statistic(kernels.gram(seen, features.products), mean)
             return found
 
-        return self._cached(self._targets, key, _STYLES, make)
+        return self._cache.get(("style", *key), make, _of_statistics)
 
     def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config) -> Features:
         padding = "circular" if config.tile else config.padding
         make = functools.partial(self._open_features, size, layers, config, padding)
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
             return make()
-        key = (size, layers, config.pixel_range, config.pooling, padding, self.precision)
-        return self._cached(self._networks, key, _NETWORKS, make)
+        key = ("network", size, layers, config.pixel_range, config.pooling, padding, self.precision)
+        return self._cache.get(key, make, _of_network)
 
     def _open_features(
         self,
@@ -487,12 +488,10 @@ class Stylizer:
             assert self._opened
             return self._opened
 
-    def _cached(self, cache: OrderedDict[Hashable, _T], key: Hashable, limit: int, make: Callable[[], _T]) -> _T:
-        """The entry of a least-recently-used cache; one thread at a time makes a new one."""
-        with self._lock:
-            if key not in cache:
-                cache[key] = make()
-            cache.move_to_end(key)
-            while len(cache) > limit:
-                cache.popitem(last=False)
-            return cache[key]
+
+def _of_statistics(found: Statistics) -> list[Tensor]:
+    return [tensor for each in found.values() for tensor in (each.matrix, each.mean)]
+
+
+def _of_network(network: Features) -> list[Tensor]:
+    return [network.image, network.gradient, *network.features.values(), *network.cotangents.values()]

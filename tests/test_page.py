@@ -129,6 +129,7 @@ def test_wrong_files_and_refusals_are_told(page, tmp_path):
     content.set_input_files(tmp_path / "broken.png")
     page.get_by_role("button", name="Paint", exact=True).click()
     page.get_by_role("alert").filter(has_text=re.compile("content is (not a picture|damaged)")).wait_for()
+    assert page.locator(".drop[data-name=content] img").is_hidden()  # as the browser cannot show it
     shot(page, "error")
     assert page.locator("article.job").count() == 0
 

@@ -1,6 +1,9 @@
 """A real server: results under load, kills at random moments, and how it starts and stops."""
 
+import contextlib
+import http.client
 import io
+import itertools
 import os
 import random
 import signal
@@ -40,25 +43,29 @@ def expected(stylizer, pair, seed, **options) -> bytes:
     return worker.png(stylizer(*pair, config).image)
 
 
-def submit(server, pair, number, clients, stop=None, **options):
-    """{key: (id, seed)} of `number` jobs from as many threads as there are clients; refused ones come again."""
+def submit(server, pair, number, clients, over=None, series="a", lengths=(4,)):
+    """{key: (id, seed, iterations)} of `number` jobs from as many threads as there are clients; what is refused comes
+    again. With `over` they go on until it is set."""
     accepted, problems = {}, []
 
     def client(which):
-        for i in range(which, number, clients):
-            while not (stop and stop.is_set()):
-                options_now = {**OPTIONS, **options, "init": "noise", "seed": i % 3}
+        for i in itertools.count(which, clients):
+            if i >= number and (over is None or over.is_set()):
+                return
+            seed, iterations = i % 3, lengths[i % len(lengths)]
+            options = {**OPTIONS, "iterations": iterations, "init": "noise", "seed": seed}
+            while not (i >= number and over.is_set()):
                 try:
-                    status, body, headers = post(server, *pair, options_now, key=f"{which}-{i}")
-                except OSError:  # the server was killed: the key makes another try safe
+                    status, body, headers = post(server, *pair, options, key=f"{series}-{i}")
+                except (OSError, http.client.HTTPException):  # the server was killed: the key makes another try safe
                     time.sleep(0.1)
                     continue
                 if status == 202:
-                    accepted[f"{which}-{i}"] = body["id"], i % 3
+                    accepted[f"{series}-{i}"] = body["id"], seed, iterations
                     break
                 if status not in (429, 503):
                     problems.append(body)
-                    break
+                    return
                 assert int(headers["retry-after"]) >= 1
                 time.sleep(0.2)
 
@@ -68,76 +75,98 @@ def submit(server, pair, number, clients, stop=None, **options):
     return accepted, problems, threads
 
 
-def check_all(server, accepted, pair, stylizer, **options):
+def check_all(server, accepted, pair, stylizer):
     """Every accepted job is done, each with the library's bytes, and no two are the same job."""
-    wanted = {seed: expected(stylizer, pair, seed, **options) for seed in range(3)}
-    assert len({job for job, _ in accepted.values()}) == len(accepted)
-    for job, seed in accepted.values():
+    wanted = {
+        (seed, iterations): expected(stylizer, pair, seed, iterations=iterations)
+        for seed, iterations in {(seed, iterations) for _, seed, iterations in accepted.values()}
+    }
+    assert len({job for job, *_ in accepted.values()}) == len(accepted)
+    for job, seed, iterations in accepted.values():
         done = server.finished(job)
         assert done["state"] == "succeeded", done
-        assert server.bytes(done["image"]) == wanted[seed]
+        assert server.bytes(done["image"]) == wanted[seed, iterations]
 
 
-def kill_under_load(server, pair, stylizer, jobs, clients, kills, seed, **options):
-    dice = random.Random(seed)
-    stop = threading.Event()
-    accepted, problems, threads = submit(server, pair, jobs, clients, stop, **options)
+def kill_under_load(server, pair, stylizer, jobs, clients, kills, longest, seed, lengths=(4,)):
+    """Kill while clients send jobs; then every accepted job is done once, and nothing else lies about."""
+    dice, over, met = random.Random(seed), threading.Event(), []
+    accepted, problems, threads = submit(server, pair, jobs, clients, over, lengths=lengths)
     for _ in range(kills):
-        time.sleep(dice.uniform(0.1, 2.0))
+        time.sleep(dice.uniform(0.1, longest))
+        folders = server.data / "jobs"
+        met.append((len(list(folders.glob("*/content"))), len(list(folders.glob("*/checkpoint")))))
         server.kill(everything=dice.random() < 0.7)
         server.start(ready=dice.random() < 0.7)
+    over.set()
     for thread in threads:
         thread.join()
     assert not problems
-    assert len(accepted) == jobs
-    check_all(server, accepted, pair, stylizer, **options)
-    database = sqlite3.connect(server.data / "store.sqlite")
-    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert database.execute("SELECT count(*) FROM jobs").fetchone() == (jobs,)
-    database.close()
+    assert len(accepted) >= jobs
+    check_all(server, accepted, pair, stylizer)
+    with contextlib.closing(sqlite3.connect(server.data / "store.sqlite")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        stored = {job for (job,) in database.execute("SELECT id FROM jobs")}
+    sent = {job for job, *_ in accepted.values()}
+    # A job whose answer a last kill swallowed is on the disk though its client gave up: at most one for each client.
+    assert sent <= stored
+    assert len(stored) <= len(sent) + clients
+    for job in stored:
+        assert server.finished(job)["state"] == "succeeded"
+    assert {path.name for path in folders.iterdir()} == stored
+    assert {path.name for path in folders.glob("*/*")} == {"result.png"}
+    print(f"{kills} kills, {len(accepted)} jobs accepted, all done once; unfinished jobs/checkpoints at each kill:")
+    print(" ", *(f"{waiting}/{saved}" for waiting, saved in met))
 
 
 def test_jobs_of_eight_clients_survive_a_kill_and_sigterm(tmp_path, pair, stylizer):
     with Server(tmp_path / "data") as server:
-        kill_under_load(server, pair, stylizer, jobs=16, clients=8, kills=1, seed=0)
-        _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})
-        server.finished(body["id"], until=("running",))
+        kill_under_load(server, pair, stylizer, jobs=8, clients=8, kills=1, longest=2, seed=0, lengths=(2,))
+        unfinished = {post(server, *pair, {**OPTIONS, "iterations": 100_000})[1]["id"] for _ in range(9)}
+        time.sleep(1)  # until one runs
         status, seconds = server.terminate()
         assert status == 0, server.log.read_text()
         assert seconds < 10
+        assert len(list((server.data / "jobs").glob("*/checkpoint"))) == 1
+    print(f"SIGTERM with one job running and eight waiting: exit after {seconds:.1f} s")
     text = server.log.read_text()
     assert "Traceback" not in text
     database = sqlite3.connect(server.data / "store.sqlite")
     rows = database.execute("SELECT id, state FROM jobs WHERE state != 'succeeded'").fetchall()
     database.close()
-    assert rows == [(body["id"], "queued")]
+    assert set(rows) == {(job, "queued") for job in unfinished}
 
 
 @pytest.mark.slow
 def test_twenty_kills_under_load_lose_nothing(tmp_path, pair, stylizer):
-    with Server(tmp_path / "data") as server:
-        kill_under_load(server, pair, stylizer, jobs=60, clients=8, kills=20, seed=1, iterations=20)
+    lengths = (20,) * 6 + (300,)  # some run long enough to be checkpointed
+    with Server(tmp_path / "data", "--workers", "2") as server:
+        kill_under_load(server, pair, stylizer, jobs=60, clients=8, kills=20, longest=6, seed=1, lengths=lengths)
 
 
 @pytest.mark.slow
 def test_two_hundred_jobs_leave_no_memory_thread_or_handle(tmp_path, pair, stylizer):
     with Server(tmp_path / "data", "--per-client", "64") as server:
-        warm, _, threads = submit(server, pair, 16, 8)
+        warm, _, threads = submit(server, pair, 16, 8, series="warm")
         for thread in threads:
             thread.join()
         check_all(server, warm, pair, stylizer)
         before = footprint(server)
-        accepted, problems, threads = submit(server, pair, 200, 8, iterations=5)
+        start = time.monotonic()
+        accepted, problems, threads = submit(server, pair, 200, 8, lengths=(5,))
         for thread in threads:
             thread.join()
         assert not problems
         assert len(accepted) == 200
-        check_all(server, accepted, pair, stylizer, iterations=5)
+        check_all(server, accepted, pair, stylizer)
+        seconds = time.monotonic() - start
         after = footprint(server)
+    print(f"200 jobs of 8 clients: {seconds:.1f} s; (resident bytes, threads, open files) of each process:")
     for pid, (memory, tasks, handles) in before.items():
-        assert after[pid][0] < memory + 64 * 2**20, (before, after)
-        assert after[pid][1] <= tasks + 2, (before, after)
-        assert after[pid][2] <= handles + 2, (before, after)
+        print(f"  {before[pid]} -> {after[pid]}")
+        assert after[pid][0] < memory + 16 * 2**20
+        assert after[pid][1] <= tasks
+        assert after[pid][2] <= handles
 
 
 def footprint(server):
@@ -152,12 +181,13 @@ def footprint(server):
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
     with Server(tmp_path / "data") as server:
         _, body, _ = post(server, *pair, {**OPTIONS, "iterations": 100_000})
         server.finished(body["id"], until=("running",))
-        (pid,) = [int(word) for word in children(server.process.pid)]
-        os.kill(pid, signal.SIGKILL)
+        (pid,) = [pid for pid in children(server.process.pid) if b"engine.serve.worker" in command(pid)]
+        os.kill(int(pid), signal.SIGKILL)
         server.finished(body["id"], until=("queued",))
         _, other, _ = post(server, *pair, {**OPTIONS, "init": "noise"}, None)
         request = urllib.request.Request(f"{server.url}/v1/jobs/{body['id']}", method="DELETE")
@@ -170,6 +200,10 @@ def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
 def children(pid: int) -> list[str]:
     """Ids of the processes that the threads of this one have started."""
     return " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+
+
+def command(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def serve(*words, **environment):

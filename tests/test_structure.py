@@ -26,6 +26,7 @@ ALLOWED = {
     "winograd": {"features", "export", "kernels"},
     "regions": {"image"},
     "targets": {"image"},
+    "cache": set(),
     "goal": {"colour", "config", "image", "regions", "targets"},
     "stages": set(),
     "losses": {"config", "features", "kernels", "regions", "stages", "targets"},
@@ -34,8 +35,8 @@ ALLOWED = {
     "checkpoint": set(),
     "start": {"config", "image"},
     "stylizer": (
-        {"checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider", "regions"}
-        | {"start", "targets", "export", "kernels"}
+        {"cache", "checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider"}
+        | {"regions", "start", "targets", "export", "kernels"}
     ),
     "batch": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "stylize": (

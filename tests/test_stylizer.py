@@ -11,6 +11,7 @@ from conftest import TINY
 from PIL import Image
 
 from engine import Config, Stylizer, image
+from engine.cache import Cache
 
 ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
 
@@ -430,16 +431,38 @@ def test_two_hundred_calls_do_not_grow_memory(stylizer, pictures):
     assert resident() - before < 20e6
 
 
-def test_caches_are_bounded(pictures, monkeypatch):
-    from engine import stylizer as module
+def test_the_cache_is_limited_by_bytes_and_forgets_the_oldest():
+    cache = Cache(limit=100)
+    made = []
 
-    monkeypatch.setattr(module, "_NETWORKS", 2)
-    monkeypatch.setattr(module, "_STYLES", 3)
+    def get(key, size):
+        def make():
+            made.append(key)
+            return torch.zeros(size, dtype=torch.uint8)
+
+        cache.get(key, make, lambda tensor: [tensor, tensor[1:]])  # memory that is shared counts once
+
+    for key, size in [("a", 40), ("b", 40), ("a", 40), ("c", 40), ("a", 40), ("b", 40)]:
+        get(key, size)
+    assert made == ["a", "b", "c", "b"]
+    assert (cache.bytes, len(cache)) == (80, 2)
+    get("larger than all", 101)
+    get("b", 40)
+    assert made == ["a", "b", "c", "b", "larger than all"]
+
+
+def test_networks_and_targets_are_kept_up_to_the_limit(pictures, monkeypatch):
+    monkeypatch.setenv("STYLIZE_CACHE_BYTES", str(10**7))
     own = Stylizer(weights="embedded", device="onnxruntime")
+    most = 0
     for size, style in itertools.product((48, 52, 56), range(2)):
         own(pictures["content"], noise(40, 40, style), Config(size=size, iterations=1, scales=1))
-    assert len(own._networks) == 2
-    assert len(own._targets) == 3
+        assert own._cache.bytes <= own._cache.limit
+        most = max(most, len(own._cache))
+    assert most >= 2
+    monkeypatch.setenv("STYLIZE_CACHE_BYTES", "much")
+    with pytest.raises(ValueError, match="STYLIZE_CACHE_BYTES"):
+        Stylizer(weights="embedded", device="cpu")
 
 
 def test_a_style_is_looked_at_once(pictures, monkeypatch):

@@ -49,6 +49,7 @@ def _serve(settings: Settings, token: str) -> int:
 
     from . import logs
     from .api import create_app
+    from .protocol import Protocol
 
     logs.set_up(settings.log)
     Path(settings.data).mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -67,7 +68,8 @@ def _serve(settings: Settings, token: str) -> int:
                 self.should_exit = True
 
         config = uvicorn.Config(
-            app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
+            app, host=settings.host, port=settings.port, http=Protocol, ws="none",
+            log_config=None, access_log=False, server_header=False,
             timeout_graceful_shutdown=_GRACE, timeout_keep_alive=10, limit_concurrency=1024, proxy_headers=False,
         )  # fmt: skip
         server = Server(config)

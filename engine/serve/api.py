@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import shutil
 import sqlite3
-import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, File, Form, Header, Path, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from engine import __version__
 
 from . import problems
+from .decoder import DECODERS, Decoders
 from .guard import Guard
 from .metrics import Metrics
 from .problems import Problem
@@ -31,12 +34,12 @@ from .settings import Settings
 from .store import UNFINISHED, ConflictError, FullError, Row, Store
 from .supervisor import Supervisor
 
+_T = TypeVar("_T")
 _PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 _PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LOOK = 0.15  # seconds between two looks of an event stream at the store
 _ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 _STREAMS = 256  # event streams at the same time
-_DECODERS = threading.BoundedSemaphore(2)  # uploads decoded at the same time, which bounds their memory
 _JOB = {
     "id": "7f0a3c52d1f94a0e8f5e1c0b9d2a6e41", "state": "running", "reason": None, "place": None, "scale": 256,
     "iteration": 40, "total": 141, "loss": 0.0312, "eta": 9.5, "preview": 3, "seconds": 4.1, "priority": 0,
@@ -95,6 +98,11 @@ class Service:
         self.metrics = Metrics(self.store)
         self.stopping = False
         self.streams = 0
+        self.check_picture: Callable[[str, bytes], tuple[int, int]] = functools.partial(
+            problems.check_picture, max_pixels=settings.max_pixels
+        )
+        # Threads of their own: uploads that wait for a decoder must not keep the others from answering.
+        self.turns = ThreadPoolExecutor(2 * DECODERS, "turn")
 
     def job(self, job: str) -> Row:
         """The row of a job. Raises Problem."""
@@ -106,8 +114,28 @@ class Service:
     def picture(self, name: str, upload: UploadFile) -> tuple[bytes, tuple[int, int]]:
         """An uploaded picture and its (width, height). Raises Problem."""
         data = upload.file.read()
-        with _DECODERS:
-            return data, problems.check_picture(name, data, self.settings)
+        return data, self.check_picture(name, data)
+
+    async def turn(self, work: Callable[[], _T]) -> _T:
+        """What work gives that takes its time: some is done at once, the rest waits."""
+        return await asyncio.get_running_loop().run_in_executor(self.turns, work)
+
+    def in_turn(self, route: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:
+        """A route that takes its time."""
+
+        @functools.wraps(route)
+        async def turned(**given: Any) -> Response:
+            return await self.turn(functools.partial(route, **given))
+
+        return turned
+
+    def painted(self, job: str) -> tuple[Row, bytes]:
+        """A job and its picture, or the picture so far. Raises Problem."""
+        row = self.job(job)
+        for name in ("result.png", "preview.png"):
+            with contextlib.suppress(FileNotFoundError):
+                return row, (self.store.folder(job) / name).read_bytes()
+        raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
 
     def check_open(self) -> None:
         """Raise Problem if nothing can be stored now."""
@@ -139,11 +167,14 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(store.recover)
-        supervisor = Supervisor(store, settings)
+        supervisor, decoders = Supervisor(store, settings), Decoders(settings.max_pixels)
+        service.check_picture = decoders.check
         supervisor.start()
         yield
         service.stopping = True
+        decoders.close()
         await asyncio.to_thread(supervisor.stop)
+        await asyncio.to_thread(service.turns.shutdown, cancel_futures=True)
         store.close()
 
     app = FastAPI(
@@ -188,6 +219,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         responses=_ok(202, "Accepted: it is on the disk", _JOB)
         | _errors(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
     )  # fmt: skip
+    @service.in_turn
     def add_job(
         request: Request,
         content: Annotated[UploadFile, File(description="the picture to paint")],
@@ -202,13 +234,13 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         client = request.client.host if request.client else "unknown"
         if idempotency_key is None:
             service.check_room(client)
+        if len(style or []) + len(style_id or []) > 8:
+            raise Problem(422, "style: at most 8 are mixed")
         data, size = service.picture("content", content)
         styles: list[bytes | str] = [service.picture("style", each)[0] for each in style or []]
         styles += style_id or []
         if not styles:
             raise Problem(422, "style: send at least one picture, or style_id")
-        if len(styles) > 8:
-            raise Problem(422, "style: at most 8 are mixed")
         checked = problems.check_options(options, size, settings)
         allowed = min(settings.deadline, deadline or settings.deadline)
         digests = [each if isinstance(each, str) else hashlib.sha256(each).hexdigest() for each in (data, *styles)]
@@ -258,15 +290,12 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         responses=_PAINTED
         | _errors(404, 406, 409, 422),
     )  # fmt: skip
-    def image(job: JobId, accept: Annotated[str, Header()] = "*/*") -> Response:
+    async def image(job: JobId, accept: Annotated[str, Header()] = "*/*") -> Response:
         media = _negotiate(accept)
-        row = service.job(job)
-        for name in ("result.png", "preview.png"):
-            with contextlib.suppress(FileNotFoundError):
-                data = (store.folder(job) / name).read_bytes()
-                headers = {"vary": "accept", "x-job-state": row["state"]}
-                return Response(_convert(data, _PICTURES[media]), 200, headers, media)
-        raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
+        row, data = await run_in_threadpool(service.painted, job)
+        if _PICTURES[media] != "PNG":
+            data = await service.turn(functools.partial(_convert, data, _PICTURES[media]))
+        return Response(data, 200, {"vary": "accept", "x-job-state": row["state"]}, media)
 
     @app.get(
         "/v1/jobs/{job}/events", response_model=None, summary="Progress as server-sent events",
@@ -281,8 +310,10 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
 
     @app.post(
         "/v1/styles", status_code=201, response_model=None, summary="Store a style",
-        responses=_ok(201, "Stored", {"id": "5" * 64}) | _errors(400, 408, 413, 415, 422, 503, 507),
+        responses=_ok(201, "Stored", {"id": "5" * 64}) | _ok(200, "It was there", {"id": "5" * 64})
+        | _errors(400, 408, 413, 415, 422, 503, 507),
     )  # fmt: skip
+    @service.in_turn
     def add_style(style: Annotated[UploadFile, File(description="the picture")]) -> Response:
         service.check_open()
         data, size = service.picture("style", style)
@@ -308,7 +339,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         return Response(status_code=204)
 
     @app.get("/health/live", summary="The process answers")
-    def live() -> dict[str, str]:
+    async def live() -> dict[str, str]:
         return {"status": "live"}
 
     @app.get("/health/ready", summary="A worker is ready and jobs are taken", responses=_errors(503, 507))
@@ -395,8 +426,6 @@ def _negotiate(accept: str) -> str:
 
 def _convert(data: bytes, form: str) -> bytes:
     """A PNG file in another format."""
-    if form == "PNG":
-        return data
     stream = io.BytesIO()
     image = Image.open(io.BytesIO(data))
     if form == "JPEG":

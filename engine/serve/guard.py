@@ -23,6 +23,7 @@ _OPEN = (
     "/page.js",
     "/icon.svg",
 )  # these, samples and health need no token: they hold nothing of anybody
+_UPLOADS = 64  # requests with a body at the same time: each may hold memory or a file
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -40,6 +41,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, token: str) -> None:
         self._app, self._settings, self._token = app, settings, token.encode()
+        self._uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -60,14 +62,19 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
+        uploads = scope["method"] == "POST"
+        self._uploads += uploads
         try:
             self._check(scope)
+            if uploads and self._uploads > _UPLOADS:
+                raise Problem(503, f"{_UPLOADS} uploads are under way", retry_after=1)
             await self._app(scope, self._limited(scope, receive), answer)
         except Problem as problem:  # also those that reading the body raises
             if status:
                 raise
             await problem.response()(scope, receive, answer)
         finally:
+            self._uploads -= uploads
             seconds = round(time.monotonic() - start, 4)
             fields = {"request": request, "method": scope["method"], "path": scope["path"][:200], "status": status}
             log.info("request", extra={**fields, "seconds": seconds})

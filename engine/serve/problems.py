@@ -56,7 +56,7 @@ def of_storage(error: Exception) -> Problem:
     return Problem(500, "the store could not be written")
 
 
-def check_picture(name: str, data: bytes, settings: Settings) -> tuple[int, int]:
+def check_picture(name: str, data: bytes, max_pixels: int) -> tuple[int, int]:
     """(width, height) of an uploaded picture, looked at before it is decoded, then decoded. Raises Problem."""
     if not data:
         raise Problem(422, f"{name} is empty")
@@ -65,13 +65,13 @@ def check_picture(name: str, data: bytes, settings: Settings) -> tuple[int, int]
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
-            if width * height > settings.max_pixels:
-                raise Problem(413, f"{name} has {width} x {height} pixels; the limit is {settings.max_pixels} in all")
+            if width * height > max_pixels:
+                raise Problem(413, f"{name} has {width} x {height} pixels; the limit is {max_pixels} in all")
             image.load()
     except UnidentifiedImageError as error:
         raise Problem(415, f"{name} is not a picture; send {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise Problem(413, f"{name} has too many pixels; the limit is {settings.max_pixels} in all") from error
+        raise Problem(413, f"{name} has too many pixels; the limit is {max_pixels} in all") from error
     except Problem:
         raise
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything

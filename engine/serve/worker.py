@@ -213,3 +213,5 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(0)  # taking torch apart in good order takes seconds, which a stopping server does not have

@@ -76,14 +76,18 @@ function take(name, file) {
   const image = $("img", drop);
   URL.revokeObjectURL(image.src);
   image.src = URL.createObjectURL(file);
+  const see = (seen) => {
+    image.hidden = !seen;
+    drop.classList.toggle("full", seen);
+    $(".hint", drop).dataset.file = seen ? "" : file.name;
+  };
   image.onerror = () => {
-    image.hidden = true;
+    see(false);
     show(new Error(`${file.name}: this browser cannot show it`));
   };
-  image.hidden = false;
+  see(true);
   image.alt = `${name} picture`;
-  drop.classList.add("full");
-  $("button[type=submit]").disabled = !(pictures.content && pictures.style);
+  $("#swap").disabled = $("button[type=submit]").disabled = !(pictures.content && pictures.style);
 }
 
 for (const drop of document.querySelectorAll(".drop")) {
@@ -276,7 +280,8 @@ class Card {
       this.state(job.state, job.eta === null ? "Starting" : `Painting, ${duration(job.eta)} left`);
     }
     const parts = [`${size} px`];
-    if (job.total) parts.push(`iteration ${job.iteration} of ${job.total}`, `at ${job.scale} px`);
+    if (job.total) parts.push(`iteration ${job.iteration} of ${job.total}`);
+    if (job.total && job.scale !== size) parts.push(`at ${job.scale} px`);
     if (job.loss !== null) parts.push(`loss ${job.loss.toPrecision(3)}`);
     $(".detail", this.root).textContent = parts.join(" · ");
   }
