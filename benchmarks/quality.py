@@ -14,9 +14,10 @@ The table: results of three sets of weights, judged by networks that were not op
     k-means  spherical k-means of fully whitened patches up to conv4_1, random above
     final    the embedded features
 
-A result can always have less style distance for more content distance, so each pair of pictures is painted with several
-style weights, and style distances are compared at one content distance, the middle of those that all weights reach:
-interpolated on the curve of the style distance's logarithm, which starts at the content picture itself. Style distance
+A result can always have less style distance for more content distance, so each pair of pictures is painted with style
+weights up to the default one, and style distances are compared at one content distance: as far from the content as all
+sets of weights come, and half way, where the style is faint and no set can be far ahead, as all start at the content
+picture itself. In between the logarithm of the style distance is interpolated. Style distance
 is |G - A|^2 / |A|^2 for the Gram matrices G of the result and A of the style, content distance the mean square of F - P
 in variances of P; style distances are averaged over layers, and over pairs as a geometric mean of ratios to `random`.
 """
@@ -52,7 +53,8 @@ from .styles import STYLES
 
 CONTENTS = ("astronaut", "camera", "chelsea")
 PAIRS = (("astronaut", "mosaic"), ("camera", "engraving"), ("chelsea", "oil"))
-STYLE_WEIGHTS = (3e1, 3e2, 3e3)
+STYLE_WEIGHTS = (3e1, 1e2, 3e2, 1e3, 3e3)
+SHARES = (0.5, 1.0)  # of the content distance that all sets of weights reach
 SMALL = Recipe(pictures=32, side=160, patches=20_000)
 JUDGE = replace(SMALL, seed=77, photographs=("coins", "gravel", "hubble_deep_field", "retina"))
 FLOOR = replace(SMALL, channel_power=1, patch_power=1, channel_floor=1e-3, patch_floor=1e-2, deepest="conv4_1")
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("quality", __doc__)
     parser.add_argument("what", nargs="?", choices=("sheet", "table"), help="only one of the two")
     parser.add_argument("--size", type=int, default=160, help="long side of the results in pixels (default 160)")
-    parser.add_argument("--iterations", type=int, default=40, help="of the table's last scale (default 40)")
+    parser.add_argument("--iterations", type=int, default=100, help="of the table's last scale (default 100)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder (default results/)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,8 @@ def table(size: int, iterations: int) -> dict[str, object]:
                 for name, judge in judges.items():
                     pair.setdefault(name, {})[weights] = [distances(judge, x, content, style, size) for x in results]
         bar.close()
-    return {"commit": commit(), "size": size, "iterations": iterations, "curves": found, "ratios": ratios(found)}
+    report = {"commit": commit(), "size": size, "iterations": iterations, "curves": found}
+    return report | {"ratios": {str(share): ratios(found, share) for share in SHARES}}
 
 
 def photograph(name: str) -> Image.Image:
@@ -221,11 +224,11 @@ def _gram(features: Tensor) -> Tensor:
     return features @ features.T / features.shape[1]
 
 
-def at_equal_content(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, float]:
+def at_equal_content(curves: Mapping[str, Sequence[tuple[float, float]]], share: float) -> dict[str, float]:
     """Style distances of curves of (content distance, style distance > 0) at one content distance.
 
-    It is the middle of the content distances that all curves span; between points the logarithm is linear. Raises
-    ValueError if no content distance is common to all.
+    It lies at a `share` of the way through the content distances that all curves span; between points the logarithm is
+    linear. Raises ValueError if no content distance is common to all.
     """
     low = max(min(content for content, _ in curve) for curve in curves.values())
     high = min(max(content for content, _ in curve) for curve in curves.values())
@@ -234,30 +237,31 @@ def at_equal_content(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dic
     found = {}
     for name, curve in curves.items():
         content, style = np.array(sorted(curve)).T
-        found[name] = float(np.exp(np.interp((low + high) / 2, content, np.log(style))))
+        found[name] = float(np.exp(np.interp(low + share * (high - low), content, np.log(style))))
     return found
 
 
 def ratios(
-    found: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    found: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]], share: float
 ) -> dict[str, dict[str, float]]:
     """{judge: {weights: style distance over that of `random`}}, the geometric mean over {pair: {judge: curves}}."""
     logs: dict[str, dict[str, list[float]]] = {}
     for judges in found.values():
         for judge, curves in judges.items():
-            style = at_equal_content(curves)
+            style = at_equal_content(curves, share)
             for weights, value in style.items():
                 logs.setdefault(judge, {}).setdefault(weights, []).append(math.log(value / style["random"]))
     return {judge: {weights: math.exp(np.mean(v)) for weights, v in rows.items()} for judge, rows in logs.items()}
 
 
 def _print(report: Mapping[str, object]) -> None:
-    rows = report["ratios"]
-    assert isinstance(rows, dict)
-    print("style distance over that of random weights, at equal content distance")
-    print(f"{'judge':<12}" + "".join(f"{weights:>10}" for weights in next(iter(rows.values()))))
-    for judge, row in rows.items():
-        print(f"{judge:<12}" + "".join(f"{value:10.2f}" for value in row.values()))
+    shares = report["ratios"]
+    assert isinstance(shares, dict)
+    print("style distance over that of random weights, at a share of the content distance that all reach")
+    for share, rows in shares.items():
+        print(f"{share:<12}" + "".join(f"{weights:>10}" for weights in next(iter(rows.values()))))
+        for judge, row in rows.items():
+            print(f"{judge:<12}" + "".join(f"{value:10.2f}" for value in row.values()))
 
 
 if __name__ == "__main__":

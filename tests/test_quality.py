@@ -15,20 +15,21 @@ def test_exponential_curves_are_read_exactly():
     """log style is linear in content on them, so the values between their points are known."""
     steep = [(c, 3 * math.exp(-4 * c)) for c in (0, 0.3, 0.9)]
     flat = [(c, 3 * math.exp(-c)) for c in (0, 0.1, 0.5)]
-    found = quality.at_equal_content({"steep": steep, "flat": flat[::-1]})
-    assert found == pytest.approx({"steep": 3 * math.exp(-1), "flat": 3 * math.exp(-0.25)})
+    for share in (0.5, 1.0):
+        found = quality.at_equal_content({"steep": steep, "flat": flat[::-1]}, share)
+        assert found == pytest.approx({"steep": 3 * math.exp(-4 * share / 2), "flat": 3 * math.exp(-share / 2)})
 
 
 def test_curves_without_a_common_content_distance_are_refused():
     with pytest.raises(ValueError, match="in common"):
-        quality.at_equal_content({"a": [(0.1, 1), (0.2, 1)], "b": [(0.3, 1), (0.4, 1)]})
+        quality.at_equal_content({"a": [(0.1, 1), (0.2, 1)], "b": [(0.3, 1), (0.4, 1)]}, 0.5)
 
 
 def test_ratios_are_geometric_means_over_pairs():
     def curves(share):
         return {"random": [(0, 1.0), (1, 1.0)], "final": [(0, share), (1, share)]}
 
-    found = quality.ratios({"one": {"judge": curves(0.1)}, "two": {"judge": curves(0.4)}})
+    found = quality.ratios({"one": {"judge": curves(0.1)}, "two": {"judge": curves(0.4)}}, 0.5)
     assert found["judge"] == pytest.approx({"random": 1, "final": 0.2})
 
 
