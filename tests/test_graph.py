@@ -12,7 +12,7 @@ STYLE_AND_CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "rel
 
 @pytest.fixture(scope="module")
 def net():
-    return weights.load("embedded", ("relu5_1",))
+    return weights.load("embedded", ("relu5_2",))
 
 
 def run_pair(spec, net, image, cotangents):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -126,7 +127,9 @@ def test_a_decoder_that_dies_or_hangs_is_replaced(monkeypatch):
         process.kill()
         process.wait()
         assert decoders.check("content", picture()) == (48, 40)
-        monkeypatch.setattr(decoder, "_SECONDS", 0.0)
+        monkeypatch.setattr(decoder, "_SECONDS", 0.2)
+        for process in decoders._all:
+            process.send_signal(signal.SIGSTOP)
         with pytest.raises(problems.Problem, match="too much time"):
             decoders.check("content", picture())
     finally:

@@ -232,8 +232,8 @@ def test_a_stalled_scale_makes_room_for_the_next(stylizer, pictures):
     steps = list(stylizer.steps(pictures["content"], pictures["style"], stopped))
     assert [step.iteration for step in steps] == list(range(1, len(steps) + 1))
     assert steps[-1].iteration == steps[-1].total == len(steps)
-    assert len(steps) < 100
-    assert steps[0].total == 145
+    assert len(steps) < 70
+    assert steps[0].total == 24 + 60
     assert {step.scale for step in steps} == {48, 68}
     assert steps[-1].scale == 68
     assert steps[0].total == next(stylizer.steps(pictures["content"], pictures["style"], plain)).total
@@ -387,9 +387,9 @@ def test_alpha_of_the_content_comes_back_at_the_size_of_the_result(stylizer, pic
 def test_adam_runs_over_the_scales(stylizer, pictures):
     config = Config(size=64, scales=2, iterations=12, optimizer="adam", init="noise")
     losses = [loss for _, loss, _ in stylizer(pictures["content"], pictures["style"], config).trace]
-    assert len(losses) == 17 + 12
-    assert losses[16] < losses[0]
-    assert losses[-1] < losses[17]
+    assert len(losses) == 5 + 12
+    assert losses[4] < losses[0]
+    assert losses[-1] < losses[5]
 
 
 def test_two_threads_get_the_same_bytes_as_one_after_the_other(stylizer, pictures):
