@@ -8,6 +8,7 @@ Transfer* (arXiv 1611.07865). Statistics count a pixel by its alpha, times its m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,26 +36,29 @@ _LAB = np.array(  # their cube roots -> L, a, b
 )
 
 
-def prepare(colour: str, content: Picture, styles: list[Picture]) -> tuple[Picture, list[Picture]]:
+def prepare(
+    colour: str, content: Picture, styles: Sequence[Picture], masks: Sequence[tuple[Mask, Mask]] = ()
+) -> tuple[Picture, list[Picture]]:
     """Content and styles as the objective sees them with this `Config.colour`.
 
-    Raises ValueError if colours are to be matched to or from a picture without a visible pixel.
+    With `masks`, a mask of the content and one of the style for each style, a style is matched to its own part of the
+    content. Raises ValueError if colours are to be matched to or from a picture without a visible pixel.
     """
-    if colour == "keep-before":
-        return grey(content), [match_lightness(style, content) for style in styles]
-    match = {"match": match_moments, "histogram": match_histogram}.get(colour)
-    return content, [match(style, content) for style in styles] if match else styles
+    way = {"keep-before": match_lightness, "match": match_moments, "histogram": match_histogram}.get(colour)
+    pairs = zip(styles, masks or ((None, None),) * len(styles), strict=True)
+    seen = [way(style, content, own, part) for style, (part, own) in pairs] if way else list(styles)
+    return grey(content) if colour == "keep-before" else content, seen
 
 
-def finish(colour: str, result: Picture, content: Picture) -> Picture:
-    """What is shown of `result`, the optimised picture, with this `Config.colour`."""
-    return keep(result, content) if colour.startswith("keep") else result
+def finish(colour: str, result: Picture, content: Picture, wrap: bool = False) -> Picture:
+    """What is shown of `result`, the optimised picture, with this `Config.colour`; `wrap` if it tiles."""
+    return keep(result, content, wrap=wrap) if colour.startswith("keep") else result
 
 
-def keep(result: Picture, content: Picture, mask: Mask = None) -> Picture:
-    """The lightness of `result` with the chroma of `content`, which is resized to it."""
+def keep(result: Picture, content: Picture, mask: Mask = None, wrap: bool = False) -> Picture:
+    """The lightness of `result` with the chroma of `content`, which is resized to it, around its borders if `wrap`."""
     lab = to_oklab(result.rgb)
-    lab[..., 1:] = to_oklab(resize(content, result.size).rgb)[..., 1:]
+    lab[..., 1:] = to_oklab(resize(content, result.size, wrap).rgb)[..., 1:]
     return _painted(result, lab, mask)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from . import colour
 from . import image as images
 from .config import LAYERS, Config
-from .regions import Mask, load_mask, report_coverage
+from .regions import Mask, fitted, load_mask, report_coverage
 from .targets import Targets, is_targets
 
 
@@ -44,8 +44,12 @@ class Goal:
         """The goal as the objective sees it with its `Config.colour`."""
         if self.content is None or self.config.colour == "none":
             return self
-        pictures = [each for each in self.styles if isinstance(each, images.Picture)]
-        content, prepared = colour.prepare(self.config.colour, self.content, pictures)
+        pictures, masks = [], []
+        for style, (part, own) in zip(self.styles, self.masks or ((None, None),) * len(self.styles), strict=True):
+            if isinstance(style, images.Picture):
+                pictures.append(style)
+                masks.append((_fitted(part, self.content), _fitted(own, style)))
+        content, prepared = colour.prepare(self.config.colour, self.content, pictures, masks)
         following = iter(prepared)
         styles = tuple(each if isinstance(each, Targets) else next(following) for each in self.styles)
         return replace(self, content=content, styles=styles)
@@ -58,6 +62,11 @@ class Goal:
             "mask": [[_digest(plane) for plane in pair] for pair in self.masks],
             "freeze": _digest(self.freeze),
         }
+
+
+def _fitted(mask: Mask | None, picture: images.Picture) -> Mask | None:
+    """The mask with a number for each pixel of its picture."""
+    return None if mask is None else fitted(mask, picture.size)[0, 0].numpy()
 
 
 def _digest(mask: Mask | None) -> str | None:

@@ -78,7 +78,12 @@ def guide(mask: Mask, size: tuple[int, int]) -> Tensor:
 
 def frozen(mask: Mask, size: tuple[int, int]) -> Tensor:
     """Which pixels (1, 1, height, width) of a picture of (width, height) are frozen, as bools."""
-    return functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], (size[1], size[0])) >= _FROZEN
+    return fitted(mask, size) >= _FROZEN
+
+
+def fitted(mask: Mask, size: tuple[int, int]) -> Tensor:
+    """The mask (1, 1, height, width) at a size of (width, height): its mean over the area of each pixel."""
+    return functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], (size[1], size[0]))
 
 
 def load_mask(source: Any, picture: images.Picture, name: str) -> Mask:

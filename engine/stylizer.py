@@ -61,7 +61,7 @@ class Step:
     total: int
     _iterate: Iterate = field(repr=False)
     _content: images.Picture = field(repr=False)
-    _colour: str = field(repr=False)
+    _config: Config = field(repr=False)
     _checkpoint: Callable[[], Checkpoint] = field(repr=False)
 
     @property
@@ -82,7 +82,8 @@ class Step:
             height, width = pixels.shape[2:]
             rgb = np.zeros((*alpha.shape, 3), np.float32)
             alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        shown = colour.finish(self._colour, images.from_tensor(pixels), self._content)
+        own = self._config
+        shown = colour.finish(own.colour, images.from_tensor(pixels), self._content, own.tile)
         return images.to_pil(images.to_tensor(shown), alpha)
 
     def checkpoint(self) -> bytes:
@@ -283,7 +284,7 @@ class Stylizer:
                         if stops:
                             counts[index] = iteration - sum(counts[:index])
                         save = functools.partial(self._checkpoint, identity, index, iteration, iterate, counts, stall)
-                        yield Step(scale, iteration, sum(counts), iterate, content, config.colour, save)
+                        yield Step(scale, iteration, sum(counts), iterate, content, config, save)
                         if stops:
                             iterate.release()
                             break

@@ -260,3 +260,13 @@ def test_flat_and_grey_pictures_run(stylizer, name, flat):
     content, style = np.full((32, 32, 3), flat, np.uint8), np.full((32, 32), 255 - flat, np.uint8)
     config = Config(size=32, scales=1, iterations=2, colour=name)
     assert stylizer(content, Image.fromarray(style), config).image.size == (32, 32)
+
+
+def test_the_chroma_of_a_content_that_tiles_is_resized_around_its_borders():
+    """Rolled content, rolled result; without wrapping the borders differ."""
+    content = np.random.default_rng(0).uniform(0.2, 0.8, (32, 48, 3)).astype(np.float32)
+    result = Picture(np.full((16, 24, 3), 0.5, np.float32))
+    rolled = Picture(np.roll(content, (8, 12), (0, 1)))
+    for wrap in (True, False):
+        first, second = (colour.finish("keep-after", result, each, wrap).rgb for each in (Picture(content), rolled))
+        assert np.allclose(np.roll(first, (4, 6), (0, 1)), second, atol=1e-5) == wrap

@@ -5,7 +5,8 @@ import oracle
 import pytest
 from PIL import Image
 
-from engine import Config, Stylizer
+from engine import Config, Stylizer, colour
+from engine.goal import load as load_goal
 from engine.regions import guide, load_mask
 
 WEIGHTS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
@@ -231,3 +232,29 @@ def test_masks_are_read_from_pictures_of_any_kind(tmp_path):
     Image.fromarray(plane).save(tmp_path / "mask.png")
     for source in (plane, plane.astype(np.float32), 255 * plane.astype(np.uint8), tmp_path / "mask.png"):
         np.testing.assert_array_equal(load_mask(source, picture, "mask"), plane.astype(np.float32))
+
+
+@pytest.mark.parametrize("way", ["match", "histogram", "keep-before"])
+def test_a_style_takes_the_colours_of_its_part_of_the_content(way):
+    """Of its own half, and with a mask of the style from its own part; masks may be coarser than their pictures."""
+    rng = np.random.default_rng(0)
+    content = rng.uniform(0.1, 0.3, (48, 64, 3)).astype(np.float32)
+    content[:, 32:] += (0.2, 0.3, 0.5)
+    style = rng.uniform(0.2, 0.8, (40, 40, 3)).astype(np.float32)
+    style[:20] = 0.9  # left out
+    left = np.zeros((24, 32), np.float32)
+    left[:, :16] = 1
+    below = np.zeros((20, 20), np.float32)
+    below[10:] = 1
+    config = Config(size=64, colour=way)
+    found = load_goal(content, [style, style], config, [(left, below), 1 - left], None).coloured().styles
+    plain = load_goal(content, [style, style], config, None, None).coloured().styles
+    assert np.array_equal(plain[0].rgb, plain[1].rgb)
+    parts = (content[:, :32], found[0].rgb[20:]), (content[:, 32:], found[1].rgb)
+    for wanted, got in parts:
+        means = [colour.to_oklab(each).reshape(-1, 3).mean(0) for each in (wanted, got)]
+        if way == "keep-before":
+            means = [mean[:1] for mean in means]
+        np.testing.assert_allclose(*means, atol=0.02)
+    if way != "keep-before":
+        np.testing.assert_array_equal(found[0].rgb[:20], style[:20])
