@@ -90,7 +90,7 @@ class Engine:
         content = images.resize(problem.content, problem.size)
         goal = load_goal(content, problem.style, problem.config, None, None)
         self._objective = stylizer._objective(content, goal)
-        self._device = self._objective.network.image.device
+        self._device, self._clamp = self._objective.network.image.device, problem.config.clamp
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
         terms, gradient = self._objective.evaluate(pixels.to(self._device))
@@ -102,7 +102,7 @@ class Engine:
         from engine.features import within
         from engine.optimize import State, minimise
 
-        run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State())
+        run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State(), clamp=self._clamp)
         for iterate in within(self._objective.network, run):
             yield iterate.loss
 

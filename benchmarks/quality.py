@@ -53,7 +53,7 @@ from .styles import STYLES
 
 CONTENTS = ("astronaut", "camera", "chelsea")
 PAIRS = (("astronaut", "mosaic"), ("camera", "engraving"), ("chelsea", "oil"))
-STYLE_WEIGHTS = (3e1, 1e2, 3e2, 1e3, 3e3)
+STYLE_WEIGHTS = (1e2, 3e2, 1e3, 3e3, 1e4)
 SHARES = (0.5, 1.0)  # of the content distance that all sets of weights reach
 SMALL = Recipe(pictures=32, side=160, patches=20_000)
 JUDGE = replace(SMALL, seed=77, photographs=("coins", "gravel", "hubble_deep_field", "retina"))

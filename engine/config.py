@@ -55,7 +55,7 @@ class Config:
         "auto", "number of scales, each sqrt(2) larger than the one before; auto starts near 128"
     )
     content_weight: float = _option(1.0, "weight of the content loss")
-    style_weight: float = _option(3e3, "weight of the style loss")
+    style_weight: float = _option(1e4, "weight of the style loss")
     tv_weight: float = _option(0.0, "weight of the total variation loss")
     tv_power: float = _option(2.0, "power of a difference of neighbours in the total variation loss, from 1")
     tv_form: str = _option(
@@ -95,7 +95,9 @@ class Config:
     optimizer: str = _option("lbfgs", "lbfgs or adam")
     learning_rate: float = _option(0.03, "step of adam, in pixel values from 0 to 1")
     history: int = _option(20, "pairs that lbfgs remembers, from 1 to 20")
-    clamp: bool = _option(False, "keep the pixels of lbfgs in range at every step, as adam does")
+    clamp: bool = _option(
+        True, "keep the pixels of lbfgs in range at every step, as adam does; without, they are cut off at the end"
+    )
     average: float = _option(0.0, "decay of the running average of the pictures, which is then the result; 0 is off")
     stop: float = _option(0.0, "end a scale when 20 evaluations improve the best loss by a smaller share; 0 is off")
     seed: int = _option(0, "seed of the noise")

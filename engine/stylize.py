@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         text = option.metadata["help"] + (f" (default {default})" if default != "" else "")
         flag = "--" + option.name.replace("_", "-")
         if isinstance(option.default, bool):
-            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=option.metadata["help"])
+            default = "on" if option.default else "off"
+            text = f"{option.metadata['help']} (default {default})"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         group.add_argument(flag, metavar=_METAVARS.get(option.name, "X"), default=argparse.SUPPRESS, help=text)
     group.add_argument(
@@ -254,7 +256,7 @@ def _config(given: argparse.Namespace) -> Config:
 
 def _parse(name: str, default: Any, text: Any) -> Any:
     if isinstance(default, bool):
-        if text not in (True, "true", "false"):
+        if text not in (True, False, "true", "false"):
             raise ValueError("give true or false")
         return text in (True, "true")
     if name == "iterations":

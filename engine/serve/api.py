@@ -50,7 +50,7 @@ _JOB = {
 _PAINTED: dict[int | str, dict[str, Any]] = {200: {"description": "", "content": {media: {} for media in _PICTURES}}}
 _OPTIONS = {
     "small": {"summary": "A quick look", "value": '{"size": 256, "iterations": 40}'},
-    "strong": {"summary": "Much style", "value": '{"size": 512, "style_weight": 30000}'},
+    "strong": {"summary": "Much style", "value": '{"size": 512, "style_weight": 100000}'},
     "default": {"summary": "The defaults", "value": "{}"},
 }
 

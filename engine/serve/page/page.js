@@ -156,7 +156,7 @@ function options() {
   return {
     size: Number(form.size.value),
     iterations: Number(form.iterations.value),
-    style_weight: 3000 * 10 ** (Number(form.strength.value) / 2),
+    style_weight: 10000 * 10 ** (Number(form.strength.value) / 2),
     tv_weight: Number(form.tv_weight.value),
     init: form.init.value,
     pooling: form.pooling.value,
