@@ -119,7 +119,7 @@ def equal_loss(
     """Time until the engine's coarse-to-fine run has, at full size, the lowest loss of `iterations` eager iterations.
 
     Two comparisons. `free`: no pixel is kept in range, both optimise the same. `shown`: the engine keeps them in range,
-    as it does by default, and the loss of eager is that of its picture with the pixels cut off at the ends of the range,
+    as it does by default, and eager's loss is that of its picture with the pixels cut off at the ends of the range,
     as a user sees it; that one is computed off the clock, every `SHOWN_EVERY` iterations.
     Also the pictures at the ends of eager and of the engine's default run.
 
