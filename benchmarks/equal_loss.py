@@ -1,15 +1,16 @@
 """`python -m benchmarks.equal_loss --size 512`: how much sooner the engine has the loss of 500 eager iterations.
 
 The baseline is the plain PyTorch loop at one scale; the loss to reach is the lowest of its 500 L-BFGS iterations. The
-engine runs coarse to fine. All start from the content, have the same objective and weights and advance in turns,
-whichever has used least time so far; loading the weights counts for nobody, graphs and targets for all. Contents are
-photographs of scikit-image, styles are drawn by `styles`, besides the bundled pair.
+engine runs coarse to fine, as by default, but its last scale may go on for as many iterations. All start from the
+content, have the same objective and weights and advance in turns, whichever has used least time so far; loading the
+weights counts for nobody, graphs and targets for all. Contents are photographs of scikit-image, styles are drawn by
+`styles`, besides the bundled pair.
 
 Two losses are compared. The plain loop lets pixels leave their range, and they are cut off when the picture is written.
-`shown` compares the pictures that are seen: the baseline's loss after the cut, and the default run of the engine, which
-keeps its pixels in range. `free` compares the losses before the cut, and a run of the engine with `clamp=False`.
+`shown` compares pictures as they are seen: the baseline's loss after the cut, and the engine as by default, which keeps
+its pixels in range. `free` compares the losses before the cut, and a run of the engine with `clamp=False`.
 
-Writes the times and the pictures at the ends of the runs, side by side: content, style, baseline, engine.
+Writes the times and the pictures side by side: content, style, eager, a default run of the engine.
 """
 
 from __future__ import annotations
@@ -41,14 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results", help="folder")
     args = parser.parse_args(argv)
     name = f"{machine.slug('cpu')}-equal-loss-{args.size}{'-other' if args.other else ''}"
-    report: dict[str, Any] = {
-        "commit": machine.commit(),
-        "device": machine.device_name("cpu"),
-        "versions": machine.versions(),
-        "size": args.size,
-        "weights": "other" if args.other else "embedded",
-        "pairs": {},
-    }
+    about = {"commit": machine.commit(), "device": machine.device_name("cpu"), "versions": machine.versions()}
+    report: dict[str, Any] = {"size": args.size, "weights": "other" if args.other else "embedded", "pairs": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     cells = []
     with tempfile.TemporaryDirectory() as folder:
@@ -58,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_file(quality.other(), weights)
         for pair in args.pairs:
             problem = _problem(pair, args.size, weights)
-            found, pictures = timing.equal_loss(problem, "engine-cpu", args.iterations, Config().iterations)
-            report["pairs"][pair] = found
+            found, pictures = timing.equal_loss(problem, "engine-cpu", args.iterations)
+            report["pairs"][pair] = about | found
             _print(pair, found)
             shown = [images.to_pil(images.to_tensor(each), None) for each in (problem.content, problem.style)]
             labels = ("content", "style", "eager", "engine")
@@ -89,7 +84,8 @@ def _print(pair: str, found: Mapping[str, Mapping[str, Any]]) -> None:
         if row["engine_s"] is None:
             print(f"{eager}; the engine has not: {row['engine_lowest_loss']:.6g} after {row['engine_total_s']:.1f} s")
         else:
-            print(f"{eager}, the engine after {row['engine_s']:.1f} s: {row['ratio']:.1f} times as soon")
+            at = f"after {row['engine_s']:.1f} s, in iteration {row['engine_iteration']} of the last scale"
+            print(f"{eager}, the engine {at}: {row['ratio']:.1f} times as soon")
     sys.stdout.flush()
 
 

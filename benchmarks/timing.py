@@ -114,14 +114,16 @@ def memory(name: str, problem: Problem) -> dict[str, float]:
 
 
 def equal_loss(
-    problem: Problem, engine: str, iterations: int, engine_iterations: int
+    problem: Problem, engine: str, iterations: int
 ) -> tuple[dict[str, dict[str, Any]], tuple[Image.Image, Image.Image]]:
-    """Time until the engine's coarse-to-fine run has, at full size, the lowest loss of `iterations` eager iterations.
+    """Time until the engine has, at full size, the lowest loss of `iterations` eager iterations.
+
+    The engine runs coarse to fine: a default run, whose last scale may go on for as many iterations as eager has.
 
     Two comparisons. `free`: no pixel is kept in range, both optimise the same. `shown`: the engine keeps them in range,
     as it does by default, and eager's loss is that of its picture with the pixels cut off at the ends of the range,
     as a user sees it; that one is computed off the clock, every `SHOWN_EVERY` iterations.
-    Also the pictures at the ends of eager and of the engine's default run.
+    Also the pictures at the ends of eager and of a default run of the engine.
 
     Loading the weights counts for nobody, making graphs and targets for all. The runs advance in turns, whichever has
     used least time so far; so a busy spell of the machine hits all.
@@ -142,11 +144,12 @@ def equal_loss(
         pictures["baseline"] = images.to_pil(loop.pixels.detach().cpu(), None)
 
     def ours(clamp: bool) -> Iterator[float | None]:
-        config = replace(problem.config, iterations=engine_iterations, clamp=clamp)
+        counts = [count for _, count in problem.config.schedule(problem.content.aspect)]
+        config = replace(problem.config, iterations=(*counts[:-1], iterations), clamp=clamp)
         for step in stylizer.steps(problem.content, problem.style, config):
             yield step.loss if step.scale == problem.config.size else None
-        if clamp:
-            pictures["engine"] = step.image
+            if clamp and step.iteration == min(sum(counts), step.total):
+                pictures["engine"] = step.image
 
     pixels: dict[str, Tensor] = {}
     running: dict[str, Iterator[float | None]] = {"baseline": baseline(), "shown": ours(True), "free": ours(False)}
@@ -176,11 +179,14 @@ def equal_loss(
 def _reached(baseline: Sequence[tuple[float, float]], engine: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """When either has the lowest loss of the baseline, from (loss, seconds) of each."""
     target, baseline_s = min(baseline)
-    engine_s = next((seconds for loss, seconds in engine if loss <= target), None)
+    iteration, engine_s = next(
+        ((count, seconds) for count, (loss, seconds) in enumerate(engine, 1) if loss <= target), (None, None)
+    )
     return {
         "loss": target,
         "baseline_s": baseline_s,
         "engine_s": engine_s,
+        "engine_iteration": iteration,  # of the last scale
         "ratio": baseline_s / engine_s if engine_s else None,
         "engine_lowest_loss": min(engine)[0],
         "engine_total_s": engine[-1][1],
