@@ -276,7 +276,8 @@ def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Ite
     assert isinstance(engine, cases.Engine)
     objective = engine._objective
     start = problem.start.to(objective.network.image.device)
-    return within(objective.network, minimise(objective.write, start, optimizer, 10**4, State()))
+    run = minimise(objective.write, start, optimizer, 10**4, State(), clamp=problem.config.clamp)
+    return within(objective.network, run)
 
 
 def loop(

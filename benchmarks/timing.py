@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from engine import BackendError
 from engine import image as images
@@ -132,16 +131,11 @@ def equal_loss(
 
     stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
     cases.weights(problem)
-    pictures: dict[str, Image.Image] = {}
-    judge = cases.build("eager", problem)
-
-    def baseline() -> Iterator[float]:
-        loop = cases.build("eager", problem)
-        assert isinstance(loop, Baseline)
-        for loss in itertools.islice(loop.iterate(problem.start), iterations):
-            pixels["baseline"] = loop.pixels.detach()
-            yield loss
-        pictures["baseline"] = images.to_pil(loop.pixels.detach().cpu(), None)
+    begin = machine.now(problem.device)
+    eager = cases.build("eager", problem)
+    built = machine.now(problem.device) - begin
+    assert isinstance(eager, Baseline)
+    pictures = []
 
     def ours(clamp: bool) -> Iterator[float | None]:
         counts = [count for _, count in problem.config.schedule(problem.content.aspect)]
@@ -149,11 +143,14 @@ def equal_loss(
         for step in stylizer.steps(problem.content, problem.style, config):
             yield step.loss if step.scale == problem.config.size else None
             if clamp and step.iteration == min(sum(counts), step.total):
-                pictures["engine"] = step.image
+                pictures.append(step.image)
 
-    pixels: dict[str, Tensor] = {}
-    running: dict[str, Iterator[float | None]] = {"baseline": baseline(), "shown": ours(True), "free": ours(False)}
-    clock = dict.fromkeys(running, 0.0)
+    running: dict[str, Iterator[float | None]] = {
+        "baseline": itertools.islice(eager.iterate(problem.start), iterations),
+        "shown": ours(True),
+        "free": ours(False),
+    }
+    clock = dict.fromkeys(running, 0.0) | {"baseline": built}
     traces: dict[str, list[tuple[float, float]]] = {name: [] for name in (*running, "baseline, shown")}
     while running:
         name = min(running, key=lambda each: clock[each])
@@ -166,14 +163,15 @@ def equal_loss(
         clock[name] += machine.now(problem.device) - begin
         if loss is not None:
             traces[name].append((loss, clock[name]))
-        if name == "baseline" and len(traces[name]) in (*range(0, iterations, SHOWN_EVERY), iterations):
-            shown = judge.loss_and_gradient(pixels[name].clamp(0, 1))[0]
+        done = len(traces[name])
+        if name == "baseline" and (done % SHOWN_EVERY == 0 or done == iterations):
+            shown, _ = eager.loss_and_gradient(eager.pixels.clamp(0, 1))
             traces["baseline, shown"].append((shown, clock[name]))
     found = {
         "free": _reached(traces["baseline"], traces["free"]),
         "shown": _reached(traces["baseline, shown"], traces["shown"]),
     }
-    return found, (pictures["baseline"], pictures["engine"])
+    return found, (images.to_pil(eager.pixels.detach().cpu(), None), *pictures)
 
 
 def _reached(baseline: Sequence[tuple[float, float]], engine: Sequence[tuple[float, float]]) -> dict[str, Any]:

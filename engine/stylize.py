@@ -55,15 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(PRESETS)
     group.add_argument("--preset", metavar="X", help=f"options of another program, where none are given: {names}")
     for option in options():
-        default = ",".join(dict(option.default)) if isinstance(option.default, tuple) else option.default
+        default, switch = option.default, isinstance(option.default, bool)
+        if switch:
+            default = "on" if default else "off"
+        elif isinstance(default, tuple):
+            default = ",".join(dict(default))
         text = option.metadata["help"] + (f" (default {default})" if default != "" else "")
-        flag = "--" + option.name.replace("_", "-")
-        if isinstance(option.default, bool):
-            default = "on" if option.default else "off"
-            text = f"{option.metadata['help']} (default {default})"
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-            continue
-        group.add_argument(flag, metavar=_METAVARS.get(option.name, "X"), default=argparse.SUPPRESS, help=text)
+        kind = {"action": argparse.BooleanOptionalAction} if switch else {"metavar": _METAVARS.get(option.name, "X")}
+        group.add_argument("--" + option.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     group.add_argument(
         "--mask", action="append", metavar="MASK[:MASK]",
         help="once for each STYLE: keeps it to the white part of a mask of the content; after the colon, the part of "

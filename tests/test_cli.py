@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import stylize
+from engine import Config, stylize
 from engine.targets import Targets
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "3", "--weights", "embedded", "--device", "cpu"]
@@ -84,6 +84,12 @@ def test_every_config_option_reaches_the_config():
     assert (config.content_weight, config.style_weight, config.tv_weight) == (2.0, 300.0, 0.5)
     assert (config.content_layers, config.style_layers) == ((("relu3_1", 1.0),), (("relu1_1", 1.0), ("relu2_1", 0.5)))
     assert (config.pooling, config.init, config.optimizer, config.colour) == ("max", "noise", "adam", "match")
+
+
+@pytest.mark.parametrize("name", ["clamp", "tile"])
+def test_a_switch_can_be_turned_either_way(name):
+    for flag, wanted in (([], getattr(Config(), name)), ([f"--{name}"], True), ([f"--no-{name}"], False)):
+        assert getattr(stylize._config(stylize._parser().parse_args(flag)), name) is wanted
 
 
 MISTAKES = [

@@ -426,6 +426,17 @@ def test_an_upload_that_takes_too_long_is_given_up(files):
     assert sent[0]["status"] == 408
 
 
+def test_the_page_starts_from_the_default_options(tmp_path):
+    client, _ = service(tmp_path)
+    page = client.get("/").text
+    (script,) = re.findall(r'src="([^"]+page\.js)"', page)
+    (weight,) = re.findall(r"style_weight: (\d+) \*", client.get(script).text)
+    (iterations,) = re.findall(r'name="iterations" value="(\d+)"', page)
+    (size,) = re.findall(r'<option value="(\d+)" selected>', page)
+    default = Config()
+    assert (int(weight), int(iterations), int(size)) == (default.style_weight, default.iterations, default.size)
+
+
 # Who may ask.
 
 
