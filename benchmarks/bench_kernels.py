@@ -34,14 +34,16 @@ def test_part(benchmark: BenchmarkFixture, problem: cases.Problem, part: str, si
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
 @pytest.mark.parametrize("side", ["torch", "engine"])
-def test_lbfgs(benchmark: BenchmarkFixture, problem: cases.Problem, side: str) -> None:
+@pytest.mark.parametrize("history", [20, HISTORY])
+def test_lbfgs(benchmark: BenchmarkFixture, problem: cases.Problem, history: int, side: str) -> None:
     """One step with a full history, the evaluation of a quadratic included."""
     image = torch.rand(problem.start.shape)
     curvature = 10 ** (torch.rand(image.shape) * 4 - 2)
-    step = _torch_lbfgs(image, curvature) if side == "torch" else _our_lbfgs(image, curvature)
-    for _ in range(HISTORY + 2):
+    make = _torch_lbfgs if side == "torch" else _our_lbfgs
+    step = make(image, curvature, history)
+    for _ in range(history + 2):
         step()
-    benchmark.group = "lbfgs"
+    benchmark.group = f"lbfgs, {history} pairs"
     benchmark(step)
     benchmark.extra_info["size"] = problem.size
 
@@ -103,10 +105,10 @@ def _pixels(problem: cases.Problem) -> tuple[Run, Run]:
 PARTS: dict[str, Callable[[cases.Problem], tuple[Run, Run]]] = {"layers": _layers, "pixels": _pixels}
 
 
-def _torch_lbfgs(image: Tensor, curvature: Tensor) -> Callable[[], None]:
+def _torch_lbfgs(image: Tensor, curvature: Tensor, history: int) -> Callable[[], None]:
     leaf = image.clone().requires_grad_()
     rate, options = 1e-3, {"tolerance_grad": 0.0, "tolerance_change": 0.0}
-    optimiser = torch.optim.LBFGS([leaf], lr=rate, max_iter=1, history_size=HISTORY, **options)
+    optimiser = torch.optim.LBFGS([leaf], lr=rate, max_iter=1, history_size=history, **options)
 
     def closure() -> Tensor:
         leaf.grad = curvature * leaf.detach()
@@ -115,9 +117,9 @@ def _torch_lbfgs(image: Tensor, curvature: Tensor) -> Callable[[], None]:
     return lambda: optimiser.step(closure)  # type: ignore[arg-type, func-returns-value]
 
 
-def _our_lbfgs(image: Tensor, curvature: Tensor) -> Callable[[], None]:
+def _our_lbfgs(image: Tensor, curvature: Tensor, history: int) -> Callable[[], None]:
     gradient, loss = torch.empty_like(image), torch.zeros(())
-    optimiser = kernels.Lbfgs(image, gradient, loss)
+    optimiser = kernels.Lbfgs(image, gradient, loss, history)
 
     def step() -> None:
         torch.mul(curvature, image, out=gradient)

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import BackendError, kernels, provider
 from engine.export import vgg
 from engine.features import within
-from engine.kernels.lbfgs import HISTORY
+from engine.kernels.lbfgs import GPU_HISTORY
 from engine.optimize import State, minimise
 from engine.stylizer import Stylizer
 
@@ -175,7 +175,7 @@ def lbfgs_error(device: str, steps: int = 30) -> float:
             torch.mul(curvature, pixels, out=gradient)
             return (pixels * gradient).sum() / 2
 
-        *_, last = minimise(evaluate, start, "lbfgs", steps, State())
+        *_, last = minimise(evaluate, start, "lbfgs", steps, State(), history=GPU_HISTORY)
         ends.append(last.best.cpu())
     return float((ends[1] - ends[0]).norm() / ends[0].norm())
 
@@ -226,11 +226,11 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
-        "L-BFGS": (kernels.Lbfgs(image, gradient, loss), 4 * HISTORY + 8),
+        "L-BFGS": (kernels.Lbfgs(image, gradient, loss), 4 * GPU_HISTORY + 8),
         "Adam": (kernels.Adam(image, gradient, loss), 7),
     }
     for name, (runner, vectors) in runners.items():
-        for _ in range(HISTORY + 2):  # a full history
+        for _ in range(GPU_HISTORY + 2):  # a full history
             torch.mul(curvature, image, out=gradient)
             runner.step()
         taken = seconds(runner.step, device)

@@ -71,7 +71,7 @@ def minimise(
     *,
     stages: Stages | None = None,
     rate: float = kernels.RATE,
-    history: int = kernels.HISTORY,
+    history: int | None = None,
     clamp: bool = False,
     average: float = 0,
     wrap: bool = False,
@@ -81,10 +81,10 @@ def minimise(
     `evaluate` gets pixels (1, 3, H, W) fp32 and a tensor of that shape, into which it writes the gradient of the loss
     that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step), takes a
     step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always does.
-    `rate` is Adam's, `history` counts the pairs of L-BFGS; with `wrap` the borders of the image see each other. With a
-    decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU iterations are queued
-    AHEAD of those that are yielded, and the host waits only where it reads a loss or an image. `stages` is what
-    `evaluate` counts its time in.
+    `rate` is Adam's, `history` the pairs of L-BFGS (see `kernels.pairs`); with `wrap` the borders of the image see each
+    other. With a decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU
+    iterations are queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
+    `stages` is what `evaluate` counts its time in.
 
     With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
 
@@ -100,7 +100,7 @@ def minimise(
         runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, history, clamp)
     else:
         runner = _adam(image, gradient, loss, state, rate, wrap)
-    mean = _Average(image, average) if average else None
+    mean = _Average(image, average, kernels.DIVERGED if optimizer == "lbfgs" else math.inf) if average else None
     queued: deque[Iterate] = deque()
     if saved:
         runner.restore(saved)
@@ -174,20 +174,20 @@ class Stall:
 class _Average:
     """The exponential moving average of the images evaluated, free of the bias of its start.
 
-    After k images x_i it is sum_i d^(k-i) x_i / sum_i d^(k-i). An image whose loss has diverged or is not finite has no
-    share: the optimiser takes that step back. Nothing waits for a GPU.
+    After k images x_i it is sum_i d^(k-i) x_i / sum_i d^(k-i). An image whose loss is not finite, or more than
+    `diverged` times the lowest one, has no share: the optimiser takes that step back. Nothing waits for a GPU.
     """
 
-    def __init__(self, image: Tensor, decay: float) -> None:
+    def __init__(self, image: Tensor, decay: float, diverged: float) -> None:
         self.value = image.clone()
-        self._decay = decay
+        self._decay, self._diverged = decay, diverged
         self._mass = image.new_zeros((), dtype=torch.float64)
         self._lowest = image.new_full((), math.inf)
 
     def add(self, image: Tensor, loss: Tensor) -> None:
         """Take the image of this loss in."""
         self._lowest = torch.fmin(self._lowest, loss)
-        taken = torch.isfinite(loss) & (loss <= kernels.DIVERGED * self._lowest)
+        taken = torch.isfinite(loss) & (loss <= self._diverged * self._lowest)
         self._mass = torch.where(taken, self._decay * self._mass + 1, self._mass)
         self.value.lerp_(image, (taken / self._mass.clamp(min=1)).float())
 

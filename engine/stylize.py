@@ -112,7 +112,7 @@ _METAVARS = {
     "tv_form": "mean|sum|block|nine-point", "content_loss": "mean|sum", "pixel_range": "auto|0-255|0-256",
     "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "padding": "zero|reflect|replicate", "init": "content|noise|style|PATH", "init_noise": "F",
-    "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "N", "average": "F", "stop": "F", "seed": "N",
+    "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "auto|N", "average": "F", "stop": "F", "seed": "N",
     "colour": "none|keep-after|keep-before|match|histogram",
 }  # fmt: skip
 
@@ -266,7 +266,7 @@ def _parse(name: str, default: Any, text: Any) -> Any:
         return int(width), int(height)
     if name == "style_blend":
         return tuple(float(part) for part in text.split(","))
-    if name in ("scales", "size", "style_size"):
+    if name in ("scales", "size", "style_size", "history"):
         return text if text in ("auto", "original") else int(text)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -8,13 +8,12 @@ of its input, and serves as the oracle.
 from ._cuda import Recorded, announce_no_graph
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, gram
-from .lbfgs import DIVERGED, HISTORY, Lbfgs
+from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
 from .wasserstein import Wasserstein
 
 __all__ = [
     "DIVERGED",
-    "HISTORY",
     "RATE",
     "Adam",
     "Layer",
@@ -26,4 +25,5 @@ __all__ = [
     "Wasserstein",
     "announce_no_graph",
     "gram",
+    "pairs",
 ]

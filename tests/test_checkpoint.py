@@ -114,15 +114,15 @@ def test_every_cut_of_a_minimisation(function, optimizer, monkeypatch):
     decide = kernels.lbfgs.decide
     monkeypatch.setattr(kernels.lbfgs, "decide", lambda *a: (actions.append(decide(*a)), actions[-1])[1])
     start, count = torch.full((1, 3, 2, 2), -0.2), 40
-    whole = [(each.loss, each.best) for each in minimise(function, start, optimizer, count, State())]
+    whole = [(each.loss, each.best) for each in minimise(function, start, optimizer, count, State(), history=20)]
     if optimizer == "lbfgs" and function is cliff:
         assert {kernels.lbfgs.HALVE, kernels.lbfgs.RESTART} <= set(actions)
     for cut in range(1, count):
-        iterates = minimise(function, start, optimizer, count, State())
+        iterates = minimise(function, start, optimizer, count, State(), history=20)
         for _ in range(cut):
             iterate = next(iterates)
         saved = {name: tensor.clone() for name, tensor in iterate.save().items()}
-        rest = list(minimise(function, start * 0, optimizer, count - cut, State(), saved))
+        rest = list(minimise(function, start * 0, optimizer, count - cut, State(), saved, history=20))
         assert [each.loss for each in rest] == [loss for loss, _ in whole[cut:]]
         assert all(torch.equal(each.best, best) for each, (_, best) in zip(rest, whole[cut:], strict=True))
 

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from engine import optimize
+from engine import kernels, optimize
 from engine.kernels import lbfgs
 from engine.kernels.adam import BETAS, RATE
-from engine.kernels.lbfgs import FIRST_STEP, HISTORY, LARGEST_MOVE
+from engine.kernels.lbfgs import DIVERGED, FIRST_STEP, HISTORY, LARGEST_MOVE
 from engine.optimize import WINDOW, Stall, State
 
 
@@ -26,8 +26,9 @@ def minimise(loss, *arguments, **options):
 
 @pytest.fixture
 def unbounded(monkeypatch):
-    """L-BFGS by the book: steps of any size."""
+    """L-BFGS by the book: steps of any size, and none is taken back."""
     monkeypatch.setattr(lbfgs, "LARGEST_MOVE", math.inf)
+    monkeypatch.setattr(lbfgs, "DIVERGED", math.inf)
 
 
 def quadratic(seed=0):
@@ -79,16 +80,18 @@ def test_best_is_the_image_of_the_lowest_loss(optimizer):
         assert float(loss(step.best)) == pytest.approx(lowest, rel=1e-5)
 
 
-def test_lbfgs_recovers_from_steps_that_diverge(unbounded):
+def test_lbfgs_recovers_from_steps_that_diverge(monkeypatch):
     """Rosenbrock's curved valley: full quasi-Newton steps leave it again and again."""
 
     def loss(x):
         a, b = x[..., 0], x[..., 1]
         return (100 * (b - a**2) ** 2 + (1 - a) ** 2).sum()
 
+    monkeypatch.setattr(lbfgs, "LARGEST_MOVE", math.inf)
     start = torch.tensor([-1.2, 1.0]).repeat(1, 3, 4, 1)
     steps = list(minimise(loss, start, "lbfgs", 150, State()))
-    assert max(step.loss for step in steps) > 4 * steps[0].loss  # it did overshoot
+    lowest = itertools.accumulate((step.loss for step in steps), min)
+    assert sum(step.loss > DIVERGED * low for step, low in zip(steps, lowest, strict=True)) > 3  # it did overshoot
     assert (steps[-1].best - 1).abs().max() < 1e-2
 
 
@@ -197,6 +200,31 @@ def test_a_diverged_image_has_no_share_in_the_average():
     truth = (0.25 * seen[0] + 0.5 * seen[1] + seen[3]) / 1.75
     assert (steps[-1].best - truth).abs().max() < 1e-6
     assert torch.equal(steps[1].best, steps[2].best)
+
+
+def test_adam_takes_no_step_back_so_every_image_has_its_share():
+    losses = iter([4.0, 3.0, 50.0, 2.0])
+    seen = []
+
+    def evaluate(pixels, gradient):
+        seen.append(pixels.clone())
+        gradient.fill_(-1)
+        return torch.tensor(next(losses))
+
+    steps = list(optimize.minimise(evaluate, torch.zeros(1, 3, 2, 2), "adam", 4, State(), average=0.5))
+    truth = (0.125 * seen[0] + 0.25 * seen[1] + 0.5 * seen[2] + seen[3]) / 1.875
+    assert (steps[-1].best - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_pairs_by_device(gpu):
+    assert kernels.pairs(None, gpu) == (20 if gpu else 50)
+    assert kernels.pairs(20, gpu) == 20
+    if gpu:
+        with pytest.raises(ValueError, match="at most 20"):
+            kernels.pairs(21, gpu)
+    else:
+        assert kernels.pairs(100, gpu) == 100
 
 
 def test_adams_rate_is_its_first_step():

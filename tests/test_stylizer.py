@@ -271,6 +271,12 @@ def test_the_controls_of_a_run_reach_it(stylizer, pictures):
     assert run(optimizer="adam", learning_rate=0.1) != adam
 
 
+def test_a_history_too_long_for_a_gpu_is_told_before_the_first_step(stylizer, pictures, monkeypatch):
+    monkeypatch.setattr(stylizer, "device", "cuda")
+    with pytest.raises(ValueError, match="history 21: on a GPU lbfgs remembers at most 20 pairs"):
+        stylizer.steps(pictures["content"], pictures["style"], Config(history=21))
+
+
 def test_steps_are_lazy_and_an_early_leave_stops(stylizer, pictures, monkeypatch):
     from engine import losses
 
