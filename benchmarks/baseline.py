@@ -73,7 +73,8 @@ class Baseline:
     def iterate(self, start: Tensor) -> Iterator[float]:
         """Optimise from `start` for ever: the loss after each iteration, one evaluation and one L-BFGS step.
 
-        The picture so far is `pixels`.
+        The picture so far is `pixels`. With `Config.clamp` each evaluation brings it back into range, unknown to the
+        optimiser, as PyTorch's tutorial does it.
         `max_iter=1` hands every iteration out; torch carries the history from call to call, so the steps are those of
         one long call.
         """
@@ -82,6 +83,9 @@ class Baseline:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
+            if self._config.clamp:
+                with torch.no_grad():
+                    pixels.clamp_(0, 1)
             loss = SCALE * self._objective(pixels)
             loss.backward()
             return loss.detach()

@@ -19,7 +19,6 @@ from .cases import Loop, Problem
 
 TURN = 3  # iterations of one variant before the next one has its turn
 WARM_UP = 3  # iterations after the first one that are not timed
-SHOWN_EVERY = 25  # iterations
 MEMORY_ITERATIONS = 100  # torch's L-BFGS history grows until then
 
 
@@ -114,18 +113,15 @@ def memory(name: str, problem: Problem) -> dict[str, float]:
 
 def equal_loss(
     problem: Problem, engine: str, iterations: int
-) -> tuple[dict[str, dict[str, Any]], tuple[Image.Image, Image.Image]]:
+) -> tuple[dict[str, Any], tuple[Image.Image, Image.Image]]:
     """Time until the engine has, at full size, the lowest loss of `iterations` eager iterations.
 
-    The engine runs coarse to fine: a default run, whose last scale may go on for as many iterations as eager has.
+    Both keep their pixels in range, or neither does, as `Config.clamp` has it. The engine runs coarse to fine: a default
+    run, whose last scale may go on for as many iterations as eager has. Also the pictures at the ends of eager and of a
+    default run of the engine.
 
-    Two comparisons. `free`: no pixel is kept in range, both optimise the same. `shown`: the engine keeps them in range,
-    as it does by default, and eager's loss is that of its picture with the pixels cut off at the ends of the range,
-    as a user sees it; that one is computed off the clock, every `SHOWN_EVERY` iterations.
-    Also the pictures at the ends of eager and of a default run of the engine.
-
-    Loading the weights counts for nobody, making graphs and targets for all. The runs advance in turns, whichever has
-    used least time so far; so a busy spell of the machine hits all.
+    Loading the weights counts for nobody, making graphs and targets for both. The runs advance in turns, whichever has
+    used less time so far; so a busy spell of the machine hits both.
     """
     from engine.stylizer import Stylizer
 
@@ -135,23 +131,22 @@ def equal_loss(
     eager = cases.build("eager", problem)
     built = machine.now(problem.device) - begin
     assert isinstance(eager, Baseline)
+    counts = [count for _, count in problem.config.schedule(problem.content.aspect)]
+    config = replace(problem.config, iterations=(*counts[:-1], iterations))
     pictures = []
 
-    def ours(clamp: bool) -> Iterator[float | None]:
-        counts = [count for _, count in problem.config.schedule(problem.content.aspect)]
-        config = replace(problem.config, iterations=(*counts[:-1], iterations), clamp=clamp)
+    def ours() -> Iterator[float | None]:
         for step in stylizer.steps(problem.content, problem.style, config):
-            yield step.loss if step.scale == problem.config.size else None
-            if clamp and step.iteration == min(sum(counts), step.total):
+            yield step.loss if step.scale == config.size else None
+            if step.iteration == min(sum(counts), step.total):
                 pictures.append(step.image)
 
     running: dict[str, Iterator[float | None]] = {
         "baseline": itertools.islice(eager.iterate(problem.start), iterations),
-        "shown": ours(True),
-        "free": ours(False),
+        "engine": ours(),
     }
-    clock = dict.fromkeys(running, 0.0) | {"baseline": built}
-    traces: dict[str, list[tuple[float, float]]] = {name: [] for name in (*running, "baseline, shown")}
+    clock = {"baseline": built, "engine": 0.0}
+    traces: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     while running:
         name = min(running, key=lambda each: clock[each])
         begin = machine.now(problem.device)
@@ -163,15 +158,8 @@ def equal_loss(
         clock[name] += machine.now(problem.device) - begin
         if loss is not None:
             traces[name].append((loss, clock[name]))
-        done = len(traces[name])
-        if name == "baseline" and (done % SHOWN_EVERY == 0 or done == iterations):
-            shown, _ = eager.loss_and_gradient(eager.pixels.clamp(0, 1))
-            traces["baseline, shown"].append((shown, clock[name]))
-    found = {
-        "free": _reached(traces["baseline"], traces["free"]),
-        "shown": _reached(traces["baseline, shown"], traces["shown"]),
-    }
-    return found, (images.to_pil(eager.pixels.detach().cpu(), None), *pictures)
+    picture = images.to_pil(eager.pixels.detach().cpu(), None)
+    return _reached(traces["baseline"], traces["engine"]), (picture, *pictures)
 
 
 def _reached(baseline: Sequence[tuple[float, float]], engine: Sequence[tuple[float, float]]) -> dict[str, Any]:

@@ -72,12 +72,14 @@ def test_the_sheet_of_the_controls(tmp_path, monkeypatch):
         assert page.width > 6 * 64
 
 
-def test_time_to_equal_loss(tmp_path, capsys):
-    assert equal_loss.main(["--size", "48", "--iterations", "4", "--pairs", "bundled", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("more", [[], ["--no-clamp"]])
+def test_time_to_equal_loss(tmp_path, capsys, more):
+    options = ["--size", "48", "--iterations", "4", "--pairs", "bundled", "--out", str(tmp_path), *more]
+    assert equal_loss.main(options) == 0
     (report,) = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
-    for kind in ("free", "shown"):
-        found = report["pairs"]["bundled"][kind]
-        assert found["baseline_s"] / found["engine_s"] == found["ratio"] == report["median_ratio"][kind]
+    found = report["pairs"]["bundled"]
+    assert found["baseline_s"] / found["engine_s"] == found["ratio"] == report["median_ratio"]
+    assert report["clamp"] == (not more)
     assert "times as soon" in capsys.readouterr().out
     (sheet,) = tmp_path.glob("*.jpg")
     with Image.open(sheet) as page:
