@@ -116,9 +116,9 @@ def equal_loss(
 ) -> tuple[dict[str, Any], tuple[Image.Image, Image.Image]]:
     """Time until the engine has, at full size, the lowest loss of `iterations` eager iterations.
 
-    Both keep their pixels in range, or neither does, as `Config.clamp` has it. The engine runs coarse to fine: a default
-    run, whose last scale may go on for as many iterations as eager has. Also the pictures at the ends of eager and of a
-    default run of the engine.
+    Both keep their pixels in range, or neither does, as `Config.clamp` has it. The engine runs coarse to fine: a
+    default run, whose last scale may go on for as many iterations as eager has. Also the pictures at the ends of eager
+    and of a default run of the engine.
 
     Loading the weights counts for nobody, making graphs and targets for both. The runs advance in turns, whichever has
     used less time so far; so a busy spell of the machine hits both.
