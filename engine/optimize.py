@@ -71,7 +71,7 @@ def minimise(
     *,
     stages: Stages | None = None,
     rate: float = kernels.RATE,
-    history: int | None = None,
+    history: int | str = "auto",
     clamp: bool = False,
     average: float = 0,
     wrap: bool = False,

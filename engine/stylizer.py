@@ -214,7 +214,7 @@ class Stylizer:
         config = given.config
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
-        self._history(config)  # too long a one is told now
+        kernels.pairs(config.history, self.device in provider.GPUS)  # too many are told now
         start = images.load(config.init) if config.init not in ("content", "noise", "style") else None
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
@@ -343,17 +343,12 @@ class Stylizer:
             saved,
             stages=objective.stages,
             rate=config.learning_rate,
-            history=self._history(config),
+            history=config.history,
             clamp=config.clamp,
             average=config.average,
             wrap=config.tile,
         )
         yield from within(objective.network, iterates)
-
-    def _history(self, config: Config) -> int:
-        """The pairs that lbfgs keeps on this device."""
-        history = None if config.history == "auto" else int(config.history)
-        return kernels.pairs(history, self.device in provider.GPUS)
 
     def _fall_back(self, reason: object) -> bool:
         """Go on in fp32 if the precision was ours to choose: whether it was."""

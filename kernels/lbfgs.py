@@ -53,13 +53,14 @@ _GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 11  # of dot products; those that one bl
 _RUN = 64  # elements that a thread adds up in fp32
 
 
-def pairs(history: int | None, gpu: bool) -> int:
-    """How many pairs are kept where `history` are asked for, None being the default; ValueError if there is no room."""
-    if history is None:
+def pairs(history: int | str, gpu: bool) -> int:
+    """How many pairs are kept where `history`, a number or auto, is asked for; ValueError if a GPU has no room."""
+    if history == "auto":
         return GPU_HISTORY if gpu else HISTORY
-    if gpu and history > GPU_HISTORY:
-        raise ValueError(f"history {history}: on a GPU lbfgs remembers at most {GPU_HISTORY} pairs")
-    return history
+    count = int(history)
+    if gpu and count > GPU_HISTORY:
+        raise ValueError(f"history {count}: on a GPU lbfgs remembers at most {GPU_HISTORY} pairs")
+    return count
 
 
 def state_type(slots: int) -> np.dtype[np.void]:
@@ -162,7 +163,7 @@ class Lbfgs:
     """
 
     def __init__(
-        self, image: Tensor, gradient: Tensor, loss: Tensor, history: int | None = None, boxed: bool = False
+        self, image: Tensor, gradient: Tensor, loss: Tensor, history: int | str = "auto", boxed: bool = False
     ) -> None:
         self.best = image.clone()
         self._slots, self._boxed = pairs(history, image.is_cuda) + 1, boxed

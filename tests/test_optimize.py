@@ -218,7 +218,7 @@ def test_adam_takes_no_step_back_so_every_image_has_its_share():
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_pairs_by_device(gpu):
-    assert kernels.pairs(None, gpu) == (20 if gpu else 50)
+    assert kernels.pairs("auto", gpu) == (20 if gpu else 50)
     assert kernels.pairs(20, gpu) == 20
     if gpu:
         with pytest.raises(ValueError, match="at most 20"):
