@@ -9,7 +9,7 @@ weights counts for nobody, graphs and targets for all. Contents are photographs 
 Both keep their pixels in range at every step, the plain loop as PyTorch's tutorial does it; with `--no-clamp` neither
 does, and what leaves the range is cut off when the picture is written, which multiplies the loss.
 
-Writes the times and the pictures side by side: content, style, eager, a default run of the engine.
+Writes the times and the pictures side by side: content, style, eager at its lowest loss, a default run of the engine.
 """
 
 from __future__ import annotations

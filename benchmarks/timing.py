@@ -117,8 +117,8 @@ def equal_loss(
     """Time until the engine has, at full size, the lowest loss of `iterations` eager iterations.
 
     Both keep their pixels in range, or neither does, as `Config.clamp` has it. The engine runs coarse to fine: a
-    default run, whose last scale may go on for as many iterations as eager has. Also the pictures at the ends of eager
-    and of a default run of the engine.
+    default run, whose last scale may go on for as many iterations as eager has. Also the pictures of eager's lowest
+    loss and of a default run of the engine.
 
     Loading the weights counts for nobody, making graphs and targets for both. The runs advance in turns, whichever has
     used less time so far; so a busy spell of the machine hits both.
@@ -147,8 +147,10 @@ def equal_loss(
     }
     clock = {"baseline": built, "engine": 0.0}
     traces: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
+    best = problem.start
     while running:
         name = min(running, key=lambda each: clock[each])
+        evaluated = eager.pixels.detach().clone() if name == "baseline" and traces[name] else problem.start
         begin = machine.now(problem.device)
         try:
             loss = next(running[name])
@@ -158,8 +160,9 @@ def equal_loss(
         clock[name] += machine.now(problem.device) - begin
         if loss is not None:
             traces[name].append((loss, clock[name]))
-    picture = images.to_pil(eager.pixels.detach().cpu(), None)
-    return _reached(traces["baseline"], traces["engine"]), (picture, *pictures)
+        if name == "baseline" and loss == min(traces[name])[0]:
+            best = evaluated
+    return _reached(traces["baseline"], traces["engine"]), (images.to_pil(best.cpu(), None), *pictures)
 
 
 def _reached(baseline: Sequence[tuple[float, float]], engine: Sequence[tuple[float, float]]) -> dict[str, Any]:
