@@ -119,12 +119,9 @@ class Config:
         if self.size != "original":
             for side in self.size if isinstance(self.size, tuple) else (self.size,):
                 _whole("size", side, MIN_SIDE, _MAX_SIZE)
-        if self.style_size != "auto":
-            if isinstance(self.style_size, str):
-                raise ValueError(f"style_size {self.style_size!r}: give auto or a number")
-            _whole("style_size", self.style_size, MIN_SIDE, _MAX_SIZE)
-            if self.style_scale != 1:
-                raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
+        _whole_or_auto("style_size", self.style_size, MIN_SIDE, _MAX_SIZE)
+        if self.style_size != "auto" and self.style_scale != 1:
+            raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
         _weight("style_scale", self.style_scale)
         if not 1 / 64 <= self.style_scale <= 64:
             raise ValueError(f"style_scale {self.style_scale}: give a number from 1/64 to 64")
@@ -143,10 +140,7 @@ class Config:
             _whole("iterations", count, 1, 10**6)
         if self.iterations in ((), ("...",)):
             raise ValueError("iterations: give at least one number")
-        if self.scales != "auto":
-            if isinstance(self.scales, str):
-                raise ValueError(f"scales {self.scales!r}: give auto or a number")
-            _whole("scales", self.scales, 1, 32)
+        _whole_or_auto("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
             _weight(name, getattr(self, name))
         for name in ("content_layers", "style_layers"):
@@ -165,10 +159,7 @@ class Config:
         _number("learning_rate", self.learning_rate, 1e-6, 1)
         _number("average", self.average, 0, 0.9999)
         _number("stop", self.stop, 0, 1)
-        if self.history != "auto":
-            if isinstance(self.history, str):
-                raise ValueError(f"history {self.history!r}: give auto or a number")
-            _whole("history", self.history, 1, 100)
+        _whole_or_auto("history", self.history, 1, 100)
         for name in ("clamp", "tile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
@@ -288,6 +279,13 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
         raise TypeError(f"{name} has to be a whole number, not {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} {value}: give a number from {low} to {high}")
+
+
+def _whole_or_auto(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"{name} {value!r}: give auto or a number")
+    if value != "auto":
+        _whole(name, value, low, high)
 
 
 def _float(name: str, value: object) -> float:

@@ -7,7 +7,7 @@ import torch
 from engine import kernels, optimize
 from engine.kernels import lbfgs
 from engine.kernels.adam import BETAS, RATE
-from engine.kernels.lbfgs import DIVERGED, FIRST_STEP, HISTORY, LARGEST_MOVE
+from engine.kernels.lbfgs import FIRST_STEP, HISTORY, LARGEST_MOVE
 from engine.optimize import WINDOW, Stall, State
 
 
@@ -88,10 +88,10 @@ def test_lbfgs_recovers_from_steps_that_diverge(monkeypatch):
         return (100 * (b - a**2) ** 2 + (1 - a) ** 2).sum()
 
     monkeypatch.setattr(lbfgs, "LARGEST_MOVE", math.inf)
+    monkeypatch.setattr(lbfgs, "DIVERGED", 2.0)  # lets it go far
     start = torch.tensor([-1.2, 1.0]).repeat(1, 3, 4, 1)
     steps = list(minimise(loss, start, "lbfgs", 150, State()))
-    lowest = itertools.accumulate((step.loss for step in steps), min)
-    assert sum(step.loss > DIVERGED * low for step, low in zip(steps, lowest, strict=True)) > 3  # it did overshoot
+    assert max(step.loss for step in steps) > 4 * steps[0].loss  # it did overshoot
     assert (steps[-1].best - 1).abs().max() < 1e-2
 
 
