@@ -23,6 +23,9 @@ from .baseline import VARIANTS, Baseline
 ENGINES = {
     "engine-cpu": ("cpu", "fp32"),
     "engine-onnxruntime": ("onnxruntime", "fp32"),
+    "engine-cudnn": ("cudnn", "fp32"),
+    "engine-cudnn-fp16": ("cudnn", "fp16"),
+    "engine-cudnn-bf16": ("cudnn", "bf16"),
     "engine-cuda": ("cuda", "fp32"),
     "engine-cuda-fp16": ("cuda", "fp16"),
     "engine-tensorrt": ("tensorrt", "fp32"),

@@ -13,12 +13,14 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ class Rows:
             self.skip(name, str(error))
         except Exception as error:  # of torch, CuPy, ONNX Runtime or TensorRT
             self.add(name, False, failed=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            traceback.print_exc(limit=-6, file=sys.stdout)
 
     def skip(self, name: str, reason: str) -> None:
         """A row that cannot be found here."""
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.inside:
         from . import gpu_sections
 
+        logging.basicConfig(level=logging.INFO, format="  %(message)s", stream=sys.stdout)
         (name,) = args.sections
         rows = Rows(args.out / f"{name}.json")
         with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be captured

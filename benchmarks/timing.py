@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,6 @@ def start(
     rows: dict[str, dict[str, Any]],
     problem: Problem,
     strict: bool = True,
-    build: Callable[[str, Problem], Loop] = cases.build,
     required: Collection[str] = ("eager", *cases.ENGINES),
 ) -> dict[str, Iterator[float]]:
     """Build every variant, compare its gradient, run its first iterations; what cannot run says so in its row.
@@ -42,7 +41,7 @@ def start(
     for name, row in rows.items():
         try:
             begin = machine.now(problem.device)
-            loop: Loop = build(name, problem)
+            loop: Loop = cases.build(name, problem)
             row["setup_s"] = machine.now(problem.device) - begin
             iterator = loop.iterate(problem.start)
             begin = machine.now(problem.device)

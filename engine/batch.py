@@ -244,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there; auto finds this machine's")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of an actor (default 0)")
     parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, onnxruntime, cuda or tensorrt (default auto)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, onnxruntime, cudnn, cuda or tensorrt (default auto)"
+    )
     return parser
 
 

@@ -74,8 +74,8 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
     """The network down to the deepest of `layers` on a device; `threads` counts on a CPU.
 
     `with_max` asks for max pooling besides average pooling.
-    On `cpu` it is the Winograd program, elsewhere the two ONNX graphs in ONNX Runtime. Raises BackendError if the
-    device cannot run it.
+    On `cpu` it is the Winograd program, on `cudnn` its convolutions, elsewhere the two ONNX graphs in ONNX Runtime.
+    Raises BackendError if the device cannot run it.
     """
     normalisation = weights.mean, weights.std  # not the weights, which the program has copies of
     if device == "cpu":
@@ -88,6 +88,16 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
             return _ranged(found, normalisation, pixel_range)
 
         return open_program
+    if device == "cudnn":
+        from . import fused
+
+        placed = fused.Network(weights)
+
+        def open_fused(spec: vgg.Spec, *, forward_only: bool = False, pixel_range: str = "auto") -> Features:
+            found = fused.Features(spec, placed, forward_only=forward_only)
+            return _ranged(found, normalisation, pixel_range)
+
+        return open_fused
     from . import session
 
     def open_graphs(spec: vgg.Spec, *, forward_only: bool = False, pixel_range: str = "auto") -> Features:

@@ -41,7 +41,7 @@ class Iterate:
     @property
     def loss(self) -> float:
         """The loss; on a GPU this waits until the evaluation has come so far."""
-        if self._arrival is not None:
+        if self._arrival is not None and not self._arrival.query():
             self._arrival.synchronize()
         return float(self._loss)
 

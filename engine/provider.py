@@ -22,14 +22,19 @@ from .export.weights import cache_folder
 
 log = logging.getLogger(__name__)
 
-PROVIDERS = {  # of ONNX Runtime; the device `cpu` is the program of `winograd`
+PROVIDERS = {  # of ONNX Runtime; the device `cpu` is the program of `winograd`, `cudnn` that of `fused`
     "onnxruntime": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-GPUS = ("cuda", "tensorrt")
-DEVICES = ("auto", "cpu", *PROVIDERS)
-_EXTRA = {"onnxruntime": "cpu", "cuda": "gpu", "tensorrt": "tensorrt"}
+GPUS = ("cudnn", "cuda", "tensorrt")
+DEVICES = ("auto", "cpu", "onnxruntime", *GPUS)
+_EXTRA = {"onnxruntime": "cpu", "cudnn": "cudnn", "cuda": "gpu", "tensorrt": "tensorrt"}
+_LIBRARIES = {
+    "cudnn": ["libcudnn.so.9"],
+    "cuda": ["libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudart.so.13", "libcudnn.so.9"],
+}
+_LIBRARIES["tensorrt"] = [*_LIBRARIES["cuda"], "libnvinfer.so.10"]
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
@@ -41,19 +46,13 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
     if device == "auto":
-        try:
-            check("cuda")
-            device = "cuda"
-        except BackendError as error:
-            log.debug("not on the GPU: %s", error)
-            check("cpu")
-            device = "cpu"
+        device = next(each for each in ("cudnn", "cuda", "cpu") if _works(each))
         log.info("device: %s", device)
     else:
         check(device)
-    if precision == "bf16" and device != "tensorrt":
+    if precision == "bf16" and device not in ("cudnn", "tensorrt"):
         raise BackendError(
-            f"precision bf16: device {device} has no bf16 convolutions, --device tensorrt has; "
+            f"precision bf16: device {device} has no bf16 convolutions, --device cudnn and tensorrt have; "
             f"{'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
         )
     if precision == "auto":
@@ -65,20 +64,33 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     return device, precision
 
 
+def _works(device: str) -> bool:
+    try:
+        check(device)
+    except BackendError as error:
+        log.debug("not on %s: %s", device, error)
+        return False
+    return True
+
+
 def check(device: str) -> None:
     """Raise BackendError, naming the missing library and the install line, unless `device` can run here."""
     if device == "cpu":
         return
     extra = _EXTRA[device]
     line = INSTALL.format(extra=extra)
-    ort = onnxruntime(extra)
-    if device == "onnxruntime":
-        return
-    if PROVIDERS[device] not in ort.get_available_providers():
-        raise BackendError(
-            f"device {device}: onnxruntime-gpu is missing, the CPU wheel onnxruntime is installed: "
-            f"pip uninstall -y onnxruntime && {line}"
-        )
+    if device == "cudnn":
+        if importlib.util.find_spec("cudnn") is None:
+            raise BackendError(f"device cudnn: nvidia-cudnn-frontend is missing: {line}")
+    else:
+        ort = onnxruntime(extra)
+        if device == "onnxruntime":
+            return
+        if PROVIDERS[device] not in ort.get_available_providers():
+            raise BackendError(
+                f"device {device}: onnxruntime-gpu is missing, the CPU wheel onnxruntime is installed: "
+                f"pip uninstall -y onnxruntime && {line}"
+            )
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -89,12 +101,11 @@ def check(device: str) -> None:
 
     if not torch.cuda.is_available():
         raise BackendError(f"device {device}: torch {torch.__version__} finds no CUDA device")
-    ort.preload_dlls()
-    libraries = ["libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudart.so.13", "libcudnn.so.9"]
+    if device != "cudnn":
+        ort.preload_dlls()
     if device == "tensorrt":
         _preload_tensorrt(line)
-        libraries.append("libnvinfer.so.10")
-    for library in libraries:
+    for library in _LIBRARIES[device]:
         try:
             ctypes.CDLL(library)
         except OSError as error:

@@ -22,8 +22,8 @@ from .features import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_ELEMENTS = {_DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ELEMENTS = {DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
 
 
 Model = tuple[onnx.ModelProto, Mapping[str, NDArray[Any]]]  # a graph and its external initializers
@@ -128,7 +128,7 @@ class Features:
         on_cpu = device not in provider.GPUS
         place = torch.device("cpu" if on_cpu else "cuda:0")
         self._stream = None if on_cpu else torch.cuda.Stream(place)
-        dtype = _DTYPES[spec.precision]
+        dtype = DTYPES[spec.precision]
         names = spec.layers if forward_only else tuple(spec.shapes)
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
         self.features = {name: _zeros(spec, name, dtype, place) for name in names}
@@ -149,7 +149,7 @@ class Features:
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Own the memory, on the CUDA stream of the graphs, which is ordered with the caller's at both ends."""
-        with self._lock, _on_stream(self._stream):
+        with self._lock, on_stream(self._stream):
             yield
 
     def forward(self) -> None:
@@ -164,14 +164,19 @@ class Features:
 
 def _zeros(spec: vgg.Spec, name: str, dtype: torch.dtype, place: torch.device) -> Tensor:
     """Memory for a layer's features, (1, C, H, W) in the order of the spec."""
-    one, channels, height, width = spec.shapes[name]
     if spec.nhwc:
-        return torch.zeros(one, height, width, channels, dtype=dtype, device=place).permute(0, 3, 1, 2)
-    return torch.zeros(one, channels, height, width, dtype=dtype, device=place)
+        return nhwc_zeros(spec.shapes[name], dtype, place)
+    return torch.zeros(spec.shapes[name], dtype=dtype, device=place)
+
+
+def nhwc_zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, place: torch.device) -> Tensor:
+    """Memory for (1, C, H, W) in NHWC order."""
+    one, channels, height, width = shape
+    return torch.zeros(one, height, width, channels, dtype=dtype, device=place).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
-def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
     current = torch.cuda.current_stream(stream.device) if stream else None
     if stream is None or current is None or current == stream:

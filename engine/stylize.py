@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--weights", default="auto", help="auto, embedded, imagenet or a .pth or .safetensors file (default auto)"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, onnxruntime, cuda or tensorrt (default auto)")
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, onnxruntime, cudnn, cuda or tensorrt (default auto)"
+    )
     group.add_argument("--precision", default="auto", help="auto, fp32, fp16 or bf16 (default auto)")
     group.add_argument("--trace", metavar="FILE", help="write options, losses and times of every iteration as JSON")
     group.add_argument("--plot", metavar="FILE", help="draw the losses into a picture (extra plot)")

@@ -320,5 +320,11 @@ def _restore_odd(build: _Builder, spec: vgg.Spec, cotangent: str, below: vgg.Con
     if spec.blocked:
         ones = build.constant(f"ones{channels}", np.ones((channels, 1, 1, 1), np.float32))
         return build.node("Conv", [cotangent, ones], name, kernel_shape=[1, 1], pads=[0, 0, *odd], group=channels)
-    pads = build.constant(f"pads{below.block}", np.array([0, 0, 0, 0, 0, 0, *odd], np.int64))
-    return build.node("Pad", [cotangent, pads], name)
+    for axis in (axis for axis in (2, 3) if odd[axis - 2]):  # not Pad, on which CUDA spends more than on convolutions
+        line = [1, channels, height - odd[0], width - odd[1]]
+        line[axis] = 1
+        if axis == 3:
+            line[2] = height
+        zeros = build.constant(f"zeros{below.block}.{axis}", np.zeros(line, DTYPES[spec.precision]))
+        cotangent = build.node("Concat", [cotangent, zeros], f"{name}.{axis}", axis=axis)
+    return cotangent

@@ -19,7 +19,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-NAMES = ("gram", "losses", "gradients", "pixels", "adam", "lbfgs")
+NAMES = ("gram", "losses", "gradients", "pixels", "adam", "lbfgs", "network")
 THREADS = 256  # of every block
 MAX_BLOCKS = 1024  # of a kernel that strides over its input
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}

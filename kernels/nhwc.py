@@ -12,10 +12,10 @@ from numba import njit
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .network import PADDINGS
 from .vector import BLOCK, ROWS, Code, array, clear, mark_positive, multiply, procedure
 
-PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
-_ZERO, _REFLECT, _REPLICATE, _CIRCULAR = range(4)
+_ZERO, _REFLECT, _REPLICATE, _CIRCULAR = range(len(PADDINGS))
 
 PATCH = 27  # inputs of one position of conv1_1: kernel row, kernel column, colour
 BAND = 4  # rows of the picture in one task of `first` and `last`

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_host import Host
 from oracle import random_state
 
 from engine import Config, Stylizer
+from engine.kernels import _cuda
 
 TINY = Config(size=48, iterations=3, scales=1)
 
@@ -47,3 +50,23 @@ def pictures() -> dict[str, np.ndarray]:
     content = np.stack([x * 4, y * 6, 255 * ((x // 8 + y // 8) % 2)], axis=2).astype(np.uint8)
     style = np.random.default_rng(0).integers(0, 256, (44, 36, 3), dtype=np.uint8)
     return {"content": content, "style": style}
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The CUDA sources as programs of this CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed: the CUDA sources cannot be executed on this CPU")
+    return Host(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def host(programs: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
+    import torch
+
+    monkeypatch.setattr(_cuda, "launch", programs.launch)
+    monkeypatch.setattr(_cuda, "processors", lambda device: 3)
+    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: next(iter(ways)))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    return programs

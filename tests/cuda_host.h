@@ -265,10 +265,12 @@ struct Request {
         const Argument& given = arguments.at(i);
         if constexpr (std::is_pointer_v<P>) {
             using E = std::remove_cv_t<std::remove_pointer_t<P>>;
-            const char wanted = std::is_same_v<E, float>      ? 'F'
-                                : std::is_same_v<E, double>   ? 'D'
-                                : std::is_same_v<E, unsigned> ? 'U'
-                                                              : 'S';  // a structure
+            const char wanted = std::is_same_v<E, float>           ? 'F'
+                                : std::is_same_v<E, double>        ? 'D'
+                                : std::is_same_v<E, unsigned>      ? 'U'
+                                : std::is_same_v<E, __half>        ? 'H'
+                                : std::is_same_v<E, __nv_bfloat16> ? 'B'
+                                                                   : 'S';  // a structure
             if (given.kind == 'n') return nullptr;
             if (given.kind != wanted && !(wanted == 'S' && given.kind == 'D')) fail("an argument of another type");
             return reinterpret_cast<P>(buffers.at(given.value) + given.offset);

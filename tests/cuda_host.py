@@ -19,7 +19,7 @@ from engine.kernels import _cuda
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-attributes"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # the program ends with its request
-KINDS = {torch.float32: "F", torch.float64: "D", torch.int32: "U"}
+KINDS = {torch.float32: "F", torch.float64: "D", torch.int32: "U", torch.float16: "H", torch.bfloat16: "B"}
 
 
 class Shifted(NamedTuple):

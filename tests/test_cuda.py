@@ -6,17 +6,16 @@ The classes of `engine.kernels` run unchanged, with `launch` replaced; so what t
 import contextlib
 import functools
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cuda_host import Host, Shifted
+from cuda_host import Shifted
 
 from engine import kernels
-from engine.kernels import _cuda, lbfgs
+from engine.kernels import _cuda, lbfgs, network
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
@@ -76,23 +75,6 @@ def test_compiles_within_its_budget(name, architecture):
         assert int(registers) <= REGISTERS, kernel
         assert int(shared or 0) <= SHARED, kernel
         assert int(spills) <= SPILLS.get(architecture, 0), kernel
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed: the CUDA sources cannot be executed on this CPU")
-    return Host(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture
-def host(programs, monkeypatch):
-    """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
-    monkeypatch.setattr(_cuda, "launch", programs.launch)
-    monkeypatch.setattr(_cuda, "processors", lambda device: 3)
-    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: next(iter(ways)))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    return programs
 
 
 @pytest.fixture
@@ -327,6 +309,75 @@ def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
         wanted = float(found.scale) * numbers(other.cotangent)
         assert error(one.cotangent, wanted) < max(1e-5, 4 * ROUNDING[dtype])
     assert max(float(layer.cotangent.double().square().mean().sqrt()) for layer in found._layers) < 2
+
+
+def channels_last(tensor, dtype):
+    """(1, C, H, W) in NHWC order."""
+    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def image_of(padding, size):
+    """Leaf image and its framed, centred form by torch, in fp64."""
+    means = torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64)
+    image = torch.rand(1, 3, *size, dtype=torch.float64, requires_grad=True)
+    framed = image - means.view(1, 3, 1, 1)
+    if padding != "zero":
+        framed = torch.nn.functional.pad(framed, (1, 1, 1, 1), padding)
+    return image, means, framed
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("padding", network.PADDINGS)
+@pytest.mark.parametrize("size", [(2, 3), (33, 47)])
+def test_the_image_gets_its_frame_and_the_gradient_comes_back_through_it(host, dtype, padding, size):
+    image, means, framed = image_of(padding, size)
+    height, width = framed.shape[2:]
+    out = channels_last(torch.full((1, network.COLOURS, height, width), torch.nan), dtype)
+    network.centre(image.detach().float(), means.float(), out, padding)
+    assert error(out[:, :3], numbers(framed.detach())) < max(1e-6, ROUNDING[dtype])
+    assert not out[:, 3].any()
+    cotangent = channels_last(random(1, network.EIGHT, height, width), dtype)
+    (truth,) = torch.autograd.grad(framed, image, cotangent[:, :3].double())
+    gradient = torch.full(image.shape, torch.nan)
+    network.uncentre(cotangent, gradient, padding)
+    assert error(gradient, numbers(truth)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("size", [(2, 2), (7, 12), (9, 5)])
+@pytest.mark.parametrize("pooling", ["", "avg", "max"])
+@pytest.mark.parametrize("shares", ["incoming", "incoming own", "incoming own behind", "own", "own behind"])
+def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, shares):
+    """Against autograd of torch's own ReLU and pooling; few values, so that maxima are ties."""
+    channels = 24
+    generator = torch.Generator().manual_seed(2)
+    before = torch.randint(-2, 3, (1, channels, *size), generator=generator).double().requires_grad_()
+    relu = before.relu()
+    above = {
+        "": lambda x: x,
+        "avg": lambda x: torch.nn.functional.avg_pool2d(x, 2) * 4,
+        "max": lambda x: torch.nn.functional.max_pool2d(x, 2),
+    }[pooling](relu)
+    features = channels_last(relu.detach(), dtype)
+    if pooling:
+        pooled = channels_last(torch.full(above.shape, torch.nan), dtype)
+        network.pool(features, pooled, pooling)
+        assert error(pooled, numbers(above.detach() / (4 if pooling == "avg" else 1))) < max(1e-6, ROUNDING[dtype])
+    shapes = {"incoming": above.shape, "own": relu.shape, "behind": relu.shape}
+    given = {name: channels_last(random(*shape, seed=7), dtype) for name, shape in shapes.items() if name in shares}
+    at = {"incoming": above, "own": relu, "behind": before}
+    total = sum((at[name] * given[name].double()).sum() for name in given)
+    (truth,) = torch.autograd.grad(total, before)
+    out = channels_last(torch.full(relu.shape, torch.nan), dtype)
+    network.mask(*map(given.get, shapes), features, out, pooling)
+    assert error(out, numbers(truth)) < max(1e-6, ROUNDING[dtype])
+
+
+def test_a_picture_that_tiles_sees_its_other_side(host):
+    source = channels_last(random(1, 16, 5, 3), HALF)
+    out = channels_last(torch.full((1, 16, 7, 5), torch.nan), HALF)
+    network.wrap(source, out)
+    torch.testing.assert_close(out, torch.nn.functional.pad(source, (1, 1, 1, 1), "circular"), rtol=0, atol=0)
 
 
 VARIATIONS = [(2, False, "mean"), (1, False, "mean"), (1.5, True, "mean"), (2, True, "mean")]

@@ -1,0 +1,269 @@
+"""VGG-19 features and their VJP by cuDNN: every convolution of the forward pass is one kernel with its bias and ReLU.
+
+ONNX Runtime's CUDA provider runs biases, ReLUs, masks and changes of layout as passes of their own over the
+activations, which take longer than the convolutions. Here all stays in NHWC order, and what stands between the
+convolutions is one pass (`kernels.network`). cuDNN could put the masks of the VJP behind its convolutions as well, with
+kernels that it compiles at run time: half a second for each shape, to win what a better plan among the ready-made ones
+wins, so only those are taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import kernels
+from .export import graph, vgg
+from .export.ort import BackendError
+from .export.weights import Weights
+from .kernels import network
+from .session import DTYPES, nhwc_zeros, on_stream
+
+log = logging.getLogger(__name__)
+
+PLACE = torch.device("cuda:0")
+PLANS = 10  # of cuDNN's suggestions for a convolution that are timed
+CALLS = 5  # of one timing
+_chosen: dict[Hashable, int] = {}  # plan of each convolution
+
+
+class Network:
+    """The weights of a VGG-19 on the GPU, turned for the VJP as well, once for each precision and pooling."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._made: dict[Hashable, dict[str, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def parameters(self, spec: vgg.Spec) -> dict[str, Tensor]:
+        """By the names of the ONNX graphs' initializers; kernels in NHWC order, those at the pixels filled up."""
+        key = spec.precision, spec.pooling, len(spec.convs)
+        with self._lock:
+            if key not in self._made:
+                plain = replace(spec, precision="fp32", nhwc=False)
+                arrays = graph.forward_initializers(plain, self._weights) | graph.vjp_initializers(plain, self._weights)
+                self._made[key] = {name: self._placed(name, torch.from_numpy(arrays[name]), spec) for name in arrays}
+                self._made[key]["mean"] = torch.tensor(self._weights.mean, device=PLACE)
+            return self._made[key]
+
+    @staticmethod
+    def _placed(name: str, array: Tensor, spec: vgg.Spec) -> Tensor:
+        array = array.to(PLACE, DTYPES[spec.precision])
+        if name.endswith("bias"):
+            return array.as_strided((1, len(array), 1, 1), (len(array), 1, len(array), len(array)))
+        if name == "conv1_1.weight":
+            array = functional.pad(array, (0, 0, 0, 0, 0, network.COLOURS - array.shape[1]))
+        elif name == "conv1_1.vjp":
+            array = functional.pad(array, (0, 0, 0, 0, 0, 0, 0, network.EIGHT - array.shape[0]))
+        return array.contiguous(memory_format=torch.channels_last)
+
+
+class _Convolution:
+    """target = convolution of source, with `bias` plus that, and `rectified` the ReLU of that; all on fixed memory."""
+
+    def __init__(
+        self,
+        handle: int,
+        source: Tensor,
+        kernel: Tensor,
+        target: Tensor,
+        padding: int,
+        bias: Tensor | None = None,
+        rectified: bool = False,
+    ) -> None:
+        import cudnn
+
+        io = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}[source.dtype]
+        kind, exact = getattr(cudnn.data_type, io), cudnn.data_type.FLOAT
+        plans = cudnn.pygraph(io_data_type=kind, intermediate_data_type=exact, compute_data_type=exact, handle=handle)
+
+        def tensor(memory: Tensor) -> Any:
+            return plans.tensor(dim=list(memory.shape), stride=list(memory.stride()), data_type=kind)
+
+        self._memory = {tensor(source): source, tensor(kernel): kernel}
+        image, weight = self._memory
+        one, frame = [1, 1], [padding, padding]
+        result = plans.conv_fprop(image=image, weight=weight, padding=frame, stride=one, dilation=one)
+        if bias is not None:
+            line = tensor(bias)
+            self._memory[line] = bias
+            result = plans.bias(input=result, bias=line)
+        if rectified:
+            result = plans.relu(input=result)
+        result.set_output(True).set_data_type(kind).set_dim(list(target.shape)).set_stride(list(target.stride()))
+        self._memory[result] = target
+        self._plans, self._handle = plans, handle
+        try:
+            plans.validate()
+            plans.build_operation_graph()
+            plans.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+            plans.deselect_behavior_notes([cudnn.behavior_note.RUNTIME_COMPILATION])
+            if source.dtype == torch.float32:
+                plans.deselect_numeric_notes([cudnn.numerical_note.TENSOR_CORE])  # they would round to TF32
+            plans.check_support()
+        except Exception as error:  # of cuDNN, or of what the frontend makes of it
+            raise BackendError(f"device cudnn: no convolution {tuple(kernel.shape)} in {io} ({error})") from error
+        shapes = (tuple(each.shape) for each in (source, kernel, target))
+        key = torch.cuda.get_device_name(), io, padding, bias is None, rectified, *shapes
+        if key not in _chosen:
+            _chosen[key] = self._fastest(key)
+        self._take(_chosen[key])
+
+    def run(self) -> None:
+        """Queue it on the stream of the handle."""
+        self._plans.execute_plan_at_index(self._memory, self._workspace, self._plan, handle=self._handle)
+
+    def _take(self, plan: int) -> None:
+        """Raises an error of cuDNN's if this plan cannot be had."""
+        self._plans.build_plan_at_index(plan)
+        size = self._plans.get_workspace_size_plan_at_index(plan)
+        self._plan, self._workspace = plan, torch.empty(max(size, 1), dtype=torch.uint8, device=PLACE)
+
+    def _fastest(self, key: Hashable) -> int:
+        """The plan to take of the first ones, which are thought to be the best; each is timed once warm."""
+        best, least, tried = -1, math.inf, 0
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for plan in range(self._plans.get_execution_plan_count()):
+            if tried == PLANS:
+                break
+            try:
+                self._take(plan)
+                self.run()
+            except Exception as error:  # a plan that is not wanted, or that the GPU has no room for
+                log.debug("plan %d of %s: %s", plan, key, error)
+                continue
+            tried += 1
+            begin.record()
+            for _ in range(CALLS):
+                self.run()
+            end.record()
+            end.synchronize()
+            if begin.elapsed_time(end) < least:
+                best, least = plan, begin.elapsed_time(end)
+        if best < 0:
+            raise BackendError(f"device cudnn: none of the plans for {key} runs here")
+        return best
+
+
+class Features:
+    """The two passes of one `spec` (see `features.Features`), each replayed as a CUDA graph; all ReLU outputs stay."""
+
+    def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
+        import cudnn
+
+        self.spec = spec
+        self.products: kernels.Products | None = None
+        self._parameters = network.parameters(spec)
+        self._lock = threading.RLock()
+        self._stream = torch.cuda.Stream(PLACE)
+        handle: int = cudnn.create_handle()
+        weakref.finalize(self, cudnn.destroy_handle, handle)
+        cudnn.set_stream(handle=handle, stream=self._stream.cuda_stream)
+        self._dtype = DTYPES[spec.precision]
+        self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
+        self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
+        # Two tensors of the largest layer: the passes go to and fro between them. A third where layers have a frame.
+        largest = spec.convs[0].out_channels * (spec.height + 2) * (spec.width + 2)
+        count = 3 if spec.padding == "circular" else 2
+        self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
+        self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
+        with on_stream(self._stream):  # plans are timed on it
+            self._forward = self._forward_steps(handle)
+            if forward_only:
+                return
+            self.gradient = torch.zeros_like(self.image)
+            self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
+            self._vjp = self._vjp_steps(handle)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Own the memory, on the CUDA stream of cuDNN, which is ordered with the caller's at both ends."""
+        with self._lock, on_stream(self._stream):
+            yield
+
+    def forward(self) -> None:
+        """image -> features."""
+        self._run_forward(lambda: _make(self._forward))
+
+    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+        """features, cotangents -> gradient; all cotangents are written at once."""
+        write(self.spec.layers)
+        self._run_vjp(lambda: _make(self._vjp))
+
+    def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        one, channels, height, width = shape
+        flat = self._rooms[index, : channels * height * width]
+        return flat.view(one, height, width, channels).permute(0, 3, 1, 2)
+
+    def _framed(self, conv: vgg.Conv, source: Tensor, steps: list[Callable[[], None]]) -> tuple[Tensor, int]:
+        """What a convolution reads for `source`, and the zeros it has to add around that."""
+        if self.spec.padding != "circular":
+            return source, 1
+        one, channels, height, width = source.shape
+        framed = self._room(2, (one, channels, height + 2, width + 2))
+        steps.append(lambda: network.wrap(source, framed))
+        return framed, 0
+
+    def _forward_steps(self, handle: int) -> list[Callable[[], None]]:
+        spec, own, steps = self.spec, self._parameters, list[Callable[[], None]]()
+        frame = int(spec.padding != "zero")
+        x = self._room(0, (1, network.COLOURS, spec.height + 2 * frame, spec.width + 2 * frame))
+        steps.append(lambda x=x: network.centre(self.image, own["mean"], x, spec.padding))  # type: ignore[misc]
+        for conv in spec.convs:
+            if conv.after_pool:
+                one, channels, height, width = x.shape
+                pooled = self._room(0, (one, channels, height // 2, width // 2))
+                steps.append(lambda x=x, pooled=pooled: network.pool(x, pooled, spec.pooling))  # type: ignore[misc]
+                x = pooled
+            x, zeros = (x, 1 - frame) if conv.in_channels == 3 else self._framed(conv, x, steps)
+            pair = own[f"{conv.name}.weight"], own[f"{conv.name}.bias"]
+            relu = self.features[conv.relu]
+            if conv.name in spec.layers:
+                before = self.features[conv.name]
+                steps.append(_Convolution(handle, x, pair[0], before, zeros, pair[1]).run)
+                steps.append(lambda x=before, y=relu: torch.clamp_min(x, 0, out=y))  # type: ignore[misc]
+            else:
+                steps.append(_Convolution(handle, x, pair[0], relu, zeros, pair[1], rectified=True).run)
+            x = relu
+        return steps
+
+    def _vjp_steps(self, handle: int) -> list[Callable[[], None]]:
+        spec, steps = self.spec, list[Callable[[], None]]()
+        incoming: Tensor | None = None
+        pooling = ""  # between the incoming cotangent and the layer below
+        for conv in reversed(spec.convs):
+            relu = self.features[conv.relu]
+            behind, x = self.cotangents.get(conv.name), self._room(0, relu.shape)
+            if incoming is None and conv.relu not in spec.layers:
+                assert behind is not None  # the deepest of all
+                x = behind
+            else:
+                given = incoming, self.cotangents.get(conv.relu), behind, relu, x, pooling
+                steps.append(lambda given=given: network.mask(*given))  # type: ignore[misc]
+            at_pixels = conv.in_channels == 3
+            folds = at_pixels and spec.padding in ("reflect", "replicate")
+            source, zeros = (x, 2) if folds else self._framed(conv, x, steps)
+            grown = 2 * int(folds)
+            channels = network.EIGHT if at_pixels else conv.in_channels
+            incoming = self._room(1, (1, channels, x.shape[2] + grown, x.shape[3] + grown))
+            steps.append(_Convolution(handle, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
+            pooling = spec.pooling if conv.after_pool else ""
+        last = incoming
+        assert last is not None
+        steps.append(lambda: network.uncentre(last, self.gradient, spec.padding))
+        return steps
+
+
+def _make(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()

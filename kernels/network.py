@@ -1,0 +1,69 @@
+"""What stands between the convolutions of VGG-19 on a GPU, one launch each.
+
+Activations are (1, C, H, W) fp32, fp16 or bf16 in NHWC order, C a multiple of 8; the image is (1, 3, H, W) fp32. Sums
+are fp32. `nhwc` has the same steps for a CPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _cuda
+
+PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
+COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
+EIGHT = 8  # channels of the gradient as the last convolution writes it; three are of use
+_WAYS = ("", "avg", "max")
+
+
+def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
+    """Write the image minus means (3,) into `out` (1, COLOURS, H + 2 f, W + 2 f), with a frame of f lines, 0 or 1."""
+    size = image.shape[2:]
+    _launch("image", out, out.shape[2] * out.shape[3], image, means, out, *size, *_frame(out, size), _index(padding))
+
+
+def wrap(source: Tensor, out: Tensor) -> None:
+    """Write (1, C, H, W) into `out` (1, C, H + 2, W + 2), whose frame is the opposite side."""
+    _, channels, height, width = source.shape
+    _launch("wrap", out, out.numel() // EIGHT, source, out, height, width, channels)
+
+
+def pool(source: Tensor, out: Tensor, pooling: str) -> None:
+    """Write means or maxima of 2 x 2 positions into `out` (1, C, H / 2, W / 2); `pooling` is avg or max."""
+    _, channels, height, width = source.shape
+    _launch("pool", out, out.numel() // EIGHT, source, out, height, width, channels, _WAYS.index(pooling))
+
+
+def mask(
+    incoming: Tensor | None, own: Tensor | None, behind: Tensor | None, features: Tensor, out: Tensor, pooling: str = ""
+) -> None:
+    """The VJP of a ReLU, and of the pooling above it if there is one: (features > 0) (incoming + own) + behind.
+
+    `incoming` has come from above, (1, C, H, W) or with `pooling` (1, C, H / 2, W / 2). With avg each of its values
+    goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
+    weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
+    `out` may be `incoming` if nothing is pooled.
+    """
+    _, channels, height, width = features.shape
+    tensors = (incoming, own, behind, features, out)
+    _launch("mask", out, out.numel() // EIGHT, *tensors, height, width, channels, _WAYS.index(pooling))
+
+
+def uncentre(source: Tensor, gradient: Tensor, padding: str) -> None:
+    """The VJP of `centre`: cotangents (1, EIGHT, H + 2 f, W + 2 f) -> gradient (1, 3, H, W) fp32."""
+    size = gradient.shape[2:]
+    frame = _frame(source, size)
+    _launch("gradient", source, gradient.numel(), source, gradient, *size, *frame, _index(padding))
+
+
+def _frame(framed: Tensor, size: tuple[int, ...]) -> tuple[int]:
+    return ((framed.shape[2] - size[0]) // 2,)
+
+
+def _index(padding: str) -> int:
+    return PADDINGS.index(padding)
+
+
+def _launch(kernel: str, typed: Tensor, count: int, *arguments: _cuda.Argument) -> None:
+    element = _cuda.ELEMENTS[typed.dtype]
+    _cuda.launch("network", f"network_{kernel}<{element}>", (-(-count // _cuda.THREADS),), *arguments)

@@ -1,0 +1,207 @@
+"""The cuDNN runtime without cuDNN: torch makes its convolutions, the CUDA sources run on the CPU, autograd is right."""
+
+import contextlib
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from engine import BackendError, fused
+from engine.export import vgg, weights
+
+STYLE_AND_CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
+
+
+@pytest.fixture(scope="module")
+def net():
+    return weights.load("embedded", ("relu5_2",))
+
+
+@pytest.fixture
+def on_cpu(host, monkeypatch):
+    """A library whose convolutions torch makes, on a device that is the CPU."""
+
+    class Convolution:
+        def __init__(self, handle, source, kernel, target, padding, bias=None, rectified=False):
+            assert handle == "handle"
+            self._given = source, kernel, target, padding, bias, rectified
+
+        def run(self):
+            source, kernel, target, padding, bias, rectified = self._given
+            found = torch.nn.functional.conv2d(source.double(), kernel.double(), padding=padding)
+            found = found if bias is None else found + bias.double()
+            target.copy_(found.relu() if rectified else found)
+
+    @contextlib.contextmanager
+    def same_stream(stream):
+        yield
+
+    library = SimpleNamespace(
+        create_handle=lambda: "handle", destroy_handle=lambda handle: None, set_stream=lambda handle, stream: None
+    )
+    monkeypatch.setitem(sys.modules, "cudnn", library)
+    monkeypatch.setattr(fused, "_Convolution", Convolution)
+    monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda place: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(fused, "on_stream", same_stream)
+
+
+SPECS = [
+    vgg.Spec(33, 47, STYLE_AND_CONTENT),
+    vgg.Spec(46, 37, STYLE_AND_CONTENT, "max"),
+    vgg.Spec(48, 64, STYLE_AND_CONTENT, padding="circular"),
+    vgg.Spec(35, 32, ("relu1_1", "relu2_2", "relu3_1"), padding="reflect"),
+    vgg.Spec(32, 33, ("relu1_2", "conv2_2", "relu3_1"), padding="replicate"),
+    vgg.Spec(32, 37, ("conv1_1", "conv2_1", "relu2_1", "conv3_1")),
+    vgg.Spec(34, 32, ("relu1_1",), "max"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_features_and_gradient_are_those_of_autograd(on_cpu, net, spec, precision):
+    spec = vgg.Spec(spec.height, spec.width, spec.layers, spec.pooling, precision, padding=spec.padding)
+    generator = torch.Generator().manual_seed(3)
+    image = torch.rand(1, 3, spec.height, spec.width, generator=generator)
+    own = fused.Features(spec, fused.Network(net))
+    exact = image.double().requires_grad_()
+    truth = net.module(spec.layers, spec.pooling, torch.float64, spec.padding)(exact)
+    cotangents = {name: torch.randn(x.shape, generator=generator) / x.numel() ** 0.5 for name, x in truth.items()}
+
+    def write(layers):
+        assert layers == spec.layers
+        for name in layers:
+            own.cotangents[name].copy_(cotangents[name])
+
+    with own.use():
+        own.image.copy_(image)
+        for _ in range(2):  # the memory is used again
+            own.forward()
+            own.vjp(write)
+    (slope,) = torch.autograd.grad([truth[name] for name in spec.layers], exact, list(cotangents.values()))
+    limit, flips = {"fp32": (1e-6, 2e-3), "fp16": (2e-3, 5e-2), "bf16": (1.5e-2, 1.5e-1)}[precision]
+    for name in spec.layers:
+        assert relative(own.features[name], truth[name].detach()) < limit
+    assert relative(own.gradient, slope) < flips
+
+
+def relative(value, truth):
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def test_a_style_needs_no_way_back(on_cpu, net):
+    own = fused.Features(vgg.Spec(32, 40, ("relu2_1",)), fused.Network(net), forward_only=True)
+    own.image.fill_(0.5)
+    own.forward()
+    assert own.features["relu2_1"].any()
+    assert not hasattr(own, "gradient")
+
+
+class Plans:
+    """A graph of cuDNN's with some plans, of which the first is not to be had and the third is the fastest."""
+
+    def __init__(self, seconds):
+        self.seconds, self.built = seconds, []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self
+
+    def tensor(self, **given):
+        return object()
+
+    def get_execution_plan_count(self):
+        return len(self.seconds)
+
+    def build_plan_at_index(self, plan):
+        if self.seconds[plan] is None:
+            raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+        self.built.append(plan)
+
+    def get_workspace_size_plan_at_index(self, plan):
+        return 10 * plan
+
+    def execute_plan_at_index(self, memory, workspace, plan, handle):
+        assert len(workspace) == max(10 * plan, 1)
+        clock.append(self.seconds[plan])
+
+
+clock = []
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """cuDNN with `Plans`, and events that tell the time from the plans that ran between them."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = sum(clock)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    made = []
+
+    def pygraph(**options):
+        made.append(Plans(next(seconds)))
+        return made[-1]
+
+    seconds = iter([[None, 3.0, 1.0, 2.0], [None, 1.0, 9.0, 9.0], [None, None]])
+    names = SimpleNamespace(FLOAT=0, HALF=1, BFLOAT16=2)
+    notes = SimpleNamespace(RUNTIME_COMPILATION=0, TENSOR_CORE=0)
+    library = SimpleNamespace(
+        pygraph=pygraph, data_type=names, heur_mode=SimpleNamespace(A=0, FALLBACK=1), behavior_note=notes,
+        numerical_note=notes,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cudnn", library)
+    monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
+    monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
+    clock.clear()
+    return made
+
+
+def test_the_fastest_plan_is_taken_and_remembered(library):
+    tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
+    fused._Convolution(0, *tensors, 1).run()
+    first = len(clock)
+    assert library[0].built[-1] == 2
+    assert library[0].built[:3] == [1, 2, 3]
+    fused._Convolution(0, *tensors, 1).run()
+    assert library[1].built == [2]
+    assert len(clock) == first + 1
+    with pytest.raises(BackendError, match="none of the plans"):
+        fused._Convolution(0, *tensors, 1, torch.zeros(1, 8, 1, 1), rectified=True)
+
+
+def test_what_the_library_refuses_is_said(library, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("CUDNN_STATUS_BAD_PARAM")
+
+    monkeypatch.setattr(Plans, "validate", refuse, raising=False)
+    tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
+    with pytest.raises(BackendError, match=r"device cudnn: no convolution \(8, 8, 3, 3\) in FLOAT .*BAD_PARAM"):
+        fused._Convolution(0, *tensors, 1)
+
+
+def test_kernels_are_filled_up_with_zeros(net, monkeypatch):
+    monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
+    spec = vgg.Spec(32, 32, ("relu2_1",), precision="fp16")
+    own = fused.Network(net)
+    made = own.parameters(spec)
+    assert own.parameters(spec) is made
+    assert made["conv1_1.weight"].shape == (64, 4, 3, 3)
+    assert not made["conv1_1.weight"][:, 3].any()
+    assert made["conv1_1.vjp"].shape == (8, 64, 3, 3)
+    assert not made["conv1_1.vjp"][3:].any()
+    assert made["conv2_1.bias"].stride() == (128, 1, 128, 128)
+    assert all(each.dtype == torch.float16 for name, each in made.items() if name != "mean")
+    np.testing.assert_allclose(made["mean"].numpy(), net.mean, rtol=1e-6)
