@@ -128,20 +128,23 @@ def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)
                 with rows.attempt(name):
                     given = layer_group(size, dtype, nhwc, device)
                     layers = kernels.Layers(given, 1.0, 100.0)
-                    for way, losses in ways(layers, device).items():
+                    for way, losses in ways(layers, device)[0].items():
                         losses()
-                        layers.gradients()
-                        loss, worst = layer_errors(layers, given)
-                        passed = loss < LOSS_ROUNDING[precision] and worst < ROUNDING[precision]
-                        rows.add(f"{name} {way}", passed, loss_error=loss, cotangent_error=worst)
+                        for other, gradients in ways(layers, device)[1].items():
+                            gradients()
+                            loss, worst = layer_errors(layers, given)
+                            passed = loss < LOSS_ROUNDING[precision] and worst < ROUNDING[precision]
+                            rows.add(f"{name} {way}, {other}", passed, loss_error=loss, cotangent_error=worst)
     with rows.attempt("L-BFGS against the CPU's"):
         difference = lbfgs_error(device)
         rows.add("L-BFGS against the CPU's", difference < 1e-3, image_error=difference)
 
 
-def ways(layers: kernels.Layers, device: str) -> dict[str, Callable[[], None]]:
-    """The ways to the losses: there is a choice on a GPU only."""
-    return layers.ways() if device == "cuda" else {"BLAS": layers.losses}
+def ways(layers: kernels.Layers, device: str) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]]]:
+    """The ways to the losses and to the gradients: there is a choice on a GPU only."""
+    if device == "cuda":
+        return layers.ways(), layers.ways_to_gradients()
+    return {"losses by BLAS": layers.losses}, {"cotangents by BLAS": layers.gradients}
 
 
 def layer_errors(layers: kernels.Layers, given: dict[str, kernels.Layer]) -> tuple[float, float]:
@@ -215,15 +218,17 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             ours, other = seconds(recorded(work, device), device), seconds(recorded(theirs, device), device)
             rates = {"gb_per_s": traffic / ours / 1e9, "tflop_per_s": flop / ours / 1e12}
             rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
-            if name in ("chosen losses", "cotangents"):
+            if name.startswith("chosen"):
                 ours_us[precision] += 1e6 * ours
 
         with rows.attempt(f"losses {precision}"):
-            for way, losses in ways(layers, device).items():
+            for way, losses in ways(layers, device)[0].items():
                 timed(way, losses, torchs_grams, moved)
             timed("chosen losses", layers.losses, torchs_grams, moved)
         with rows.attempt(f"cotangents {precision}"):
-            timed("cotangents", layers.gradients, torchs_gradients, 2 * moved)
+            for way, gradients in ways(layers, device)[1].items():
+                timed(way, gradients, torchs_gradients, 2 * moved)
+            timed("chosen cotangents", layers.gradients, torchs_gradients, 2 * moved)
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
@@ -283,10 +288,13 @@ def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: in
                 pass
             machine.now(device)
             with torch.profiler.profile(activities=activities) as profile:
-                for _ in islice(running, count):
-                    pass
-            calls = Counter(event.name for event in profile.events())
-            machine.now(device)
+                with torch.profiler.record_function(name):  # the profiler itself waits at its end
+                    for _ in islice(running, count):
+                        pass
+                machine.now(device)
+            events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+            span = next(event.time_range for event in events if event.name == name)
+            calls = Counter(event.name for event in events if span.start <= event.time_range.start < span.end)
             found = {"waits": named(calls, WAITS), "allocations": named(calls, ALLOCATIONS)}
             launches = (calls["cudaLaunchKernel"] + calls["cuLaunchKernel"] + calls["cudaGraphLaunch"]) / count
             rows.add(name, not any(found.values()), **found, launches_per_iteration=launches)

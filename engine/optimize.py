@@ -27,13 +27,32 @@ class State:
 
 
 @dataclass(frozen=True)
+class _Late:
+    """A loss that is on its way to host memory."""
+
+    memory: Tensor
+    arrival: torch.cuda.Event | None = None  # None on a CPU
+
+    @property
+    def arrived(self) -> bool:
+        """Whether `value` would not wait."""
+        return self.arrival is None or self.arrival.query()
+
+    @property
+    def value(self) -> float:
+        """The loss; on a GPU this waits until the evaluation has come so far."""
+        if self.arrival is not None and not self.arrived:
+            self.arrival.synchronize()
+        return float(self.memory)
+
+
+@dataclass(frozen=True)
 class Iterate:
     """Result of one evaluation: its loss, the best or the average image (1, 3, H, W) of this scale so far, and the
     seconds of each stage."""
 
     best: Tensor
-    _loss: Tensor = field(repr=False)  # in host memory
-    _arrival: torch.cuda.Event | None = field(repr=False)  # of the loss, None on a CPU
+    _loss: _Late = field(repr=False)
     stages: dict[str, float] = field(default_factory=dict)
     # How to save the run; empty unless this is its newest iterate, so that a kept one holds no optimiser.
     _saving: list[Callable[[], dict[str, Tensor]]] = field(default_factory=list, repr=False)
@@ -41,14 +60,7 @@ class Iterate:
     @property
     def loss(self) -> float:
         """The loss; on a GPU this waits until the evaluation has come so far."""
-        if self._arrival is not None and not self._arrival.query():
-            self._arrival.synchronize()
-        return float(self._loss)
-
-    @property
-    def arrived(self) -> bool:
-        """Whether `loss` would not wait."""
-        return self._arrival is None or self._arrival.query()
+        return self._loss.value
 
     def save(self) -> dict[str, Tensor]:
         """What `minimise` needs to go on after this iterate, to be copied; RuntimeError once it was asked for more."""
@@ -109,7 +121,7 @@ def minimise(
         if isinstance(runner, kernels.Adam):
             state.steps, state.moments = runner.steps, tuple(runner.moments)
         bests, known = saved["queued.best"].to(image.device)[:iterations], saved["queued.losses"][:iterations]
-        queued.extend(Iterate(best, each, None) for best, each in zip(bests, known, strict=True))
+        queued.extend(Iterate(best, _Late(each)) for best, each in zip(bests, known, strict=True))
 
     def save() -> dict[str, Tensor]:
         bests = [each.best for each in queued]
@@ -129,7 +141,8 @@ def minimise(
         iterate.release()
 
     losses = torch.empty(iterations, pin_memory=image.is_cuda)
-    unchecked = deque(enumerate(queued, 1))
+    # Not the iterates: a host that is far ahead must not hold all their images.
+    unchecked = deque((i, each._loss) for i, each in enumerate(queued, 1))
     for i in range(len(queued), iterations):
         loss.copy_(evaluate(image, gradient))
         losses[i].copy_(loss, non_blocking=True)
@@ -141,8 +154,9 @@ def minimise(
             if isinstance(runner, kernels.Adam):
                 state.steps, state.moments = runner.steps, tuple(runner.moments)
             result = (runner.best if mean is None else mean.value).clone()
-        queued.append(Iterate(result, losses[i], arrival, stages.take()))
-        unchecked.append((i + 1, queued[-1]))
+        late = _Late(losses[i], arrival)
+        queued.append(Iterate(result, late, stages.take()))
+        unchecked.append((i + 1, late))
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())
         if not image.is_cuda or i >= AHEAD:
@@ -203,10 +217,10 @@ class _Average:
         self._lowest.copy_(saved["average.lowest"])
 
 
-def _check(iteration: int, iterate: Iterate) -> None:
-    if not math.isfinite(iterate.loss):
+def _check(iteration: int, loss: _Late) -> None:
+    if not math.isfinite(loss.value):
         raise FloatingPointError(
-            f"loss or gradient is not finite at iteration {iteration} (loss {iterate.loss}); "
+            f"loss or gradient is not finite at iteration {iteration} (loss {loss.value}); "
             "smaller weights or --precision fp32 keep the numbers in range"
         )
 

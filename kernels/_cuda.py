@@ -120,6 +120,37 @@ def _native(argument: Argument) -> np.generic:
     return np.int64(argument) if isinstance(argument, int) else np.float32(argument)
 
 
+def multiply(symmetric: Tensor, features: Tensor, factor: Tensor, share: Tensor, out: Tensor) -> None:
+    """out (C, M) = factor * symmetric (C, C) features (C, M) + share * out by cuBLAS, for numbers on the device, fp32.
+
+    Matrices have one dtype; features and out are contiguous, or the transposes of contiguous ones. Sums are fp32.
+    """
+    import cupy
+    from cupy.cuda import cublas, runtime
+
+    channels, positions = features.shape
+    index = features.device.index
+    kinds = {torch.float32: runtime.CUDA_R_32F, torch.float16: runtime.CUDA_R_16F, torch.bfloat16: runtime.CUDA_R_16BF}
+    kind = kinds[features.dtype]
+    # cuBLAS stands columns side by side: to it all are transposed, and (M, C) in memory is C x M.
+    if features.stride(0) == 1:
+        size, left, right = (channels, positions), (symmetric, channels), (features, channels)
+    else:
+        size, left, right = (positions, channels), (features, positions), (symmetric, channels)
+    operands = [number for tensor, rows in (left, right) for number in (tensor.data_ptr(), kind, rows)]
+    plain = cublas.CUBLAS_OP_N
+    with cupy.cuda.Device(index), cupy.cuda.Stream.from_external(_Stream(index)):
+        handle = cupy.cuda.device.get_cublas_handle()
+        cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
+        try:
+            cublas.gemmEx(
+                handle, plain, plain, *size, channels, factor.data_ptr(), *operands, share.data_ptr(), out.data_ptr(),
+                kind, size[0], cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+            )  # fmt: skip
+        finally:
+            cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
+
+
 def blocks(count: int) -> int:
     """Blocks of a kernel that strides over `count` elements."""
     return min(MAX_BLOCKS, -(-count // THREADS))

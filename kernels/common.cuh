@@ -32,7 +32,7 @@ __device__ inline double block_sum(double value) {
 }
 
 // Whether this is the last of all blocks to come here, which then sees what the others wrote before (if it reads that
-// as volatile). *arrived is zero between launches.
+// with __ldcg). *arrived is zero between launches.
 __device__ inline bool last_block(unsigned* arrived) {
     __shared__ bool last;
     __threadfence();

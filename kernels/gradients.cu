@@ -2,6 +2,37 @@
 
 #include "tiles.cuh"
 
+// layers (gridDim.y,): writes what cuBLAS needs, which adds STYLE `lifted` F to `cotangent`: `lifted` of style layers, and
+// CONTENT (F - P) as the `cotangent` of content layers.
+template <typename T>
+__global__ void lifted_differences(const Layer* layers, const float* factors) {
+    const Layer& layer = layers[blockIdx.y];
+    const float* own = factors_of(factors, blockIdx.y);
+    const long long first = (long long)blockIdx.x * THREADS + threadIdx.x, step = (long long)gridDim.x * THREADS;
+    const float lift = own[LIFT], factor = own[CONTENT];
+    if (layer.target)
+        for (long long i = first; i < layer.channels * layer.channels; i += step)
+            store(static_cast<T*>(layer.lifted) + i, lift * layer.difference[i]);
+    if (!layer.content) return;
+    constexpr int WIDE = 16 / sizeof(T);
+    struct alignas(16) Vector {
+        T element[WIDE];
+    };
+    const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
+    T* out = static_cast<T*>(layer.cotangent);
+    const long long count = layer.channels * layer.positions;
+#pragma unroll 4
+    for (long long i = WIDE * first; i + WIDE <= count; i += WIDE * step) {
+        const Vector f = *reinterpret_cast<const Vector*>(features + i), p = *reinterpret_cast<const Vector*>(content + i);
+        Vector found;
+        for (int e = 0; e < WIDE; ++e)
+            store(found.element + e, factor * (to_float(f.element[e]) - to_float(p.element[e])));
+        *reinterpret_cast<Vector*>(out + i) = found;
+    }
+    for (long long i = count / WIDE * WIDE + first; i < count; i += step)
+        store(out + i, factor * (to_float(features[i]) - to_float(content[i])));
+}
+
 // layers (count,): writes `cotangent` = STYLE (LIFT (G - A)) F + CONTENT (F - P), with the factors of layers.cuh.
 template <typename T, bool NHWC>
 __global__ void __launch_bounds__(THREADS, 2) layer_gradients(const Layer* layers, long long count,

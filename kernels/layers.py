@@ -4,9 +4,8 @@ On a GPU every step is one launch for all layers: the blocks look their layer up
 the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so the same features give
 the same bits.
 
-The Gram products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group
-of shapes. The cotangents have no such choice: cuBLAS cannot scale by a number that only the device knows, nor add the
-content's share, so it would have to write fp32 that another pass reads, three times the traffic of the kernel.
+The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
+shapes. For the cotangents it reads its factor from the device, and adds to the content's share.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
@@ -32,7 +31,8 @@ from .wasserstein import Wasserstein
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
-_SPAN = 8192  # elements of F that one block of the losses covers
+_SPAN = 16384  # elements of F that one block of the losses covers
+_ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
@@ -115,7 +115,7 @@ class Layers:
         self.terms = torch.zeros(3 + len(layers), device=device)
         self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
         self.scale = self._factors[0]
-        self._way = ""  # to the losses on a GPU, once it is chosen
+        self._way = self._way_to_gradients = ""  # on a GPU, once they are chosen
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
         if first.is_cuda:
             self._plan_launches(device)
@@ -129,8 +129,7 @@ class Layers:
             return
         ways = self.ways()
         if not self._way:
-            shapes = tuple((tuple(a.features.shape), a.target is not None) for a in self._layers)
-            self._way = _cuda.fastest(ways, self.terms.device, (str(self._dtype), self._nhwc, shapes))
+            self._way = self._fastest(ways)
         ways[self._way]()
 
     def ways(self) -> dict[str, Callable[[], None]]:
@@ -167,8 +166,33 @@ class Layers:
         if not self.terms.is_cuda:
             self._gradients_cpu(self.names if names is None else names)
             return
+        ways = self.ways_to_gradients()
+        if not self._way_to_gradients:
+            self._way_to_gradients = self._fastest(ways)
+        ways[self._way_to_gradients]()
+
+    def ways_to_gradients(self) -> dict[str, Callable[[], None]]:
+        """The ways to compute `gradients` on a GPU."""
+        return {
+            "cotangents by our kernel": self._gradients_by_kernel,
+            "cotangents by cuBLAS": self._gradients_by_cublas,
+        }
+
+    def _gradients_by_kernel(self) -> None:
         kernel = f"layer_gradients<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
+
+    def _gradients_by_cublas(self) -> None:
+        element, grid = _cuda.ELEMENTS[self._dtype], (_cuda.processors(self.terms.device), len(self._layers))
+        _cuda.launch("gradients", f"lifted_differences<{element}>", grid, self._table, self._factors)
+        for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
+            if lifted is not None and layer.cotangent is not None:
+                factor, share = self._factors[2 + _FACTORS * i], self._shares[int(layer.content is not None)]
+                _cuda.multiply(lifted, layer.features, factor, share, layer.cotangent)
+
+    def _fastest(self, ways: Mapping[str, Callable[[], None]]) -> str:
+        shapes = tuple((tuple(a.features.shape), a.target is not None) for a in self._layers)
+        return _cuda.fastest(ways, self.terms.device, (str(self._dtype), self._nhwc, shapes))
 
     def _plan_launches(self, device: torch.device) -> None:
         """The table of layers.cuh, and the number of blocks of each launch."""
@@ -183,13 +207,17 @@ class Layers:
         share = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
         rows = []
         self._share, self._partial = share, list[Tensor | None]()
+        self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
+        self._lifted = [
+            None if each is None else torch.empty_like(each, dtype=self._dtype) for each in self._differences
+        ]
         self._gram_blocks = self._loss_blocks = self._gradient_blocks = 0
-        for layer, difference, count in zip(self._layers, self._differences, pairs, strict=True):
+        for layer, difference, lifted, count in zip(self._layers, self._differences, self._lifted, pairs, strict=True):
             channels, positions = layer.features.shape
             begins = (self._gram_blocks, self._loss_blocks, self._gradient_blocks)
             shares = -(-positions // share)
-            # 32 elements of G at a time, and fewer of them the more shares each has.
-            span = 32 * max(1, min(32, 256 // shares))
+            lanes = next((lanes for lanes in (1, 2, 4) if shares <= 16 * lanes), 8)  # that add up one element of G
+            span = _ROUNDS * _cuda.THREADS // lanes
             partial = None
             spans = -(-channels * positions // _SPAN)
             if layer.target is not None:
@@ -203,9 +231,9 @@ class Layers:
             self._partial.append(partial)
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
-            assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+            assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*tensors, lifted))
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
-            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights))
+            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)

@@ -24,28 +24,53 @@ __device__ inline int rows_in_use(const State& state, long long slots) {
     return state.moved ? 2 * used : 0;
 }
 
+// Four neighbouring elements, or zeros.
+__device__ inline void fetch(float (&x)[4], const float* from, bool wanted) {
+    const float4 found = wanted ? *reinterpret_cast<const float4*>(from) : float4{0, 0, 0, 0};
+    x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
+}
+
 // Whether x lies on a bound of [0, 1], and its gradient points out.
 __device__ inline bool held(float x, float gradient) { return (x <= 0 && gradient > 0) || (x >= 1 && gradient < 0); }
 
-// sums (gridDim.x, ROWS, 2): shares of the dot products of each row with y = g + history[2 from + 1] and g = unit *
-// gradient. The blocks of a column share out the elements, those of a row the rows. history (2 slots, count). Where the
-// image is boxed and held, g is 0.
-__global__ void lbfgs_dots(const float* history, const float* image, const float* gradient, const State* state,
-                           long long count, long long slots, long long boxed, double* sums) {
+// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g + history[2 from + 1] and g = unit *
+// gradient. The blocks of a column share out the elements, those of a row the rows. history (2 slots, stride), of which
+// `count` elements a row are in use; stride is a multiple of 4, and so are all addresses of 16 bytes. Where the image is
+// boxed and held, g is 0.
+__global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const float* history, const float* image,
+                                                         const float* gradient, const State* state, long long count,
+                                                         long long stride, long long slots, long long boxed,
+                                                         double* sums) {
     __shared__ double warps[WARPS][2 * GROUP];
     const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
     const float unit = state->unit;
-    const float* previous = history + (2 * (long long)state->to + 1) * count;
+    const float* previous = history + (2 * (long long)state->to + 1) * stride;
     float sum[GROUP][2] = {};
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const float g = boxed && held(image[i], gradient[i]) ? 0.f : unit * gradient[i], y = rows ? g + previous[i] : 0.f;
-        for (int r = 0; r < GROUP; ++r) {
-            const int row = first + r;
-            const float x = row == CHANGE ? y : row == GRADIENT ? g : row < rows ? history[row * count + i] : 0.f;
-            sum[r][0] += x * y;
-            sum[r][1] += x * g;
+#pragma unroll 1  // for the sake of registers
+    for (long long i = 4 * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
+         i += 4 * (long long)gridDim.x * THREADS) {
+        float x[GROUP][4];  // all on their way before the first is used
+#pragma unroll
+        for (int r = 0; r < GROUP; ++r) fetch(x[r], history + (first + r) * stride + i, first + r < rows);
+        float y[4], g[4];
+        fetch(y, previous + i, rows > 0);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const bool there = i + e < count;
+            const float slope = there ? gradient[i + e] : 0.f;
+            g[e] = there && boxed && held(image[i + e], slope) ? 0.f : unit * slope;
+            y[e] = rows && there ? g[e] + y[e] : 0.f;
         }
+#pragma unroll
+        for (int r = 0; r < GROUP; ++r)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float own = first + r == CHANGE ? y[e] : first + r == GRADIENT ? g[e] : x[r][e];
+                sum[r][0] += own * y[e];
+                sum[r][1] += own * g[e];
+            }
     }
+#pragma unroll
     for (int v = 0; v < 2 * GROUP; ++v) {
         const double value = warp_sum(sum[v / 2][v % 2]);
         if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][v] = value;
@@ -54,32 +79,34 @@ __global__ void lbfgs_dots(const float* history, const float* image, const float
     if (threadIdx.x < 2 * GROUP) {
         double value = 0;
         for (int warp = 0; warp < WARPS; ++warp) value += warps[warp][threadIdx.x];
-        sums[((long long)blockIdx.x * ROWS + first) * 2 + threadIdx.x] = value;
+        sums[(2ll * first + threadIdx.x) * gridDim.x + blockIdx.x] = value;
     }
 }
 
-// -H g as coefficients of the history, by the two loops on dot products: lane i holds the i-th oldest pair.
-__device__ inline void two_loops(State& state, const double (*dots)[2], long long pairs, long long slots, int newest) {
+// -H g as coefficients of the history, by the two loops on dot products: lane i holds the i-th oldest pair. products and
+// squares are those of the state.
+__device__ inline void two_loops(State& state, const double (*products)[SLOTS], const double (*squares)[SLOTS],
+                                 const double (*dots)[2], long long pairs, long long slots, int newest) {
     const int lane = threadIdx.x, held = pairs < slots - 1 ? pairs : slots - 1;
     const auto slot_of = [=](int age) { return static_cast<int>((pairs - held + age) % slots); };
     const int slot = lane < held ? slot_of(lane) : newest;
-    const double curvature = state.products[slot][slot];
+    const double per_curvature = 1 / products[slot][slot];
     double along = -dots[2 * slot][1];  // s_i q
     double across = -dots[slot == newest && state.accepted ? CHANGE : 2 * slot + 1][1];  // y_i q
     double share = 0, alpha = 0;
     for (int j = held - 1; j >= 0; --j) {
-        const double a = __shfl_sync(0xffffffffu, along / curvature, j);
+        const double a = __shfl_sync(0xffffffffu, along * per_curvature, j);
         if (lane == j) alpha = a;
-        along -= a * state.products[slot][slot_of(j)];
-        across -= a * state.squares[slot][slot_of(j)];
+        along -= a * products[slot][slot_of(j)];
+        across -= a * squares[slot][slot_of(j)];
     }
     const int last = held ? slot_of(held - 1) : 0;
-    const double gamma = held ? state.products[last][last] / state.squares[last][last] : 1;
+    const double gamma = held ? products[last][last] / squares[last][last] : 1;
     across *= gamma;
     for (int j = 0; j < held; ++j) {
-        const double b = __shfl_sync(0xffffffffu, alpha - across / curvature, j);
+        const double b = __shfl_sync(0xffffffffu, alpha - across * per_curvature, j);
         if (lane == j) share = b;
-        across += b * state.products[slot_of(j)][slot];
+        across += b * products[slot_of(j)][slot];
     }
     if (lane < held) {
         state.of_history[2 * slot] = share;
@@ -88,19 +115,25 @@ __device__ inline void two_loops(State& state, const double (*dots)[2], long lon
     if (lane == 0) state.of_gradient = -gamma;
 }
 
-// One block. sums (chunks, ROWS, 2) from lbfgs_dots over `count` elements.
+// One block. sums (ROWS, 2, chunks) from lbfgs_dots over `count` elements.
 __global__ void lbfgs_plan(State* shared_state, const float* loss, const double* sums, long long chunks,
                            long long count, long long slots, float diverged, long long halvings) {
-    __shared__ double dots[ROWS][2];
-    for (int v = threadIdx.x; v < 2 * ROWS; v += THREADS) {
+    __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
+    State& state = *shared_state;
+    const int lane = threadIdx.x % 32;
+    for (int v = threadIdx.x / 32; v < 2 * ROWS; v += WARPS) {
         double sum = 0;
-        for (long long chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * 2 * ROWS + v];
-        dots[v / 2][v % 2] = sum;
+        for (long long chunk = lane; chunk < chunks; chunk += 32) sum += sums[v * chunks + chunk];
+        sum = warp_sum(sum);
+        if (lane == 0) dots[v / 2][v % 2] = sum;
+    }
+    for (int i = threadIdx.x; i < SLOTS * SLOTS; i += THREADS) {
+        products[i / SLOTS][i % SLOTS] = state.products[i / SLOTS][i % SLOTS];
+        squares[i / SLOTS][i % SLOTS] = state.squares[i / SLOTS][i % SLOTS];
     }
     __syncthreads();
     if (threadIdx.x >= 32) return;
-    State& state = *shared_state;
-    const int lane = threadIdx.x, made = state.to;
+    const int made = state.to;
     const bool finite = isfinite(*loss), improved = finite && *loss < state.lowest, moved = state.moved;
     const bool far = finite && !improved && *loss > diverged * state.lowest;
     const bool halve = far && state.halvings < halvings, restart = far && !halve, step = finite && !far;
@@ -109,8 +142,9 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
     __syncwarp();  // all lanes have read the state
     for (int row = lane; row < 2 * SLOTS; row += 32) state.of_history[row] = 0;
     if (accepted && lane < SLOTS) {
-        state.products[lane][made] = dots[2 * lane][0];
-        state.squares[lane][made] = state.squares[made][lane] = dots[lane == made ? CHANGE : 2 * lane + 1][0];
+        const double along = dots[2 * lane][0], across = dots[lane == made ? CHANGE : 2 * lane + 1][0];
+        state.products[lane][made] = products[lane][made] = along;
+        state.squares[lane][made] = state.squares[made][lane] = squares[lane][made] = squares[made][lane] = across;
     }
     if (lane == 0) {
         state.improved = improved;
@@ -137,34 +171,35 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
         }
     }
     __syncwarp();
-    if (step && moved) two_loops(state, dots, pairs, slots, made);
+    if (step && moved) two_loops(state, products, squares, dots, pairs, slots, made);
 }
 
 // Does what the plan says, with no element moved by more than `largest`; image, gradient, best (count,), history (2
-// slots, count). A boxed image stays in [0, 1].
+// slots, stride). A boxed image stays in [0, 1].
 __global__ void lbfgs_move(float* image, const float* gradient, float* best, float* history, const State* state,
-                           long long count, long long slots, long long boxed, float largest) {
+                           long long count, long long stride, long long slots, long long boxed, float largest) {
     __shared__ float of_history[2 * SLOTS];
     if (threadIdx.x < 2 * SLOTS) of_history[threadIdx.x] = state->of_history[threadIdx.x];
     __syncthreads();
     const int action = state->action;
     const bool improved = state->improved, accepted = state->accepted;
     const float unit = state->unit, of_gradient = state->of_gradient;
-    float *made = history + 2 * (long long)state->from * count, *next = history + 2 * (long long)state->to * count;
+    float *made = history + 2 * (long long)state->from * stride, *next = history + 2 * (long long)state->to * stride;
     for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
         const float x = image[i];
         if (improved) best[i] = x;
         if (action == STEP) {
             const bool stays = boxed && held(x, gradient[i]);
             const float g = stays ? 0.f : unit * gradient[i];
-            if (accepted) made[count + i] += g;
+            if (accepted) made[stride + i] += g;
             float move = of_gradient * g;
+#pragma unroll 6  // loads of several rows on their way at once
             for (int row = 0; row < 2 * slots; ++row)
-                if (of_history[row] != 0) move += of_history[row] * history[row * count + i];
+                move += of_history[row] != 0 ? of_history[row] * history[row * stride + i] : 0.f;
             move = move > largest ? largest : move < -largest ? -largest : move;  // NaN stays NaN
             if (boxed) move = stays ? 0.f : fminf(1.f, fmaxf(0.f, x + move)) - x;
             next[i] = move;
-            next[count + i] = -g;
+            next[stride + i] = -g;
             image[i] = x + move;
         } else if (action == HALVE) {
             made[i] /= 2;

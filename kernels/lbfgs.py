@@ -50,7 +50,8 @@ HALVINGS = 4  # of one step, before starting afresh
 HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
 _GPU_SLOTS = GPU_HISTORY + 1
 _GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 11  # of dot products; those that one block computes
-_RUN = 64  # elements that a thread adds up in fp32
+_RUN = 16  # elements, at least, that a thread adds up in fp32
+_CHUNKS = 2  # of the elements for each multiprocessor, at most
 
 
 def pairs(history: int | str, gpu: bool) -> int:
@@ -169,13 +170,15 @@ class Lbfgs:
         self._slots, self._boxed = pairs(history, image.is_cuda) + 1, boxed
         self._image, self._gradient, self._loss = image, gradient, loss
         self._count = image.numel()
-        self._history = image.new_empty((2 * self._slots, self._count))
+        stride = -(-self._count // 4) * 4 if image.is_cuda else self._count  # 16 bytes are read at a time
+        self._history = image.new_empty((2 * self._slots, stride))
         self._state = initial_state(_GPU_SLOTS if image.is_cuda else self._slots)
         if image.is_cuda:
+            self._history.zero_()  # what is read beyond the last element
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
             self._device_state = flat.to(image.device)
-            self._chunks = -(-self._count // (_RUN * _cuda.THREADS))
-            self._sums = torch.empty((self._chunks, _GPU_ROWS, 2), dtype=torch.float64, device=image.device)
+            chunks = min(-(-self._count // (_RUN * _cuda.THREADS)), _CHUNKS * _cuda.processors(image.device))
+            self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
             self._recorded = _cuda.Recorded(image.device)
         else:
             self._rows = list(self._history)
@@ -215,8 +218,8 @@ class Lbfgs:
 
     def _launch(self) -> None:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
-        count, chunks = self._count, self._chunks
-        size = (count, self._slots, int(self._boxed))
+        count, chunks = self._count, self._sums.shape[2]
+        size = (count, history.shape[1], self._slots, int(self._boxed))
         _cuda.launch(
             "lbfgs", "lbfgs_dots", (chunks, _GPU_ROWS // _GROUP), history, image, gradient, state, *size, self._sums
         )

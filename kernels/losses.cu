@@ -2,26 +2,29 @@
 
 #include "layers.cuh"
 
-constexpr int SHARE_LANES = WARPS;  // threads that add the shares of one element of G
+constexpr int ROUNDS = 2;        // as in layers.py
 constexpr int MAX_LAYERS = 256;  // as in layers.py
 
 __device__ inline double power_of_two_below(double x) { return exp2(floor(log2(x))); }
 
 // Style: G of the elements from `begin` to `end`, G - A, its weighted squares and the trace of G.
 __device__ inline void style_part(const Layer& layer, long long begin, long long end, double& squares, double& trace) {
-    __shared__ float sums[SHARE_LANES][32];
+    __shared__ float sums[THREADS];
     const long long C = layer.channels;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (long long first = begin; first < end; first += 32) {
-        const long long index = first + lane, row = index / C, column = index % C;
+    const int elements = layer.span / ROUNDS, lanes = THREADS / elements;  // at once, and threads for each
+    const int own = threadIdx.x % elements, lane = threadIdx.x / elements;
+    for (long long first = begin; first < end; first += elements) {
+        const long long index = first + own;
+        const unsigned row = static_cast<unsigned>(index) / static_cast<unsigned>(C), column = index - row * C;
         const bool upper = index < end && row <= column;
         float sum = 0;
         if (upper)
-            for (long long s = warp; s < layer.shares; s += SHARE_LANES) sum += layer.partial[s * C * C + index];
-        sums[warp][lane] = sum;
+#pragma unroll 8
+            for (long long s = lane; s < layer.shares; s += lanes) sum += layer.partial[s * C * C + index];
+        sums[threadIdx.x] = sum;
         __syncthreads();
-        if (warp == 0 && upper) {
-            for (int other = 1; other < SHARE_LANES; ++other) sum += sums[other][lane];
+        if (lane == 0 && upper) {
+            for (int other = 1; other < lanes; ++other) sum += sums[other * elements + own];
             const float gram = sum / layer.positions, d = gram - layer.target[index];
             layer.difference[index] = layer.difference[column * C + row] = d;
             squares += (row == column ? 1. : 2.) * d * d;
@@ -29,6 +32,29 @@ __device__ inline void style_part(const Layer& layer, long long begin, long long
         }
         __syncthreads();
     }
+}
+
+// The share of this thread in |a - b|^2; a and b are multiples of 16 bytes.
+template <typename T>
+__device__ inline double distance(const T* a, const T* b, long long count) {
+    constexpr int WIDE = 16 / sizeof(T);
+    struct alignas(16) Vector {
+        T element[WIDE];
+    };
+    float sum = 0;
+#pragma unroll 4
+    for (long long i = WIDE * threadIdx.x; i + WIDE <= count; i += WIDE * THREADS) {
+        const Vector left = *reinterpret_cast<const Vector*>(a + i), right = *reinterpret_cast<const Vector*>(b + i);
+        for (int e = 0; e < WIDE; ++e) {
+            const float d = to_float(left.element[e]) - to_float(right.element[e]);
+            sum += d * d;
+        }
+    }
+    for (long long i = count / WIDE * WIDE + threadIdx.x; i < count; i += THREADS) {
+        const float d = to_float(a[i]) - to_float(b[i]);
+        sum += d * d;
+    }
+    return sum;
 }
 
 // sums (blocks, 2) are scratch. The weights are those of all layers, beside each layer's own. Writes
@@ -51,10 +77,7 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
         const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
         const long long begin = (local - style_blocks) * layer.content_span;
         const long long end = smaller(begin + layer.content_span, C * M);
-        for (long long i = begin + threadIdx.x; i < end; i += THREADS) {
-            const float d = to_float(features[i]) - to_float(content[i]);
-            squares += d * d;
-        }
+        squares = distance(features + begin, content + begin, end - begin);
     }
     squares = block_sum(squares);
     trace = block_sum(trace);
@@ -65,7 +88,6 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
     if (!last_block(arrived)) return;
 
     __shared__ double style[MAX_LAYERS], content[MAX_LAYERS], norm[MAX_LAYERS], loudest[MAX_LAYERS];
-    const volatile double* written = sums;
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < count; i += WARPS) {
         const double channels = layers[i].channels, elements = channels * layers[i].positions;
@@ -73,9 +95,11 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
         const long long end = i + 1 < count ? layers[i + 1].loss_block : (long long)gridDim.x;
         const long long styles = layers[i].target ? divide_up(layers[i].channels * layers[i].channels, layers[i].span) : 0;
         double difference = 0, loudness = 0, distance = 0;
+#pragma unroll 8
         for (long long b = begin + lane; b < end; b += 32) {
-            (b - begin < styles ? difference : distance) += written[2 * b];
-            loudness += written[2 * b + 1];
+            const double value = __ldcg(sums + 2 * b);
+            (b - begin < styles ? difference : distance) += value;
+            loudness += __ldcg(sums + 2 * b + 1);
         }
         difference = warp_sum(difference);
         loudness = warp_sum(loudness);

@@ -40,53 +40,72 @@ __device__ inline long long inside(long long place, long long length, long long 
     return -1;
 }
 
+// The index of this thread's item: eight channels of a position, say. Below 2^32, as 64-bit divisions take their time.
+__device__ inline unsigned item() { return blockIdx.x * THREADS + threadIdx.x; }
+
 // image (3, height, width), means (3,) -> out (height + 2 frame, width + 2 frame, COLOURS): the image minus its means,
 // then its frame.
 template <typename T>
 __global__ void network_image(const float* image, const float* means, T* out, long long height, long long width,
                               long long frame, long long padding) {
-    const long long across = width + 2 * frame, count = (height + 2 * frame) * across;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const long long row = inside(i / across - frame, height, padding);
-        const long long column = inside(i % across - frame, width, padding);
-        Vector<T, COLOURS> found;
-        for (int c = 0; c < COLOURS; ++c) {
-            const bool there = c < 3 && row >= 0 && column >= 0;
-            store(found.element + c, there ? image[(c * height + row) * width + column] - means[c] : 0.f);
-        }
-        reinterpret_cast<Vector<T, COLOURS>*>(out)[i] = found;
+    const unsigned i = item(), across = width + 2 * frame;
+    if (i >= (height + 2 * frame) * across) return;
+    const long long row = inside(i / across - frame, height, padding);
+    const long long column = inside(i % across - frame, width, padding);
+    Vector<T, COLOURS> found;
+    for (int c = 0; c < COLOURS; ++c) {
+        const bool there = c < 3 && row >= 0 && column >= 0;
+        store(found.element + c, there ? image[(c * height + row) * width + column] - means[c] : 0.f);
     }
+    reinterpret_cast<Vector<T, COLOURS>*>(out)[i] = found;
 }
 
 // in (height, width, channels) -> out (height + 2, width + 2, channels), whose frame is the other side.
 template <typename T>
 __global__ void network_wrap(const T* in, T* out, long long height, long long width, long long channels) {
-    const long long groups = channels / EIGHT, count = (height + 2) * (width + 2) * groups;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const long long position = i / groups, c = i % groups * EIGHT;
-        const long long row = inside(position / (width + 2) - 1, height, CIRCULAR);
-        const long long column = inside(position % (width + 2) - 1, width, CIRCULAR);
-        *reinterpret_cast<Vector<T, EIGHT>*>(out + i * EIGHT) = load(in + (row * width + column) * channels + c);
-    }
+    const unsigned i = item(), groups = channels / EIGHT, across = width + 2, position = i / groups;
+    if (i >= (height + 2) * across * groups) return;
+    const long long row = inside(position / across - 1ll, height, CIRCULAR);
+    const long long column = inside(position % across - 1ll, width, CIRCULAR);
+    const T* from = in + (row * width + column) * channels + i % groups * EIGHT;
+    *reinterpret_cast<Vector<T, EIGHT>*>(out + (long long)i * EIGHT) = load(from);
 }
 
 // in (height, width, channels) -> out (height / 2, width / 2, channels): means, or maxima if `way` is LARGEST.
 template <typename T>
 __global__ void network_pool(const T* in, T* out, long long height, long long width, long long channels, long long way) {
-    const long long groups = channels / EIGHT, across = width / 2, count = height / 2 * across * groups;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const long long position = i / groups, row = position / across * 2, column = position % across * 2;
-        const T* corner = in + (row * width + column) * channels + i % groups * EIGHT;
-        float found[EIGHT] = {};
-        for (int k = 0; k < 4; ++k) {
-            const Vector<T, EIGHT> one = load(corner + (k / 2 * width + k % 2) * channels);
-            for (int e = 0; e < EIGHT; ++e) {
-                const float x = to_float(one.element[e]);
-                found[e] = way == AVERAGE ? found[e] + x / 4 : k == 0 || x > found[e] ? x : found[e];
-            }
+    const unsigned i = item(), groups = channels / EIGHT, across = width / 2, position = i / groups;
+    if (i >= height / 2 * across * groups) return;
+    const long long row = position / across * 2, column = position % across * 2;
+    const T* corner = in + (row * width + column) * channels + i % groups * EIGHT;
+    float found[EIGHT] = {};
+    for (int k = 0; k < 4; ++k) {
+        const Vector<T, EIGHT> one = load(corner + (k / 2 * width + k % 2) * channels);
+        for (int e = 0; e < EIGHT; ++e) {
+            const float x = to_float(one.element[e]);
+            found[e] = way == AVERAGE ? found[e] + x / 4 : k == 0 || x > found[e] ? x : found[e];
         }
-        put(out + i * EIGHT, found);
     }
+    put(out + (long long)i * EIGHT, found);
+}
+
+// Clears what does not belong to the feature at (row, column): all but the shares of the first of the largest of its four.
+template <typename T>
+__device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsigned row, unsigned column,
+                                    long long width, long long channels) {
+    float largest[EIGHT];
+    unsigned place[EIGHT] = {};
+    for (unsigned k = 0; k < 4; ++k) {
+        const Vector<T, EIGHT> one = load(corner + (k / 2 * width + k % 2) * channels);
+        for (int e = 0; e < EIGHT; ++e) {
+            const float x = to_float(one.element[e]);
+            if (k > 0 && !(x > largest[e])) continue;
+            largest[e] = x;
+            place[e] = k;
+        }
+    }
+    for (int e = 0; e < EIGHT; ++e)
+        if (place[e] != row % 2 * 2 + column % 2) share[e] = 0;
 }
 
 // out = (features > 0) (spread(incoming) + own) + behind, all (height, width, channels). incoming comes from above, for
@@ -96,57 +115,48 @@ __global__ void network_pool(const T* in, T* out, long long height, long long wi
 template <typename T>
 __global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, T* out,
                              long long height, long long width, long long channels, long long way) {
-    const long long groups = channels / EIGHT, count = height * width * groups;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const long long position = i / groups, row = position / width, column = position % width;
-        const long long c = i % groups * EIGHT;
-        float sum[EIGHT] = {};
-        if (own) add(sum, own + i * EIGHT);
-        if (incoming && way == SAME) add(sum, incoming + i * EIGHT);
-        if (incoming && way != SAME && row / 2 < height / 2 && column / 2 < width / 2) {
+    const unsigned i = item(), groups = channels / EIGHT, position = i / groups, across = width;
+    if (i >= height * width * groups) return;
+    const long long place = (long long)i * EIGHT;
+    const Vector<T, EIGHT> passed = load(features + place);
+    float sum[EIGHT] = {};
+    if (own) add(sum, own + place);
+    if (incoming && way == SAME) add(sum, incoming + place);
+    if (incoming && way != SAME) {
+        const unsigned row = position / across, column = position % across;
+        if (row / 2 < height / 2 && column / 2 < across / 2) {
+            const long long c = i % groups * EIGHT;
             float share[EIGHT] = {};
-            add(share, incoming + (row / 2 * (width / 2) + column / 2) * channels + c);
+            add(share, incoming + ((long long)(row / 2) * (across / 2) + column / 2) * channels + c);
             if (way == LARGEST) {
                 const T* corner = features + (row / 2 * 2 * width + column / 2 * 2) * channels + c;
-                float largest[EIGHT];
-                int place[EIGHT] = {};
-                for (int k = 0; k < 4; ++k) {
-                    const Vector<T, EIGHT> one = load(corner + (k / 2 * width + k % 2) * channels);
-                    for (int e = 0; e < EIGHT; ++e) {
-                        const float x = to_float(one.element[e]);
-                        if (k > 0 && !(x > largest[e])) continue;
-                        largest[e] = x;
-                        place[e] = k;
-                    }
-                }
-                for (int e = 0; e < EIGHT; ++e)
-                    if (place[e] != row % 2 * 2 + column % 2) share[e] = 0;
+                keep_largest(share, corner, row, column, width, channels);
             }
             for (int e = 0; e < EIGHT; ++e) sum[e] += share[e];
         }
-        const Vector<T, EIGHT> passed = load(features + i * EIGHT);
-        for (int e = 0; e < EIGHT; ++e)
-            if (!(to_float(passed.element[e]) > 0)) sum[e] = 0;
-        if (behind) add(sum, behind + i * EIGHT);
-        put(out + i * EIGHT, sum);
     }
+    for (int e = 0; e < EIGHT; ++e)
+        if (!(to_float(passed.element[e]) > 0)) sum[e] = 0;
+    if (behind) add(sum, behind + place);
+    put(out + place, sum);
 }
 
 // in (height + 2 frame, width + 2 frame, EIGHT) -> gradient (3, height, width): the transpose of network_image.
 template <typename T>
 __global__ void network_gradient(const T* in, float* gradient, long long height, long long width, long long frame,
                                  long long padding) {
-    const long long count = 3 * height * width;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const long long own_row = i / width % height, own_column = i % width, c = i / (height * width);
-        const auto comes_from = [&](long long place, long long own, long long length) {
-            return place == own || (frame && inside(place, length, padding) == own);
-        };
-        float sum = 0;
-        for (const long long row : {-1LL, own_row, height})
-            for (const long long column : {-1LL, own_column, width})
-                if (comes_from(row, own_row, height) && comes_from(column, own_column, width))
-                    sum += to_float(in[((row + frame) * (width + 2 * frame) + column + frame) * EIGHT + c]);
-        gradient[i] = sum;
+    const unsigned i = item(), across = width, line = i / across, tall = height;
+    if (i >= 3 * height * width) return;
+    const long long own_row = line % tall, own_column = i % across, c = line / tall, wide = width + 2 * frame;
+    if (!frame) {
+        gradient[i] = to_float(in[(own_row * wide + own_column) * EIGHT + c]);
+        return;
     }
+    float sum = 0;
+    for (const long long row : {-1ll, own_row, height})
+        for (const long long column : {-1ll, own_column, width})
+            if ((row == own_row || inside(row, height, padding) == own_row) &&
+                (column == own_column || inside(column, width, padding) == own_column))
+                sum += to_float(in[((row + frame) * wide + column + frame) * EIGHT + c]);
+    gradient[i] = sum;
 }

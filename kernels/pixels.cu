@@ -16,11 +16,11 @@ __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gra
                                long long height, long long width, float weight, float power, long long wrap,
                                float across, float across_first, float across_last, float down, float down_first,
                                float down_last, float diagonal, double* sums, unsigned* arrived, float* terms) {
-    const long long count = 3 * height * width;
+    const unsigned count = 3 * height * width, broad = width, high = height;  // 64-bit divisions take their time
     const float unscale = 1 / *scale;
     double value = 0, broken = 0;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const long long column = i % width, row = i / width % height;
+    for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < count; i += gridDim.x * THREADS) {
+        const long long column = i % broad, row = i / broad % high;
         const long long left = column > 0 ? -1 : width - 1, right = column + 1 < width ? 1 : 1 - width;
         const long long above = row > 0 ? -width : (height - 1) * width;
         const long long below = row + 1 < height ? width : (1 - height) * width;
@@ -59,11 +59,10 @@ __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gra
         sums[2 * blockIdx.x + 1] = broken;
     }
     if (!last_block(arrived)) return;
-    const volatile double* written = sums;
     value = broken = 0;
     for (unsigned b = threadIdx.x; b < gridDim.x; b += THREADS) {
-        value += written[2 * b];
-        broken += written[2 * b + 1];
+        value += __ldcg(sums + 2 * b);
+        broken += __ldcg(sums + 2 * b + 1);
     }
     value = block_sum(value);
     broken = block_sum(broken);

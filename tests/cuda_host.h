@@ -179,6 +179,10 @@ void run_grid(Dim grid, Body kernel) {
 inline void __syncthreads() { wait_at(block_barrier); }
 inline void __syncwarp() { wait_at(warp_barriers[threadIdx.x / 32]); }
 inline void __threadfence() {}
+template <typename T>
+T __ldcg(const T* address) {
+    return *address;
+}
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
 
 // --- Warp-wide instructions -------------------------------------------------------------------------------------------
