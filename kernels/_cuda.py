@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -23,6 +24,8 @@ NAMES = ("gram", "losses", "gradients", "pixels", "adam", "lbfgs", "network")
 THREADS = 256  # of every block
 MAX_BLOCKS = 1024  # of a kernel that strides over its input
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+_CUBLAS_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType, then cuBLAS's own numbers
+_ON_HOST, _ON_DEVICE, _AS_IT_IS, _IN_FP32, _ANY_ALGORITHM = 0, 1, 0, 68, -1
 _CHOICES = {"typename T": tuple(ELEMENTS.values()), "bool NHWC": ("false", "true")}
 
 
@@ -120,35 +123,34 @@ def _native(argument: Argument) -> np.generic:
     return np.int64(argument) if isinstance(argument, int) else np.float32(argument)
 
 
+@functools.cache
+def _cublas() -> ctypes.CDLL:
+    """The library that torch has loaded: neither torch nor CuPy hands its device pointers to a captured stream."""
+    return ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}")
+
+
 def multiply(symmetric: Tensor, features: Tensor, factor: Tensor, share: Tensor, out: Tensor) -> None:
     """out (C, M) = factor * symmetric (C, C) features (C, M) + share * out by cuBLAS, for numbers on the device, fp32.
 
     Matrices have one dtype; features and out are contiguous, or the transposes of contiguous ones. Sums are fp32.
     """
-    import cupy
-    from cupy.cuda import cublas, runtime
-
     channels, positions = features.shape
-    index = features.device.index
-    kinds = {torch.float32: runtime.CUDA_R_32F, torch.float16: runtime.CUDA_R_16F, torch.bfloat16: runtime.CUDA_R_16BF}
-    kind = kinds[features.dtype]
     # cuBLAS stands columns side by side: to it all are transposed, and (M, C) in memory is C x M.
     if features.stride(0) == 1:
         size, left, right = (channels, positions), (symmetric, channels), (features, channels)
     else:
         size, left, right = (positions, channels), (features, positions), (symmetric, channels)
-    operands = [number for tensor, rows in (left, right) for number in (tensor.data_ptr(), kind, rows)]
-    plain = cublas.CUBLAS_OP_N
-    with cupy.cuda.Device(index), cupy.cuda.Stream.from_external(_Stream(index)):
-        handle = cupy.cuda.device.get_cublas_handle()
-        cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
-        try:
-            cublas.gemmEx(
-                handle, plain, plain, *size, channels, factor.data_ptr(), *operands, share.data_ptr(), out.data_ptr(),
-                kind, size[0], cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
-            )  # fmt: skip
-        finally:
-            cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
+    kind, address = _CUBLAS_TYPES[features.dtype], ctypes.c_void_p
+    operands = [each for tensor, rows in (left, right) for each in (address(tensor.data_ptr()), kind, rows)]
+    library, handle = _cublas(), address(torch.cuda.current_blas_handle())  # on torch's current stream
+    library.cublasSetPointerMode_v2(handle, _ON_DEVICE)
+    status = library.cublasGemmEx(
+        handle, _AS_IT_IS, _AS_IT_IS, *size, channels, address(factor.data_ptr()), *operands,
+        address(share.data_ptr()), address(out.data_ptr()), kind, size[0], _IN_FP32, _ANY_ALGORITHM,
+    )  # fmt: skip
+    library.cublasSetPointerMode_v2(handle, _ON_HOST)
+    if status:
+        raise RuntimeError(f"cublasGemmEx: status {status}")
 
 
 def blocks(count: int) -> int:

@@ -155,10 +155,10 @@ class Layers:
         """F F^T of each share of the positions -> terms, scale."""
         count = len(self._layers)
         element = _cuda.ELEMENTS[self._dtype]
-        scratch = (self._table, count, self._sums, self._arrived)
         options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
-        outputs = (self.terms, self._factors)
-        _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), *scratch, *options, *outputs)
+        _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), self._table, count, self._sums)
+        sums = (self._table, count, self._sums, self._loss_blocks)
+        _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
         self._finish_distances()
 
     def gradients(self, names: Collection[str] | None = None) -> None:
@@ -236,7 +236,6 @@ class Layers:
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def _finish_distances(self) -> None:
         """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale."""

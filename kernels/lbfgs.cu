@@ -88,17 +88,19 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const float* history, c
 __device__ inline void two_loops(State& state, const double (*products)[SLOTS], const double (*squares)[SLOTS],
                                  const double (*dots)[2], long long pairs, long long slots, int newest) {
     const int lane = threadIdx.x, held = pairs < slots - 1 ? pairs : slots - 1;
-    const auto slot_of = [=](int age) { return static_cast<int>((pairs - held + age) % slots); };
-    const int slot = lane < held ? slot_of(lane) : newest;
+    const unsigned place = static_cast<unsigned>(pairs - held + lane) % static_cast<unsigned>(slots);
+    const int slot = lane < held ? place : newest;
+    const auto slot_of = [=](int age) { return __shfl_sync(0xffffffffu, slot, age); };
     const double per_curvature = 1 / products[slot][slot];
     double along = -dots[2 * slot][1];  // s_i q
     double across = -dots[slot == newest && state.accepted ? CHANGE : 2 * slot + 1][1];  // y_i q
     double share = 0, alpha = 0;
     for (int j = held - 1; j >= 0; --j) {
         const double a = __shfl_sync(0xffffffffu, along * per_curvature, j);
+        const int other = slot_of(j);
         if (lane == j) alpha = a;
-        along -= a * products[slot][slot_of(j)];
-        across -= a * squares[slot][slot_of(j)];
+        along -= a * products[slot][other];
+        across -= a * squares[slot][other];
     }
     const int last = held ? slot_of(held - 1) : 0;
     const double gamma = held ? products[last][last] / squares[last][last] : 1;

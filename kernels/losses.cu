@@ -57,15 +57,9 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
     return sum;
 }
 
-// sums (blocks, 2) are scratch. The weights are those of all layers, beside each layer's own. Writes
-//   terms    total without total variation, content by the layers' own weights, 0, then the style loss of each layer
-//            (0 if it is none), unweighted
-//   factors  see layers.cuh; the scale is 1 unless `scaled`, which brings the root mean square of the loudest cotangent
-//            under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no
-//            element can overflow, as it is at most sqrt(C M) < 65504.
+// Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, or in |F - P|^2.
 template <typename T>
-__global__ void layer_losses(const Layer* layers, long long count, double* sums, unsigned* arrived, float style_weight,
-                             float content_weight, long long scaled, float* terms, float* factors) {
+__global__ void layer_losses(const Layer* layers, long long count, double* sums) {
     const Layer layer = layers[locate(layers, count, &Layer::loss_block)];
     const long long C = layer.channels, M = layer.positions;
     const long long local = blockIdx.x - layer.loss_block;
@@ -81,25 +75,33 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
     }
     squares = block_sum(squares);
     trace = block_sum(trace);
-    if (threadIdx.x == 0) {
-        sums[2 * blockIdx.x] = squares;
-        sums[2 * blockIdx.x + 1] = trace;
-    }
-    if (!last_block(arrived)) return;
+    if (threadIdx.x > 0) return;
+    sums[2 * blockIdx.x] = squares;
+    sums[2 * blockIdx.x + 1] = trace;
+}
 
+// One block. sums (blocks, 2) come from layer_losses. The weights are those of all layers, beside each layer's own.
+// Writes
+//   terms    total without total variation, content by the layers' own weights, 0, then the style loss of each layer
+//            (0 if it is none), unweighted
+//   factors  see layers.cuh; the scale is 1 unless `scaled`, which brings the root mean square of the loudest cotangent
+//            under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no
+//            element can overflow, as it is at most sqrt(C M) < 65504.
+__global__ void layer_factors(const Layer* layers, long long count, const double* sums, long long blocks,
+                              float style_weight, float content_weight, long long scaled, float* terms,
+                              float* factors) {
     __shared__ double style[MAX_LAYERS], content[MAX_LAYERS], norm[MAX_LAYERS], loudest[MAX_LAYERS];
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < count; i += WARPS) {
-        const double channels = layers[i].channels, elements = channels * layers[i].positions;
-        const long long begin = layers[i].loss_block;
-        const long long end = i + 1 < count ? layers[i + 1].loss_block : (long long)gridDim.x;
-        const long long styles = layers[i].target ? divide_up(layers[i].channels * layers[i].channels, layers[i].span) : 0;
+        const Layer layer = layers[i];
+        const double channels = layer.channels, elements = channels * layer.positions;
+        const long long end = i + 1 < count ? layers[i + 1].loss_block : blocks;
+        const long long styles = layer.target ? divide_up(layer.channels * layer.channels, layer.span) : 0;
         double difference = 0, loudness = 0, distance = 0;
 #pragma unroll 8
-        for (long long b = begin + lane; b < end; b += 32) {
-            const double value = __ldcg(sums + 2 * b);
-            (b - begin < styles ? difference : distance) += value;
-            loudness += __ldcg(sums + 2 * b + 1);
+        for (long long b = layer.loss_block + lane; b < end; b += 32) {
+            (b - layer.loss_block < styles ? difference : distance) += sums[2 * b];
+            loudness += sums[2 * b + 1];
         }
         difference = warp_sum(difference);
         loudness = warp_sum(loudness);
@@ -108,26 +110,16 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
             norm[i] = sqrt(difference);
             style[i] = difference / (4 * channels * channels);
             content[i] = distance / elements;
-            loudest[i] = style_weight * layers[i].style_weight / (channels * elements) *
-                             sqrt(difference * loudness / channels) +
-                         2 * content_weight * layers[i].content_weight / elements * sqrt(content[i]);
+            loudest[i] =
+                style_weight * layer.style_weight / (channels * elements) * sqrt(difference * loudness / channels) +
+                2 * content_weight * layer.content_weight / elements * sqrt(content[i]);
         }
     }
     __syncthreads();
-    if (threadIdx.x > 0) return;
-    double styles = 0, contents = 0, loud = 1e-30;
-    for (int i = 0; i < count; ++i) {
-        styles += layers[i].style_weight * style[i];
-        contents += layers[i].content_weight * content[i];
-        loud = loudest[i] > loud ? loudest[i] : loud;
-        terms[3 + i] = style[i];
-    }
-    terms[0] = style_weight * styles + content_weight * contents;
-    terms[1] = contents;
-    terms[2] = 0;
+    double loud = 1e-30;
+    for (int i = 0; i < count; ++i) loud = loudest[i] > loud ? loudest[i] : loud;
     const double scale = scaled ? 1 / power_of_two_below(loud) : 1;
-    factors[0] = scale;
-    for (int i = 0; i < count; ++i) {
+    for (int i = threadIdx.x; i < count; i += THREADS) {
         const double channels = layers[i].channels, elements = channels * layers[i].positions;
         // G - A is at most its norm, so it fits fp16 at this size and loses no small elements.
         const double lift = norm[i] > 0 ? 16384 / power_of_two_below(norm[i]) : 1;
@@ -135,5 +127,16 @@ __global__ void layer_losses(const Layer* layers, long long count, double* sums,
         own[LIFT] = lift;
         own[STYLE] = scale * style_weight * layers[i].style_weight / (channels * elements) / lift;
         own[CONTENT] = 2 * scale * content_weight * layers[i].content_weight / elements;
+        terms[3 + i] = style[i];
     }
+    if (threadIdx.x > 0) return;
+    double styles = 0, contents = 0;
+    for (int i = 0; i < count; ++i) {
+        styles += layers[i].style_weight * style[i];
+        contents += layers[i].content_weight * content[i];
+    }
+    terms[0] = style_weight * styles + content_weight * contents;
+    terms[1] = contents;
+    terms[2] = 0;
+    factors[0] = scale;
 }
