@@ -43,6 +43,10 @@ class Features(Protocol):
         """What the losses write, by loss layer."""
 
     @property
+    def recordable(self) -> bool:
+        """Whether both passes can be captured in a CUDA graph with what stands around them."""
+
+    @property
     def products(self) -> kernels.Products | None:
         """The matrix products of the losses that suit this runtime best on a CPU; None is BLAS."""
 
@@ -115,7 +119,7 @@ class Ranged:
 
     def __init__(self, network: Features, mean: Sequence[float], std: Sequence[float], top: float) -> None:
         self._network = network
-        self.spec, self.products = network.spec, network.products
+        self.spec, self.products, self.recordable = network.spec, network.products, network.recordable
         self.features, self.use = network.features, network.use
         self.image = torch.zeros_like(network.image)
         if hasattr(network, "gradient"):  # it is not forward_only

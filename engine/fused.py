@@ -158,6 +158,8 @@ class _Convolution:
 class Features:
     """The two passes of one `spec` (see `features.Features`), each replayed as a CUDA graph; all ReLU outputs stay."""
 
+    recordable = True
+
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
         import cudnn
 

@@ -78,6 +78,8 @@ class Objective:
         self._run_losses, self._run_cotangents = (
             kernels.Recorded(network.image.device) if recorded else _at_once for _ in range(2)
         )
+        self._records_all = recorded and network.recordable and network.image.is_cuda
+        self._recorded: tuple[tuple[int, ...], kernels.Recorded] | None = None  # for pixels and a gradient at addresses
         self.stages = Stages(measures=not network.image.is_cuda)
         self._pixels = kernels.Pixels(
             network.image,
@@ -97,24 +99,33 @@ class Objective:
         of it is queued on the current stream of `network.use`, and the host waits for nothing, but for Wasserstein
         distances.
         """
-        network = self.network
-        with network.use():
-            network.image.copy_(pixels)
-            with self.stages.stage("forward"):
-                network.forward()
-            with self.stages.stage("losses"):
-                if gradient is None:
-                    self._losses()
-                else:
-                    self._run_losses(self._losses)
-            if gradient is not None:
-                with self.stages.stage("vjp"):
-                    network.vjp(self._write_cotangents)
-            with self.stages.stage("losses"):
-                self._pixels.finish(gradient)
-            if gradient is not None and self._frozen is not None:
-                gradient.masked_fill_(self._frozen, 0)
+        with self.network.use():
+            if self._records_all and gradient is not None:
+                key = pixels.data_ptr(), gradient.data_ptr()
+                if self._recorded is None or self._recorded[0] != key:
+                    self._recorded = key, kernels.Recorded(pixels.device)
+                self._recorded[1](lambda: self._write(pixels, gradient))
+            else:
+                self._write(pixels, gradient)
         return self._layers.terms[0]
+
+    def _write(self, pixels: Tensor, gradient: Tensor | None) -> None:
+        network = self.network
+        network.image.copy_(pixels)
+        with self.stages.stage("forward"):
+            network.forward()
+        with self.stages.stage("losses"):
+            if gradient is None:
+                self._losses()
+            else:
+                self._run_losses(self._losses)
+        if gradient is not None:
+            with self.stages.stage("vjp"):
+                network.vjp(self._write_cotangents)
+        with self.stages.stage("losses"):
+            self._pixels.finish(gradient)
+        if gradient is not None and self._frozen is not None:
+            gradient.masked_fill_(self._frozen, 0)
 
     def _write_cotangents(self, layers: tuple[str, ...]) -> None:
         with self.stages.stage("cotangents"):

@@ -119,6 +119,8 @@ def _open(
 class Features:
     """The graph pair of one `spec` (see `features.Features`); all ReLU outputs are handed from one to the other."""
 
+    recordable = False  # ONNX Runtime captures its own graphs
+
     def __init__(
         self, spec: vgg.Spec, weights: Weights, device: str, threads: int, *, forward_only: bool = False
     ) -> None:

@@ -62,6 +62,8 @@ class Features:
     there is no VJP.
     """
 
+    recordable = False
+
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
         self.spec, self.products = spec, network.threads
         self._network, self._lock = network, threading.RLock()

@@ -173,7 +173,8 @@ class Recorded:
     """A fixed sequence of launches: made one by one at first, then replayed as a CUDA graph.
 
     The launches have to use the same memory each time, and to need nothing from the host. On a CPU, and where they
-    cannot be captured or replayed, they are always made one by one.
+    cannot be captured or replayed, they are always made one by one; so they are inside a larger sequence that is being
+    captured.
     """
 
     WARM_UP = 2  # calls before the capture: they compile the kernels
@@ -184,6 +185,9 @@ class Recorded:
 
     def __call__(self, launches: Callable[[], None]) -> None:
         """Make the `launches`, which are the same each time."""
+        if self._calls_to_capture >= 0 and torch.cuda.is_current_stream_capturing():
+            launches()
+            return
         if self._calls_to_capture == 0:
             self._graph = _capture(launches)
         self._calls_to_capture -= 1

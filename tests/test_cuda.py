@@ -556,6 +556,7 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     kernels.announce_no_graph.cache_clear()
     runs = [kernels.Recorded(torch.device("cuda")) for _ in range(2)]
     with caplog.at_level("INFO", logger="engine"):
@@ -568,6 +569,12 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
     assert [record.message for record in caplog.records] == (
         [f"no CUDA graph, kernels are launched one by one: {failing}: not on this stream"] if failing else []
     )
+    part = kernels.Recorded(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    seen.clear()
+    for _ in range(4):
+        part(lambda: seen.append("launch"))
+    assert seen == ["launch"] * 4  # of a larger sequence
     on_cpu = kernels.Recorded(torch.device("cpu"))
     seen.clear()
     for _ in range(4):

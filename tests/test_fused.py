@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import BackendError, fused
+from engine import BackendError, Config, fused, kernels
 from engine.export import vgg, weights
+from engine.features import network as open_network
+from engine.losses import Objective, Region
+from engine.targets import Statistic
 
 STYLE_AND_CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
@@ -89,6 +92,55 @@ def test_features_and_gradient_are_those_of_autograd(on_cpu, net, spec, precisio
 
 def relative(value, truth):
     return float((value.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen):
+    """All of it is one sequence of launches for pixels and a gradient in the same memory, and one of its own else."""
+    config = Config(content_layers=("relu2_2",), style_layers=("relu1_1", "relu3_1"), tv_weight=0.1)
+    layers = config.layers
+    pixels, content, style = torch.rand(3, 1, 3, 40, 33, generator=torch.Generator().manual_seed(5))
+    held = torch.zeros(1, 1, 40, 33, dtype=torch.bool)
+    held[..., :7] = frozen
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:  # not for the truth
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda self: False))
+        truth = objective(open_network(net, layers, "cpu", 1)(vgg.Spec(40, 33, layers)), content, style, config, held)
+        wanted, slope = truth.evaluate(pixels)
+
+    class Counted(kernels.Recorded):
+        def __call__(self, launches):
+            runs.append(self)
+            super().__call__(launches)
+
+    monkeypatch.setattr(kernels, "Recorded", Counted)
+    own = objective(fused.Features(vgg.Spec(40, 33, layers), fused.Network(net)), content, style, config, held)
+    runs.clear()
+    gradient, other = torch.empty(2, *pixels.shape)
+    found = [float(own.write(pixels, each)) for each in (gradient, gradient, other, gradient)]
+    assert found == pytest.approx([float(wanted.total)] * 4, rel=1e-4)
+    assert relative(gradient, slope.double()) < 1e-2
+    assert torch.equal(gradient, other)
+    assert bool(gradient[..., :7].any()) != frozen
+    first, second, *others = runs[::5]  # all, then forward, losses, cotangents and VJP inside
+    assert first is second
+    assert len({first, *others}) == 3
+
+
+def objective(network, content, style, config, held):
+    """The objective of a content and a style as large as the image."""
+    found = {}
+    for name, picture in (("style", style), ("content", content)):
+        with network.use():
+            network.image.copy_(picture)
+            network.forward()
+            found[name] = {layer: each.clone() for layer, each in network.features.items()}
+    flat = {layer: found["style"][layer].flatten(2)[0] for layer in config.style_layer_weights}
+    grams = {
+        layer: Statistic(each.float() @ each.float().T / each.shape[1], each.mean(1)) for layer, each in flat.items()
+    }
+    targets = {layer: found["content"][layer] for layer in config.content_layer_weights}
+    return Objective(network, targets, [Region(grams)], config, held)
 
 
 def test_a_style_needs_no_way_back(on_cpu, net):
