@@ -146,9 +146,9 @@ class Layers:
         self._losses_of_products()
 
     def _losses_by_cublas(self) -> None:
-        for layer, products in zip(self._layers, self._partial, strict=True):
+        for layer, share, products in zip(self._layers, self._part, self._partial, strict=True):
             if products is not None:
-                products_cublas(layer.features, self._share, products)
+                products_cublas(layer.features, share, products)
         self._losses_of_products()
 
     def _losses_of_products(self) -> None:
@@ -202,11 +202,11 @@ class Layers:
         for layer in self._layers:
             across = -(-len(layer.features) // tile)
             pairs.append(across * (across + 1) // 2 if layer.target is not None else 0)
-        # All blocks of the Gram launch get the same number of positions, and together they fill the device.
+        # All blocks of the Gram launch get about the same number of positions, and together they fill the device.
         work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
-        share = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
+        wanted = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
         rows = []
-        self._share, self._partial = share, list[Tensor | None]()
+        self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
         self._lifted = [
             None if each is None else torch.empty_like(each, dtype=self._dtype) for each in self._differences
@@ -215,6 +215,7 @@ class Layers:
         for layer, difference, lifted, count in zip(self._layers, self._differences, self._lifted, pairs, strict=True):
             channels, positions = layer.features.shape
             begins = (self._gram_blocks, self._loss_blocks, self._gradient_blocks)
+            share = _share(positions, wanted)
             shares = -(-positions // share)
             lanes = next((lanes for lanes in (1, 2, 4) if shares <= 16 * lanes), 8)  # that add up one element of G
             span = _ROUNDS * _cuda.THREADS // lanes
@@ -228,6 +229,7 @@ class Layers:
             else:
                 self._gradient_blocks += spans
             self._loss_blocks += spans if layer.content is not None else 0
+            self._part.append(share)
             self._partial.append(partial)
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
@@ -310,6 +312,14 @@ class Layers:
             if difference is not None:
                 factor = scale * self._style_weight * layer.style_weight / (channels * elements)
                 self._products.style_gradient(features, difference, factor, layer.cotangent, layer.content is not None)
+
+
+def _share(positions: int, wanted: int) -> int:
+    """A share of the positions of about the `wanted` size; equal shares where there are such, with no rest."""
+    least = -(-positions // wanted)
+    counts = range(least, least + least // 4 + 2)
+    # Multiples of 8, as so many elements are read at a time.
+    return next((positions // n for n in counts if positions % n == 0 and positions // n % 8 == 0), wanted)
 
 
 def gram(features: Tensor, products: Products | None = None) -> Tensor:

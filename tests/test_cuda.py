@@ -16,6 +16,7 @@ from cuda_host import Shifted
 
 from engine import kernels
 from engine.kernels import _cuda, lbfgs, network
+from engine.kernels import layers as layers_module
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
@@ -167,7 +168,7 @@ def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
     found = layers.terms.clone()
     layers._losses_by_kernel()
     torch.testing.assert_close(found, layers.terms, rtol=1e-5, atol=0)
-    assert len(layers._partial[1]) == -(-71 // layers._share) > 1
+    assert len(layers._partial[1]) == -(-71 // layers._part[1]) > 1
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -580,3 +581,11 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
     for _ in range(4):
         on_cpu(lambda: seen.append("launch"))
     assert seen == ["launch"] * 4
+
+
+@pytest.mark.parametrize(
+    ("positions", "wanted", "share"),
+    [(174592, 1088, 992), (43520, 1088, 1088), (672, 1088, 672), (71, 32, 32), (1, 32, 32)],
+)
+def test_shares_are_equal_where_they_can_be(positions, wanted, share):
+    assert layers_module._share(positions, wanted) == share

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from engine import Config, Stylizer, image
+from engine import BackendError, Config, Stylizer, image, provider
 from engine.cache import Cache
 
 ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
@@ -523,9 +523,13 @@ def test_threads_have_to_be_positive():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("device", provider.GPUS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_gpu_agrees_with_float64(states, device, precision):
+    try:
+        provider.check(device)
+    except BackendError as missing:
+        pytest.skip(str(missing))
     path, state = states["torchvision"]
     picture, content, style = (noise(97, 131, seed) for seed in (1, 2, 3))
     config = Config(**ALL_TERMS)
