@@ -30,6 +30,10 @@ __device__ inline void fetch(float (&x)[4], const float* from, bool wanted) {
     x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
 }
 
+__device__ inline void keep(float* to, const float (&x)[4]) {
+    *reinterpret_cast<float4*>(to) = float4{x[0], x[1], x[2], x[3]};
+}
+
 // Whether x lies on a bound of [0, 1], and its gradient points out.
 __device__ inline bool held(float x, float gradient) { return (x <= 0 && gradient > 0) || (x >= 1 && gradient < 0); }
 
@@ -178,8 +182,10 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
 
 // Does what the plan says, with no element moved by more than `largest`; image, gradient, best (count,), history (2
 // slots, stride). A boxed image stays in [0, 1].
-__global__ void lbfgs_move(float* image, const float* gradient, float* best, float* history, const State* state,
-                           long long count, long long stride, long long slots, long long boxed, float largest) {
+__global__ void __launch_bounds__(THREADS, 4) lbfgs_move(float* image, const float* gradient, float* best,
+                                                         float* history, const State* state, long long count,
+                                                         long long stride, long long slots, long long boxed,
+                                                         float largest) {
     __shared__ float of_history[2 * SLOTS];
     if (threadIdx.x < 2 * SLOTS) of_history[threadIdx.x] = state->of_history[threadIdx.x];
     __syncthreads();
@@ -187,27 +193,51 @@ __global__ void lbfgs_move(float* image, const float* gradient, float* best, flo
     const bool improved = state->improved, accepted = state->accepted;
     const float unit = state->unit, of_gradient = state->of_gradient;
     float *made = history + 2 * (long long)state->from * stride, *next = history + 2 * (long long)state->to * stride;
-    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-        const float x = image[i];
-        if (improved) best[i] = x;
-        if (action == STEP) {
-            const bool stays = boxed && held(x, gradient[i]);
-            const float g = stays ? 0.f : unit * gradient[i];
-            if (accepted) made[stride + i] += g;
-            float move = of_gradient * g;
-#pragma unroll 6  // loads of several rows on their way at once
-            for (int row = 0; row < 2 * slots; ++row)
-                move += of_history[row] != 0 ? of_history[row] * history[row * stride + i] : 0.f;
-            move = move > largest ? largest : move < -largest ? -largest : move;  // NaN stays NaN
-            if (boxed) move = stays ? 0.f : fminf(1.f, fmaxf(0.f, x + move)) - x;
-            next[i] = move;
-            next[stride + i] = -g;
-            image[i] = x + move;
-        } else if (action == HALVE) {
-            made[i] /= 2;
-            image[i] = boxed ? fminf(1.f, fmaxf(0.f, x - made[i])) : x - made[i];
-        } else if (action == RESTART) {
-            image[i] = best[i];
+    for (long long i = 4 * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
+         i += 4 * (long long)gridDim.x * THREADS) {
+        const int there = count - i < 4 ? count - i : 4;
+        float x[4] = {}, slope[4] = {}, g[4], move[4];
+        for (int e = 0; e < there; ++e) {
+            x[e] = image[i + e];
+            slope[e] = gradient[i + e];
+            if (improved) best[i + e] = x[e];
         }
+        if (action == STEP) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                g[e] = boxed && held(x[e], slope[e]) ? 0.f : unit * slope[e];
+                move[e] = of_gradient * g[e];
+            }
+            if (accepted) {
+                float y[4];
+                fetch(y, made + stride + i, true);
+                for (int e = 0; e < 4; ++e) y[e] += g[e];
+                keep(made + stride + i, y);
+            }
+#pragma unroll 6  // loads of several rows on their way at once
+            for (int row = 0; row < 2 * slots; ++row) {
+                float vector[4];
+                fetch(vector, history + row * stride + i, of_history[row] != 0);
+                for (int e = 0; e < 4; ++e) move[e] += of_history[row] * vector[e];
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                move[e] = move[e] > largest ? largest : move[e] < -largest ? -largest : move[e];  // NaN stays NaN
+                if (boxed) move[e] = held(x[e], slope[e]) ? 0.f : fminf(1.f, fmaxf(0.f, x[e] + move[e])) - x[e];
+                g[e] = -g[e];
+                x[e] += move[e];
+            }
+            keep(next + i, move);
+            keep(next + stride + i, g);
+        } else if (action == HALVE) {
+            fetch(move, made + i, true);
+            for (int e = 0; e < 4; ++e) {
+                move[e] /= 2;
+                x[e] = boxed ? fminf(1.f, fmaxf(0.f, x[e] - move[e])) : x[e] - move[e];
+            }
+            keep(made + i, move);
+        }
+        if (action == HALT) continue;
+        for (int e = 0; e < there; ++e) image[i + e] = action == RESTART ? best[i + e] : x[e];
     }
 }

@@ -51,7 +51,7 @@ HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
 _GPU_SLOTS = GPU_HISTORY + 1
 _GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 11  # of dot products; those that one block computes
 _RUN = 16  # elements, at least, that a thread adds up in fp32
-_CHUNKS = 2  # of the elements for each multiprocessor, at most
+_RESIDENT = 2  # blocks of the dot products on a multiprocessor, which one wave of them fills
 
 
 def pairs(history: int | str, gpu: bool) -> int:
@@ -177,7 +177,8 @@ class Lbfgs:
             self._history.zero_()  # what is read beyond the last element
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
             self._device_state = flat.to(image.device)
-            chunks = min(-(-self._count // (_RUN * _cuda.THREADS)), _CHUNKS * _cuda.processors(image.device))
+            wave = max(1, _RESIDENT * _cuda.processors(image.device) * _GROUP // _GPU_ROWS)
+            chunks = min(-(-self._count // (_RUN * _cuda.THREADS)), wave)
             self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
             self._recorded = _cuda.Recorded(image.device)
         else:
@@ -226,7 +227,7 @@ class Lbfgs:
         sums = (self._sums, chunks, count, self._slots)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
         vectors = (image, gradient, self.best, history)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(count),), *vectors, state, *size, LARGEST_MOVE)
+        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(-(-count // 4)),), *vectors, state, *size, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows
