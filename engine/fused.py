@@ -32,8 +32,9 @@ from .session import DTYPES, nhwc_zeros, on_stream
 log = logging.getLogger(__name__)
 
 PLACE = torch.device("cuda:0")
-PLANS = 10  # of cuDNN's suggestions for a convolution that are timed
+PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 CALLS = 5  # of one timing
+WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
 
 
@@ -68,12 +69,29 @@ class Network:
         return array.contiguous(memory_format=torch.channels_last)
 
 
+class _Library:
+    """cuDNN on a stream: its handle, and the workspace of all its convolutions, which run one after the other."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        import cudnn
+
+        self.handle: int = cudnn.create_handle()
+        weakref.finalize(self, cudnn.destroy_handle, self.handle)
+        cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
+        self.workspace = torch.empty(1, dtype=torch.uint8, device=PLACE)
+
+    def reserve(self, size: int) -> None:
+        """Let the workspace have this many bytes at least."""
+        if size > len(self.workspace):
+            self.workspace = torch.empty(size, dtype=torch.uint8, device=PLACE)
+
+
 class _Convolution:
     """target = convolution of source, with `bias` plus that, and `rectified` the ReLU of that; all on fixed memory."""
 
     def __init__(
         self,
-        handle: int,
+        library: _Library,
         source: Tensor,
         kernel: Tensor,
         target: Tensor,
@@ -85,7 +103,9 @@ class _Convolution:
 
         io = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}[source.dtype]
         kind, exact = getattr(cudnn.data_type, io), cudnn.data_type.FLOAT
-        plans = cudnn.pygraph(io_data_type=kind, intermediate_data_type=exact, compute_data_type=exact, handle=handle)
+        plans = cudnn.pygraph(
+            io_data_type=kind, intermediate_data_type=exact, compute_data_type=exact, handle=library.handle
+        )
 
         def tensor(memory: Tensor) -> Any:
             return plans.tensor(dim=list(memory.shape), stride=list(memory.stride()), data_type=kind)
@@ -102,12 +122,13 @@ class _Convolution:
             result = plans.relu(input=result)
         result.set_output(True).set_data_type(kind).set_dim(list(target.shape)).set_stride(list(target.stride()))
         self._memory[result] = target
-        self._plans, self._handle = plans, handle
+        self._plans, self._library = plans, library
         try:
             plans.validate()
             plans.build_operation_graph()
             plans.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             plans.deselect_behavior_notes([cudnn.behavior_note.RUNTIME_COMPILATION])
+            plans.deselect_workspace_greater_than(WORKSPACE)
             if source.dtype == torch.float32:
                 plans.deselect_numeric_notes([cudnn.numerical_note.TENSOR_CORE])  # they would round to TF32
             plans.check_support()
@@ -121,13 +142,14 @@ class _Convolution:
 
     def run(self) -> None:
         """Queue it on the stream of the handle."""
-        self._plans.execute_plan_at_index(self._memory, self._workspace, self._plan, handle=self._handle)
+        library = self._library
+        self._plans.execute_plan_at_index(self._memory, library.workspace, self._plan, handle=library.handle)
 
     def _take(self, plan: int) -> None:
         """Raises an error of cuDNN's if this plan cannot be had."""
         self._plans.build_plan_at_index(plan)
-        size = self._plans.get_workspace_size_plan_at_index(plan)
-        self._plan, self._workspace = plan, torch.empty(max(size, 1), dtype=torch.uint8, device=PLACE)
+        self._library.reserve(self._plans.get_workspace_size_plan_at_index(plan))
+        self._plan = plan
 
     def _fastest(self, key: Hashable) -> int:
         """The plan to take of the first ones, which are thought to be the best; each is timed once warm."""
@@ -161,16 +183,11 @@ class Features:
     recordable = True
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
-        import cudnn
-
         self.spec = spec
         self.products: kernels.Products | None = None
         self._parameters = network.parameters(spec)
         self._lock = threading.RLock()
         self._stream = torch.cuda.Stream(PLACE)
-        handle: int = cudnn.create_handle()
-        weakref.finalize(self, cudnn.destroy_handle, handle)
-        cudnn.set_stream(handle=handle, stream=self._stream.cuda_stream)
         self._dtype = DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
         self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
@@ -179,13 +196,14 @@ class Features:
         count = 3 if spec.padding == "circular" else 2
         self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
-        with on_stream(self._stream):  # plans are timed on it
-            self._forward = self._forward_steps(handle)
-            if forward_only:
-                return
+        if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
-            self._vjp = self._vjp_steps(handle)
+        # All of the memory above comes from the stream of the caller, to be of use to its next network.
+        with on_stream(self._stream):
+            library = _Library(self._stream)
+            self._forward = self._forward_steps(library)
+            self._vjp = [] if forward_only else self._vjp_steps(library)
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -216,7 +234,7 @@ class Features:
         steps.append(lambda: network.wrap(source, framed))
         return framed, 0
 
-    def _forward_steps(self, handle: int) -> list[Callable[[], None]]:
+    def _forward_steps(self, library: _Library) -> list[Callable[[], None]]:
         spec, own, steps = self.spec, self._parameters, list[Callable[[], None]]()
         frame = int(spec.padding != "zero")
         x = self._room(0, (1, network.COLOURS, spec.height + 2 * frame, spec.width + 2 * frame))
@@ -232,14 +250,14 @@ class Features:
             relu = self.features[conv.relu]
             if conv.name in spec.layers:
                 before = self.features[conv.name]
-                steps.append(_Convolution(handle, x, pair[0], before, zeros, pair[1]).run)
+                steps.append(_Convolution(library, x, pair[0], before, zeros, pair[1]).run)
                 steps.append(lambda x=before, y=relu: torch.clamp_min(x, 0, out=y))  # type: ignore[misc]
             else:
-                steps.append(_Convolution(handle, x, pair[0], relu, zeros, pair[1], rectified=True).run)
+                steps.append(_Convolution(library, x, pair[0], relu, zeros, pair[1], rectified=True).run)
             x = relu
         return steps
 
-    def _vjp_steps(self, handle: int) -> list[Callable[[], None]]:
+    def _vjp_steps(self, library: _Library) -> list[Callable[[], None]]:
         spec, steps = self.spec, list[Callable[[], None]]()
         incoming: Tensor | None = None
         pooling = ""  # between the incoming cotangent and the layer below
@@ -258,7 +276,7 @@ class Features:
             grown = 2 * int(folds)
             channels = network.EIGHT if at_pixels else conv.in_channels
             incoming = self._room(1, (1, channels, x.shape[2] + grown, x.shape[3] + grown))
-            steps.append(_Convolution(handle, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
+            steps.append(_Convolution(library, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
             pooling = spec.pooling if conv.after_pool else ""
         last = incoming
         assert last is not None

@@ -180,12 +180,13 @@ class Recorded:
     WARM_UP = 2  # calls before the capture: they compile the kernels
 
     def __init__(self, device: torch.device) -> None:
-        self._calls_to_capture = self.WARM_UP if device.type == "cuda" else -1
+        self._on_gpu = device.type == "cuda"
+        self._calls_to_capture = self.WARM_UP if self._on_gpu else -1
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, launches: Callable[[], None]) -> None:
         """Make the `launches`, which are the same each time."""
-        if self._calls_to_capture >= 0 and torch.cuda.is_current_stream_capturing():
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
             launches()
             return
         if self._calls_to_capture == 0:

@@ -570,12 +570,12 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
     assert [record.message for record in caplog.records] == (
         [f"no CUDA graph, kernels are launched one by one: {failing}: not on this stream"] if failing else []
     )
-    part = kernels.Recorded(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    seen.clear()
-    for _ in range(4):
-        part(lambda: seen.append("launch"))
-    assert seen == ["launch"] * 4  # of a larger sequence
+    for part in (*runs, kernels.Recorded(torch.device("cuda"))):  # of a larger sequence
+        seen.clear()
+        for _ in range(4):
+            part(lambda: seen.append("launch"))
+        assert seen == ["launch"] * 4
     on_cpu = kernels.Recorded(torch.device("cpu"))
     seen.clear()
     for _ in range(4):
