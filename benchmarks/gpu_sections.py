@@ -321,11 +321,12 @@ def iteration(rows: Rows, device: str, size: int, names: Iterable[str] = TIMED, 
             else:
                 rows.skip(name, row["failed"])
             continue
-        kept = {key: row[key] for key in ("iterations_per_s", "ratio", "gflop_per_s", "error", "first_s")}
+        kept = {
+            key: row[key]
+            for key in ("iterations_per_s", "ratio", "gflop_per_s", "error", "first_s", "memory_mib")
+            if key in row
+        }
         rows.add(name, **kept, share_of_fp32_products=row["gflop_per_s"] / rate)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-        rows.add("memory of all", device_mib=machine.device_mib(), torch_peak_mib=peak)
 
 
 def runs(rows: Rows, device: str, size: int = 256, iterations: int = 100, engines: Iterable[str] = GPU_ENGINES) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from PIL import Image
 
 from engine import BackendError
@@ -33,13 +34,14 @@ def start(
     `strict` asks for the error at the small picture as well. Of those `required` only a device that is missing is no
     reason to stop.
     """
-    import torch._dynamo  # noqa: F401  # torch.optim imports it in its first step, which is to be charged to no variant
+    import torch._dynamo  # torch.optim imports it in its first step, which is to be charged to no variant
 
     point = problem.point(0)
     oracle = cases.build("float64", problem).loss_and_gradient(point)[1]
     loops: dict[str, Iterator[float]] = {}
     for name, row in rows.items():
         try:
+            before = _memory_in_use(problem.device)
             begin = machine.now(problem.device)
             loop: Loop = cases.build(name, problem)
             row["setup_s"] = machine.now(problem.device) - begin
@@ -52,6 +54,11 @@ def start(
                 row["strict_error"] = cases.strict_error(name, problem)
             for _ in range(WARM_UP):
                 next(iterator)
+            if problem.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                next(iterator)
+                after = (torch.cuda.max_memory_allocated() / 2**20, _memory_in_use(problem.device)[1])
+                row["memory_mib"] = max(now - then for now, then in zip(after, before, strict=True))
         except Exception as error:  # torch.compile has too many ways to fail
             if name in required and not isinstance(error, BackendError):
                 raise
@@ -59,6 +66,14 @@ def start(
             continue
         loops[name] = iterator
     return loops
+
+
+def _memory_in_use(device: str) -> tuple[float, float]:
+    """MiB of a GPU in use by torch's tensors, and by anybody: ONNX Runtime's arena is outside of torch's books."""
+    if device != "cuda":
+        return 0.0, 0.0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() / 2**20, machine.device_mib()
 
 
 def in_turns(

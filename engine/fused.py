@@ -36,6 +36,7 @@ PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 CALLS = 5  # of one timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
+_free_handles: list[int] = []
 
 
 class Network:
@@ -70,13 +71,19 @@ class Network:
 
 
 class _Library:
-    """cuDNN on a stream: its handle, and the workspace of all its convolutions, which run one after the other."""
+    """cuDNN on a stream: its handle, and the workspace of all its convolutions, which run one after the other.
+
+    Handles are used again and never destroyed: that would break the capture of a graph that is going on elsewhere.
+    """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         import cudnn
 
-        self.handle: int = cudnn.create_handle()
-        weakref.finalize(self, cudnn.destroy_handle, self.handle)
+        try:
+            self.handle: int = _free_handles.pop()
+        except IndexError:
+            self.handle = cudnn.create_handle()
+        weakref.finalize(self, _free_handles.append, self.handle).atexit = False
         cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
         self.workspace = torch.empty(1, dtype=torch.uint8, device=PLACE)
 

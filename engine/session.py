@@ -105,6 +105,7 @@ def _open(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device in provider.GPUS:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        ort.set_default_logger_severity(3)  # or it warns, session after session, of a plugin that nobody asked for
     content = model.SerializeToString()
     for settings in provider.attempts(device, precision, stream, content, captured):
         providers = [(provider.PROVIDERS[device], settings)]

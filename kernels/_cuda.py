@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib.util
 import itertools
 import logging
@@ -47,12 +48,20 @@ def expressions(name: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _module(name: str, device: int) -> Any:
+def _module(name: str, element: str, device: int) -> Any:
+    """The kernels of `name`.cu for an element type, or those without one: nobody waits for what is not used."""
     import cupy
 
     options = ("-std=c++17", *(f"-I{folder}" for folder in _include_folders()))
+    wanted = [each for each in expressions(name) if _element(each) == element]
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=text(f"{name}.cu"), options=options, name_expressions=expressions(name))
+        return cupy.RawModule(code=text(f"{name}.cu"), options=options, name_expressions=wanted)
+
+
+def _element(expression: str) -> str:
+    """The type among the template arguments of a kernel, empty if there is none."""
+    found = re.search(r"<(\w+)", expression)
+    return found[1] if found else ""
 
 
 def _include_folders() -> list[Path]:
@@ -64,7 +73,7 @@ def _include_folders() -> list[Path]:
 
 @functools.cache
 def _function(name: str, kernel: str, device: int) -> Any:
-    return _module(name, device).get_function(kernel)
+    return _module(name, _element(kernel), device).get_function(kernel)
 
 
 class Table:
@@ -205,12 +214,17 @@ class Recorded:
 def _capture(launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     """The launches as a graph; they do not run meanwhile. None if they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
+    collecting = gc.isenabled()
+    gc.disable()  # what a graph or a library of the past gives back now would break the capture
     try:  # other threads may go on using the device meanwhile
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             launches()
     except RuntimeError as error:
         announce_no_graph(f"capture: {error}")
         return None
+    finally:
+        if collecting:
+            gc.enable()
     return graph
 
 

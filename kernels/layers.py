@@ -32,6 +32,7 @@ from .wasserstein import Wasserstein
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 16384  # elements of F that one block of the losses covers
+_FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
@@ -131,9 +132,10 @@ class Layers:
         if not self._way:
             self._way = self._fastest(ways)
         ways[self._way]()
+        self._finish_distances()
 
     def ways(self) -> dict[str, Callable[[], None]]:
-        """The ways to compute `losses` on a GPU. cuBLAS takes part unless it would round fp32 to TF32."""
+        """The ways to `losses` on a GPU, but for distances. cuBLAS takes part unless it would round fp32 to TF32."""
         found = {"Gram matrices by our kernel": self._losses_by_kernel}
         if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
             found["Gram matrices by cuBLAS"] = self._losses_by_cublas
@@ -159,7 +161,6 @@ class Layers:
         _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), self._table, count, self._sums)
         sums = (self._table, count, self._sums, self._loss_blocks)
         _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
-        self._finish_distances()
 
     def gradients(self, names: Collection[str] | None = None) -> None:
         """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
@@ -183,7 +184,7 @@ class Layers:
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
 
     def _gradients_by_cublas(self) -> None:
-        element, grid = _cuda.ELEMENTS[self._dtype], (_cuda.processors(self.terms.device), len(self._layers))
+        element, grid = _cuda.ELEMENTS[self._dtype], (_FULL * _cuda.processors(self.terms.device), len(self._layers))
         _cuda.launch("gradients", f"lifted_differences<{element}>", grid, self._table, self._factors)
         for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
             if lifted is not None and layer.cotangent is not None:

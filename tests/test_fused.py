@@ -1,6 +1,7 @@
 """The cuDNN runtime without cuDNN: torch makes its convolutions, the CUDA sources run on the CPU, autograd is right."""
 
 import contextlib
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -41,11 +42,10 @@ def on_cpu(host, monkeypatch):
     def same_stream(stream):
         yield
 
-    library = SimpleNamespace(
-        create_handle=lambda: "handle", destroy_handle=lambda handle: None, set_stream=lambda handle, stream: None
-    )
+    library = SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda handle, stream: None)
     monkeypatch.setitem(sys.modules, "cudnn", library)
     monkeypatch.setattr(fused, "_Convolution", Convolution)
+    monkeypatch.setattr(fused, "_free_handles", [])
     monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda place: SimpleNamespace(cuda_stream=1))
     monkeypatch.setattr(fused, "on_stream", same_stream)
@@ -209,13 +209,14 @@ def plans(monkeypatch):
     names = SimpleNamespace(FLOAT=0, HALF=1, BFLOAT16=2)
     notes = SimpleNamespace(RUNTIME_COMPILATION=0, TENSOR_CORE=0)
     library = SimpleNamespace(
-        pygraph=pygraph, create_handle=lambda: 1, destroy_handle=lambda handle: None,
+        pygraph=pygraph, create_handle=itertools.count(1).__next__,
         set_stream=lambda handle, stream: None, data_type=names,
         heur_mode=SimpleNamespace(A=0, FALLBACK=1), behavior_note=notes, numerical_note=notes,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cudnn", library)
     monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
     monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(fused, "_free_handles", [])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
     clock.clear()
@@ -234,6 +235,15 @@ def test_the_fastest_plan_is_taken_and_remembered(plans):
     assert len(clock) == first + 1
     with pytest.raises(BackendError, match="none of the plans"):
         fused._Convolution(library, *tensors, 1, torch.zeros(1, 8, 1, 1), rectified=True)
+
+
+def test_handles_are_used_again(plans):
+    first = fused._Library(SimpleNamespace(cuda_stream=1))
+    handle = first.handle
+    assert fused._Library(SimpleNamespace(cuda_stream=2)).handle == handle + 1
+    del first
+    assert handle in fused._free_handles
+    assert fused._Library(SimpleNamespace(cuda_stream=3)).handle in (handle, handle + 1)
 
 
 def test_what_the_library_refuses_is_said(plans, monkeypatch):

@@ -48,7 +48,7 @@ def test_the_wheels_of_this_machine():
         assert ort._installed(wheel) == (wheel in names)
 
 
-@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("device", provider.GPUS)
 def test_a_gpu_that_is_not_there(device, monkeypatch):
     with pytest.raises(BackendError, match=rf"device {device}: .*pip install 'gatys-engine\["):
         Stylizer(device=device)
@@ -70,7 +70,7 @@ def _has_driver():
     return True
 
 
-@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("device", provider.GPUS)
 def test_command_fails_fast_with_the_install_line(device, tmp_path):
     command = [sys.executable, "-m", "engine.stylize", "--demo", "--device", device, "-o", str(tmp_path / "out.png")]
     start = time.perf_counter()
@@ -92,6 +92,13 @@ def test_auto_takes_the_cpu_here_and_says_so(caplog):
 
 def test_auto_takes_the_gpu_where_it_works(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
+    assert provider.resolve("auto", "auto")[0] == "cudnn"
+
+    def without_cudnn(device):
+        if device == "cudnn":
+            raise BackendError("not installed")
+
+    monkeypatch.setattr(provider, "check", without_cudnn)
     assert provider.resolve("auto", "auto")[0] == "cuda"
 
 
@@ -104,11 +111,12 @@ def test_unknown_names(arguments, words):
         provider.resolve(*arguments)
 
 
-def test_bf16_is_for_tensorrt(monkeypatch):
+def test_bf16_is_for_cudnn_and_tensorrt(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
-    assert provider.resolve("tensorrt", "bf16") == ("tensorrt", "bf16")
-    for device, instead in (("cuda", "fp16"), ("auto", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
-        with pytest.raises(BackendError, match=f"bf16.*--device tensorrt has; --precision {instead}"):
+    for device in ("cudnn", "tensorrt"):
+        assert provider.resolve(device, "bf16") == (device, "bf16")
+    for device, instead in (("cuda", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
+        with pytest.raises(BackendError, match=f"bf16.*--device cudnn and tensorrt have; --precision {instead}"):
             provider.resolve(device, "bf16")
 
 
@@ -126,6 +134,10 @@ def test_a_graph_that_cannot_be_captured_runs_launch_by_launch(monkeypatch, capl
 
     class Runtime:
         SessionOptions, OrtValue = ort.onnxruntime().SessionOptions, ort.onnxruntime().OrtValue
+
+        @staticmethod
+        def set_default_logger_severity(level):
+            assert level == 3
 
         @staticmethod
         def InferenceSession(content, options, providers):  # noqa: N802  # ONNX Runtime's name
