@@ -24,7 +24,8 @@ from engine.stylizer import Stylizer
 from . import cases, machine, timing
 from .gpu import Rows
 
-WHEELS = ("torch", "cupy-cuda13x", "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13", "nvidia-cudnn-cu13")
+WHEELS = ("torch", "cupy-cuda13x", "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13")
+WHEELS += ("nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
 GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if device in provider.GPUS)
 STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -134,7 +134,7 @@ class Stylizer:
     """Stylises pictures on one device with one set of weights; safe to call from several threads.
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cuda or tensorrt; `precision`: auto, fp32, fp16 or (tensorrt only) bf16; `threads`: on a CPU, torch's own number by
+    cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
     default. On a GPU `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16
     cannot hold.
 

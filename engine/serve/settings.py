@@ -24,7 +24,7 @@ class Settings:
     keep: float = _option(24.0, "hours that a finished job is kept")
     token_file: str = _option("", "file whose first line is the bearer token (or set STYLIZE_TOKEN)")
     weights: str = _option("auto", "auto, embedded, imagenet or a file")
-    device: str = _option("auto", "auto, cpu, onnxruntime, cuda or tensorrt")
+    device: str = _option("auto", "auto, cpu, onnxruntime, cudnn, cuda or tensorrt")
     precision: str = _option("auto", "auto, fp32 or fp16")
     workers: int = _option(1, "worker processes: one for each GPU; on a CPU they share the cores")
     queue: int = _option(64, "jobs that may wait; more are refused with 503")
