@@ -15,6 +15,7 @@ from . import kernels
 from .export import vgg
 from .export.weights import Weights
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _T = TypeVar("_T")
 
 
@@ -45,6 +46,10 @@ class Features(Protocol):
     @property
     def recordable(self) -> bool:
         """Whether both passes can be captured in a CUDA graph with what stands around them."""
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The tensors that it works in, where it has a VJP."""
 
     @property
     def products(self) -> kernels.Products | None:
@@ -128,6 +133,11 @@ class Ranged:
         means, deviations = both.view(2, 1, 3, 1, 1).unbind()
         self._factor, self._offset = top * deviations, means * (1 - 255 * deviations)
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The tensors that it works in."""
+        return [self.image, *self._network.memory]
+
     def forward(self) -> None:
         """image -> features."""
         self._network.image.copy_(self.image.double() * self._factor + self._offset)  # rounded once
@@ -160,3 +170,24 @@ def give_back_freed_memory() -> None:
     """Making a network frees copies of its weights, which glibc would keep: a third of a small run's memory."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def nhwc_zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, place: torch.device) -> Tensor:
+    """Memory for (1, C, H, W) in NHWC order."""
+    one, channels, height, width = shape
+    return torch.zeros(one, height, width, channels, dtype=dtype, device=place).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
+    current = torch.cuda.current_stream(stream.device) if stream else None
+    if stream is None or current is None or current == stream:
+        yield
+        return
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # after an error as well: memory that is given back now may still be written to
+        current.wait_stream(stream)

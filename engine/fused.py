@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from . import kernels
 from .export import graph, vgg
 from .export.ort import BackendError
 from .export.weights import Weights
+from .features import DTYPES, nhwc_zeros, on_stream
 from .kernels import network
-from .session import DTYPES, nhwc_zeros, on_stream
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,12 @@ PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 CALLS = 5  # of one timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
+_timing = threading.Lock()  # what runs beside it would spoil it
 _free_handles: list[int] = []
 
 
 class Network:
-    """The weights of a VGG-19 on the GPU, turned for the VJP as well, once for each precision and pooling."""
+    """The weights of a VGG-19 on the GPU, turned for the VJP as well, once for each precision, pooling and depth."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -143,8 +145,9 @@ class _Convolution:
             raise BackendError(f"device cudnn: no convolution {tuple(kernel.shape)} in {io} ({error})") from error
         shapes = (tuple(each.shape) for each in (source, kernel, target))
         key = torch.cuda.get_device_name(), io, padding, bias is None, rectified, *shapes
-        if key not in _chosen:
-            _chosen[key] = self._fastest(key)
+        with _timing:
+            if key not in _chosen:
+                _chosen[key] = self._fastest(key)
         self._take(_chosen[key])
 
     def run(self) -> None:
@@ -194,7 +197,7 @@ class Features:
         self.products: kernels.Products | None = None
         self._parameters = network.parameters(spec)
         self._lock = threading.RLock()
-        self._stream = torch.cuda.Stream(PLACE)
+        self._stream = kernels.own_stream(self, PLACE)
         self._dtype = DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
         self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
@@ -208,9 +211,15 @@ class Features:
             self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
         # All of the memory above comes from the stream of the caller, to be of use to its next network.
         with on_stream(self._stream):
-            library = _Library(self._stream)
-            self._forward = self._forward_steps(library)
-            self._vjp = [] if forward_only else self._vjp_steps(library)
+            self._library = _Library(self._stream)
+            self._forward = self._forward_steps(self._library)
+            self._vjp = [] if forward_only else self._vjp_steps(self._library)
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The tensors that it works in."""
+        own = [self.image, self.gradient, self._rooms, self._library.workspace]
+        return [*own, *self.features.values(), *self.cotangents.values()]
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -232,40 +241,41 @@ class Features:
         flat = self._rooms[index, : channels * height * width]
         return flat.view(one, height, width, channels).permute(0, 3, 1, 2)
 
-    def _framed(self, conv: vgg.Conv, source: Tensor, steps: list[Callable[[], None]]) -> tuple[Tensor, int]:
+    def _framed(self, source: Tensor, steps: list[Callable[[], object]]) -> tuple[Tensor, int]:
         """What a convolution reads for `source`, and the zeros it has to add around that."""
         if self.spec.padding != "circular":
             return source, 1
         one, channels, height, width = source.shape
         framed = self._room(2, (one, channels, height + 2, width + 2))
-        steps.append(lambda: network.wrap(source, framed))
+        steps.append(partial(network.wrap, source, framed))
         return framed, 0
 
-    def _forward_steps(self, library: _Library) -> list[Callable[[], None]]:
-        spec, own, steps = self.spec, self._parameters, list[Callable[[], None]]()
+    def _forward_steps(self, library: _Library) -> list[Callable[[], object]]:
+        # Steps hold tensors, never `self`: a network that is dropped gives its memory back at once.
+        spec, own, steps = self.spec, self._parameters, list[Callable[[], object]]()
         frame = int(spec.padding != "zero")
         x = self._room(0, (1, network.COLOURS, spec.height + 2 * frame, spec.width + 2 * frame))
-        steps.append(lambda x=x: network.centre(self.image, own["mean"], x, spec.padding))  # type: ignore[misc]
+        steps.append(partial(network.centre, self.image, own["mean"], x, spec.padding))
         for conv in spec.convs:
             if conv.after_pool:
                 one, channels, height, width = x.shape
                 pooled = self._room(0, (one, channels, height // 2, width // 2))
-                steps.append(lambda x=x, pooled=pooled: network.pool(x, pooled, spec.pooling))  # type: ignore[misc]
+                steps.append(partial(network.pool, x, pooled, spec.pooling))
                 x = pooled
-            x, zeros = (x, 1 - frame) if conv.in_channels == 3 else self._framed(conv, x, steps)
+            x, zeros = (x, 1 - frame) if conv.in_channels == 3 else self._framed(x, steps)
             pair = own[f"{conv.name}.weight"], own[f"{conv.name}.bias"]
             relu = self.features[conv.relu]
             if conv.name in spec.layers:
                 before = self.features[conv.name]
                 steps.append(_Convolution(library, x, pair[0], before, zeros, pair[1]).run)
-                steps.append(lambda x=before, y=relu: torch.clamp_min(x, 0, out=y))  # type: ignore[misc]
+                steps.append(partial(torch.clamp_min, before, 0, out=relu))
             else:
                 steps.append(_Convolution(library, x, pair[0], relu, zeros, pair[1], rectified=True).run)
             x = relu
         return steps
 
-    def _vjp_steps(self, library: _Library) -> list[Callable[[], None]]:
-        spec, steps = self.spec, list[Callable[[], None]]()
+    def _vjp_steps(self, library: _Library) -> list[Callable[[], object]]:
+        spec, steps = self.spec, list[Callable[[], object]]()
         incoming: Tensor | None = None
         pooling = ""  # between the incoming cotangent and the layer below
         for conv in reversed(spec.convs):
@@ -276,21 +286,20 @@ class Features:
                 x = behind
             else:
                 given = incoming, self.cotangents.get(conv.relu), behind, relu, x, pooling
-                steps.append(lambda given=given: network.mask(*given))  # type: ignore[misc]
+                steps.append(partial(network.mask, *given))
             at_pixels = conv.in_channels == 3
             folds = at_pixels and spec.padding in ("reflect", "replicate")
-            source, zeros = (x, 2) if folds else self._framed(conv, x, steps)
+            source, zeros = (x, 2) if folds else self._framed(x, steps)
             grown = 2 * int(folds)
             channels = network.EIGHT if at_pixels else conv.in_channels
             incoming = self._room(1, (1, channels, x.shape[2] + grown, x.shape[3] + grown))
             steps.append(_Convolution(library, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
             pooling = spec.pooling if conv.after_pool else ""
-        last = incoming
-        assert last is not None
-        steps.append(lambda: network.uncentre(last, self.gradient, spec.padding))
+        assert incoming is not None
+        steps.append(partial(network.uncentre, incoming, self.gradient, spec.padding))
         return steps
 
 
-def _make(steps: list[Callable[[], None]]) -> None:
+def _make(steps: list[Callable[[], object]]) -> None:
     for step in steps:
         step()

@@ -101,7 +101,7 @@ class Objective:
         """
         with self.network.use():
             if self._records_all and gradient is not None:
-                key = pixels.data_ptr(), gradient.data_ptr()
+                key = pixels.data_ptr(), *pixels.stride(), gradient.data_ptr(), *gradient.stride()
                 if self._recorded is None or self._recorded[0] != key:
                     self._recorded = key, kernels.Recorded(pixels.device)
                 self._recorded[1](lambda: self._write(pixels, gradient))

@@ -101,7 +101,14 @@ def check(device: str) -> None:
 
     if not torch.cuda.is_available():
         raise BackendError(f"device {device}: torch {torch.__version__} finds no CUDA device")
-    if device != "cudnn":
+    if device == "cudnn":
+        try:
+            import cudnn
+
+            cudnn.backend_version()
+        except Exception as error:  # its import fails in many ways
+            raise BackendError(f"device cudnn: nvidia-cudnn-frontend does not load ({error}): {line}") from error
+    else:
         ort.preload_dlls()
     if device == "tensorrt":
         _preload_tensorrt(line)

@@ -18,11 +18,10 @@ from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
 from .export.ort import options as session_options
 from .export.weights import Weights
-from .features import give_back_freed_memory
+from .features import DTYPES, give_back_freed_memory, nhwc_zeros, on_stream
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ELEMENTS = {DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
 
 
@@ -130,7 +129,7 @@ class Features:
         self._lock = threading.RLock()
         on_cpu = device not in provider.GPUS
         place = torch.device("cpu" if on_cpu else "cuda:0")
-        self._stream = None if on_cpu else torch.cuda.Stream(place)
+        self._stream = None if on_cpu else kernels.own_stream(self, place)
         dtype = DTYPES[spec.precision]
         names = spec.layers if forward_only else tuple(spec.shapes)
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
@@ -148,6 +147,11 @@ class Features:
         inputs = {f"cotangent.{name}": tensor for name, tensor in self.cotangents.items()}
         tensors = {**self.features, **inputs, "gradient": self.gradient}
         self._vjp = _Graph(lambda: (graph.vjp(spec, weights), graph.vjp_initializers(spec, weights)), tensors, *shared)
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What it works in; the arenas of ONNX Runtime are beside it."""
+        return [self.image, self.gradient, *self.features.values(), *self.cotangents.values()]
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -170,22 +174,3 @@ def _zeros(spec: vgg.Spec, name: str, dtype: torch.dtype, place: torch.device) -
     if spec.nhwc:
         return nhwc_zeros(spec.shapes[name], dtype, place)
     return torch.zeros(spec.shapes[name], dtype=dtype, device=place)
-
-
-def nhwc_zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, place: torch.device) -> Tensor:
-    """Memory for (1, C, H, W) in NHWC order."""
-    one, channels, height, width = shape
-    return torch.zeros(one, height, width, channels, dtype=dtype, device=place).permute(0, 3, 1, 2)
-
-
-@contextlib.contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run on `stream` after what the current stream holds, and let the current one wait; nothing to do on a CPU."""
-    current = torch.cuda.current_stream(stream.device) if stream else None
-    if stream is None or current is None or current == stream:
-        yield
-        return
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)

@@ -131,7 +131,8 @@ class _Network:
 
 
 class Stylizer:
-    """Stylises pictures on one device with one set of weights; safe to call from several threads.
+    """Stylises pictures on one device with one set of weights; safe to call from several threads (on a
+    GPU, with one current stream).
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
     cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
@@ -456,7 +457,7 @@ class Stylizer:
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
             return make()
         key = ("network", size, layers, config.pixel_range, config.pooling, padding, self.precision)
-        return self._cache.get(key, make, _of_network)
+        return self._cache.get(key, make, lambda network: network.memory)
 
     def _open_features(
         self,
@@ -493,7 +494,3 @@ class Stylizer:
 
 def _of_statistics(found: Statistics) -> list[Tensor]:
     return [tensor for each in found.values() for tensor in (each.matrix, each.mean)]
-
-
-def _of_network(network: Features) -> list[Tensor]:
-    return [network.image, network.gradient, *network.features.values(), *network.cotangents.values()]

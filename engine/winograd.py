@@ -23,6 +23,7 @@ from torch import Tensor
 from .export import vgg
 from .export.weights import Weights
 from .kernels import direct, nhwc, program, vector, winograd
+from .kernels.network import PADDINGS
 from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, RECTIFY, UNPOOL, Step
 
 
@@ -86,6 +87,11 @@ class Features:
         floats = max(program.scratch_size(table) for table in (self._forward, *(table for _, table in self._vjp)))
         self._scratch = [torch.zeros(floats) for _ in range(network.threads.count)]
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The tensors that it works in."""
+        return [self.image, self.gradient, self._memory, *self._scratch]
+
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Own the memory, and keep torch to the calling thread: its OpenMP threads would spin on our processors."""
@@ -117,7 +123,7 @@ class Features:
             bare = conv.name in spec.layers
             target = self._buffer(conv.name if bare else conv.relu, height * width, channels)
             bits = self._bits(f"{conv.relu} bits", height * width * channels)
-            step = {"source": source, "target": target, "bits": bits, "padding": nhwc.PADDINGS.index(spec.edge(conv))}
+            step = {"source": source, "target": target, "bits": bits, "padding": PADDINGS.index(spec.edge(conv))}
             step["ending"] = winograd.BIASED if bare else winograd.RELU
             step |= self._shape(conv) | {"extra": network.address(f"{conv.name}.bias")}
             if conv.in_channels == 3 and largest:
@@ -165,7 +171,7 @@ class Features:
                 step = {"op": ADD, "tasks": height, "source": conv.name, "target": source}
                 yield (conv.name,), step | self._shape(conv)
             step = {"source": source, "height": height, "width": width, "c_in": channels}
-            step["padding"] = nhwc.PADDINGS.index(spec.edge(conv))
+            step["padding"] = PADDINGS.index(spec.edge(conv))
             if conv.in_channels == 3:
                 step |= {"op": LAST, "tasks": -(-height // nhwc.BAND), "target": self.gradient.data_ptr()}
                 yield read, step | {"weights": network.address("last")}

@@ -5,7 +5,7 @@ current stream and without a host synchronisation. `<operation>_reference` is th
 of its input, and serves as the oracle.
 """
 
-from ._cuda import Recorded, announce_no_graph
+from ._cuda import Recorded, announce_no_graph, own_stream
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, gram
 from .lbfgs import DIVERGED, Lbfgs, pairs
@@ -25,5 +25,6 @@ __all__ = [
     "Wasserstein",
     "announce_no_graph",
     "gram",
+    "own_stream",
     "pairs",
 ]

@@ -10,6 +10,8 @@ import itertools
 import logging
 import math
 import re
+import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -27,6 +29,7 @@ MAX_BLOCKS = 1024  # of a kernel that strides over its input
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _CUBLAS_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType, then cuBLAS's own numbers
 _ON_HOST, _ON_DEVICE, _AS_IT_IS, _IN_FP32, _ANY_ALGORITHM = 0, 1, 0, 68, -1
+_PLAIN_MATH, _FULL_REDUCTION = 0, 16
 _CHOICES = {"typename T": tuple(ELEMENTS.values()), "bool NHWC": ("false", "true")}
 
 
@@ -104,6 +107,28 @@ class _Stream:
         return 0, self._address
 
 
+_free_streams: list[torch.cuda.Stream] = []
+_cupys_streams: list[Any] = []  # CuPy's objects, which would take their streams along
+
+
+def own_stream(owner: object, place: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has while `owner` lives.
+
+    torch's own come round again after 32, and what one thread queues could find its way into the graph that another one
+    captures.
+    """
+    try:
+        stream = _free_streams.pop()
+    except IndexError:
+        import cupy
+
+        with cupy.cuda.Device(place.index):
+            _cupys_streams.append(cupy.cuda.Stream(non_blocking=True))
+        stream = torch.cuda.ExternalStream(_cupys_streams[-1].ptr, place)
+    weakref.finalize(owner, _free_streams.append, stream).atexit = False
+    return stream
+
+
 Argument = Tensor | Table | int | float | None
 
 
@@ -153,6 +178,8 @@ def multiply(symmetric: Tensor, features: Tensor, factor: Tensor, share: Tensor,
     operands = [each for tensor, rows in (left, right) for each in (address(tensor.data_ptr()), kind, rows)]
     library, handle = _cublas(), address(torch.cuda.current_blas_handle())  # on torch's current stream
     library.cublasSetPointerMode_v2(handle, _ON_DEVICE)
+    # torch sets its own mode with each handle, which may round fp32 to TF32; and low precision adds up in fp32.
+    library.cublasSetMathMode(handle, _PLAIN_MATH if features.dtype == torch.float32 else _FULL_REDUCTION)
     status = library.cublasGemmEx(
         handle, _AS_IT_IS, _AS_IT_IS, *size, channels, address(factor.data_ptr()), *operands,
         address(share.data_ptr()), address(out.data_ptr()), kind, size[0], _IN_FP32, _ANY_ALGORITHM,
@@ -211,26 +238,31 @@ class Recorded:
         launches()
 
 
+_capturing = threading.Lock()
+
+
 def _capture(launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     """The launches as a graph; they do not run meanwhile. None if they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
-    collecting = gc.isenabled()
-    gc.disable()  # what a graph or a library of the past gives back now would break the capture
-    try:  # other threads may go on using the device meanwhile
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            launches()
-    except RuntimeError as error:
-        announce_no_graph(f"capture: {error}")
-        return None
-    finally:
-        if collecting:
-            gc.enable()
+    with _capturing:  # it begins with a wait for the device, which another capture would not survive
+        collecting = gc.isenabled()
+        gc.disable()  # what a graph or a library of the past gives back now would break the capture
+        try:  # other threads may go on using the device meanwhile
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                launches()
+        except RuntimeError as error:
+            announce_no_graph(f"capture: {error}")
+            return None
+        finally:
+            if collecting:
+                gc.enable()
     return graph
 
 
 REPLAYS = 20  # of one timing
 MARGIN = 0.9  # of the first way's time, that another one has to stay below
 _fastest: dict[Hashable, str] = {}
+_timing = threading.Lock()  # what runs beside it would spoil it
 
 
 def fastest(ways: Mapping[str, Callable[[], None]], device: torch.device, key: Hashable) -> str:
@@ -239,21 +271,22 @@ def fastest(ways: Mapping[str, Callable[[], None]], device: torch.device, key: H
     The first is kept unless another one is clearly faster; one that fails is out.
     """
     key = (torch.cuda.get_device_name(device), *ways, key)
-    if key not in _fastest:
-        best, least = "", math.inf
-        for name, way in ways.items():
-            try:
-                seconds = _seconds(way, device)
-            except RuntimeError as error:
-                log.info("%s: not possible here: %s", name, error)
-                continue
-            if not best or seconds < MARGIN * least:
-                best, least = name, seconds
-            log.info("%s: %.1f us for %s", name, 1e6 * seconds, key[-1])
-        if not best:
-            raise RuntimeError(f"none of {', '.join(ways)} works on {key[0]}")
-        _fastest[key] = best
-    return _fastest[key]
+    with _timing:
+        if key not in _fastest:
+            best, least = "", math.inf
+            for name, way in ways.items():
+                try:
+                    seconds = _seconds(way, device)
+                except (RuntimeError, OSError) as error:  # OSError: a library is missing
+                    log.info("%s: not possible here: %s", name, error)
+                    continue
+                if not best or seconds < MARGIN * least:
+                    best, least = name, seconds
+                log.info("%s: %.1f us for %s", name, 1e6 * seconds, key[-1])
+            if not best:
+                raise RuntimeError(f"none of {', '.join(ways)} works on {key[0]}")
+            _fastest[key] = best
+        return _fastest[key]
 
 
 def _seconds(way: Callable[[], None], device: torch.device) -> float:

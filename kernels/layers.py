@@ -1,8 +1,8 @@
 """Style and content losses of all layers of a network and their gradients, computed together.
 
 On a GPU every step is one launch for all layers: the blocks look their layer up in a table. The Gram products run on
-the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so the same features give
-the same bits.
+the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so within a process the
+same features give the same bits.
 
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
 shapes. For the cotangents it reads its factor from the device, and adds to the content's share.

@@ -1,17 +1,20 @@
 """The cuDNN runtime without cuDNN: torch makes its convolutions, the CUDA sources run on the CPU, autograd is right."""
 
 import contextlib
+import gc
 import itertools
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from engine import BackendError, Config, fused, kernels
+from engine import BackendError, Config, features, fused, kernels
 from engine.export import vgg, weights
 from engine.features import network as open_network
+from engine.kernels import _cuda
 from engine.losses import Objective, Region
 from engine.targets import Statistic
 
@@ -47,7 +50,7 @@ def on_cpu(host, monkeypatch):
     monkeypatch.setattr(fused, "_Convolution", Convolution)
     monkeypatch.setattr(fused, "_free_handles", [])
     monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda place: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(kernels, "own_stream", lambda owner, place: SimpleNamespace(cuda_stream=1))
     monkeypatch.setattr(fused, "on_stream", same_stream)
 
 
@@ -141,6 +144,19 @@ def objective(network, content, style, config, held):
     }
     targets = {layer: found["content"][layer] for layer in config.content_layer_weights}
     return Objective(network, targets, [Region(grams)], config, held)
+
+
+def test_a_network_that_is_dropped_is_gone_at_once(on_cpu, net):
+    """With its memory: no cycle keeps it until the next garbage collection."""
+    own = fused.Features(SPECS[2], fused.Network(net))
+    assert sum(each.nbytes for each in own.memory) > 256 * 48 * 64
+    gone = weakref.ref(own)
+    gc.disable()
+    try:
+        del own
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_style_needs_no_way_back(on_cpu, net):
@@ -255,6 +271,40 @@ def test_what_the_library_refuses_is_said(plans, monkeypatch):
     tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
     with pytest.raises(BackendError, match=r"device cudnn: no convolution \(8, 8, 3, 3\) in FLOAT .*BAD_PARAM"):
         fused._Convolution(library, *tensors, 1)
+
+
+def test_streams_are_nobody_elses(monkeypatch):
+    class Stream:
+        def __init__(self, non_blocking):
+            assert non_blocking
+            self.ptr = next(pointers)
+
+    pointers = itertools.count(100)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda index: contextlib.nullcontext(), Stream=Stream))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, place: pointer)
+    for name in ("_free_streams", "_cupys_streams"):
+        monkeypatch.setattr(_cuda, name, [])
+
+    class Owner:
+        pass
+
+    owners = [Owner() for _ in range(40)]
+    assert len({kernels.own_stream(owner, torch.device("cuda:0")) for owner in owners}) == 40
+    del owners[3]
+    assert kernels.own_stream(Owner(), torch.device("cuda:0")) == 103
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_callers_stream_waits_after_an_error_too(monkeypatch, fails):
+    waits = []
+    caller, own = (SimpleNamespace(device=0, wait_stream=lambda other, name=name: waits.append(name)) for name in "ab")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext(), features.on_stream(own):
+        if fails:
+            raise FloatingPointError
+    assert waits == ["b", "a"]
 
 
 def test_kernels_are_filled_up_with_zeros(net, monkeypatch):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -80,6 +81,22 @@ def test_command_fails_fast_with_the_install_line(device, tmp_path):
     assert done.stderr.count("\n") == 1
     assert time.perf_counter() - start < 5
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("found", [None, ImportError("libcudnn.so.9"), AssertionError("Found 2 libcudnn.so.x")])
+def test_a_cudnn_that_does_not_load(monkeypatch, found):
+    """It is missing, or fails in its own ways once driver, CuPy and torch are all right."""
+
+    def broken():
+        raise found
+
+    monkeypatch.setattr(provider.importlib.util, "find_spec", lambda name: found and name)
+    monkeypatch.setattr(provider.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=broken))
+    said = f"does not load .{found}" if found else "is missing"
+    with pytest.raises(BackendError, match=rf"nvidia-cudnn-frontend {said}.*gatys-engine\[cudnn\]"):
+        provider.check("cudnn")
 
 
 def test_auto_takes_the_cpu_here_and_says_so(caplog):
