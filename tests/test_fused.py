@@ -65,8 +65,10 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("spec", "precision"),
+    [(spec, "fp32") for spec in SPECS] + [(spec, "fp16") for spec in SPECS[:3]] + [(SPECS[4], "bf16")],
+)
 def test_features_and_gradient_are_those_of_autograd(on_cpu, net, spec, precision):
     spec = vgg.Spec(spec.height, spec.width, spec.layers, spec.pooling, precision, padding=spec.padding)
     generator = torch.Generator().manual_seed(3)

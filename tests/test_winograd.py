@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from engine import Config, Stylizer, winograd
 from engine.export import validate, vgg, weights
-from engine.kernels import direct, network, nhwc, program, vector
+from engine.kernels import direct, nhwc, program, vector
 from engine.kernels import winograd as kernel
+from engine.kernels.network import PADDINGS
 from engine.kernels.program import Threads
 
 DEFAULT = Config().layers
@@ -79,7 +80,7 @@ def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups, padding):
         for group in range(groups):
             direct.convolve(
                 address(source), address(target), address(bits), *size, c_in, c_out, address(panels), address(bias),
-                network.PADDINGS.index(padding), np.float32(0), tile, group, groups, address(scratch),
+                PADDINGS.index(padding), np.float32(0), tile, group, groups, address(scratch),
             )  # fmt: skip
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
     x = functional.pad(x, (1, 1, 1, 1), "constant" if padding == "zero" else padding)
