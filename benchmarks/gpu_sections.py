@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import BackendError, kernels, provider
 from engine.export import vgg
-from engine.features import within
+from engine.features import DTYPES, within
 from engine.kernels.lbfgs import GPU_HISTORY
 from engine.optimize import State, minimise
 from engine.stylizer import Stylizer
@@ -28,7 +28,6 @@ WHEELS = ("torch", "cupy-cuda13x", "onnxruntime-gpu", "onnxruntime", "tensorrt-c
 WHEELS += ("nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
 GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if device in provider.GPUS)
 STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 3e-2}  # relative, of the pixels, against float64
 VALUE_ERROR = {"fp32": 2e-3, "fp16": 3e-3, "bf16": 1.2e-2}  # relative, of the loss, against float64
 ROUNDING = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}  # relative, of cotangents

@@ -212,8 +212,8 @@ class Features:
         # All of the memory above comes from the stream of the caller, to be of use to its next network.
         with on_stream(self._stream):
             self._library = _Library(self._stream)
-            self._forward = self._forward_steps(self._library)
-            self._vjp = [] if forward_only else self._vjp_steps(self._library)
+            self._forward = self._forward_steps()
+            self._vjp = [] if forward_only else self._vjp_steps()
 
     @property
     def memory(self) -> list[Tensor]:
@@ -250,7 +250,7 @@ class Features:
         steps.append(partial(network.wrap, source, framed))
         return framed, 0
 
-    def _forward_steps(self, library: _Library) -> list[Callable[[], object]]:
+    def _forward_steps(self) -> list[Callable[[], object]]:
         # Steps hold tensors, never `self`: a network that is dropped gives its memory back at once.
         spec, own, steps = self.spec, self._parameters, list[Callable[[], object]]()
         frame = int(spec.padding != "zero")
@@ -267,14 +267,14 @@ class Features:
             relu = self.features[conv.relu]
             if conv.name in spec.layers:
                 before = self.features[conv.name]
-                steps.append(_Convolution(library, x, pair[0], before, zeros, pair[1]).run)
+                steps.append(_Convolution(self._library, x, pair[0], before, zeros, pair[1]).run)
                 steps.append(partial(torch.clamp_min, before, 0, out=relu))
             else:
-                steps.append(_Convolution(library, x, pair[0], relu, zeros, pair[1], rectified=True).run)
+                steps.append(_Convolution(self._library, x, pair[0], relu, zeros, pair[1], rectified=True).run)
             x = relu
         return steps
 
-    def _vjp_steps(self, library: _Library) -> list[Callable[[], object]]:
+    def _vjp_steps(self) -> list[Callable[[], object]]:
         spec, steps = self.spec, list[Callable[[], object]]()
         incoming: Tensor | None = None
         pooling = ""  # between the incoming cotangent and the layer below
@@ -293,7 +293,7 @@ class Features:
             grown = 2 * int(folds)
             channels = network.EIGHT if at_pixels else conv.in_channels
             incoming = self._room(1, (1, channels, x.shape[2] + grown, x.shape[3] + grown))
-            steps.append(_Convolution(library, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
+            steps.append(_Convolution(self._library, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
             pooling = spec.pooling if conv.after_pool else ""
         assert incoming is not None
         steps.append(partial(network.uncentre, incoming, self.gradient, spec.padding))

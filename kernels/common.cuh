@@ -13,6 +13,12 @@ __device__ inline void store(float* p, float x) { *p = x; }
 __device__ inline void store(__half* p, float x) { *p = __float2half_rn(x); }
 __device__ inline void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
+// Neighbouring elements that are read or written at once.
+template <typename T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Vector {
+    T element[COUNT];
+};
+
 // Sum of `value` over the warp, in every lane.
 __device__ inline double warp_sum(double value) {
     for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);

@@ -15,19 +15,17 @@ __global__ void lifted_differences(const Layer* layers, const float* factors) {
             store(static_cast<T*>(layer.lifted) + i, lift * layer.difference[i]);
     if (!layer.content) return;
     constexpr int WIDE = 16 / sizeof(T);
-    struct alignas(16) Vector {
-        T element[WIDE];
-    };
+    using Wide = Vector<T, WIDE>;
     const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
     T* out = static_cast<T*>(layer.cotangent);
     const long long count = layer.channels * layer.positions;
 #pragma unroll 4
     for (long long i = WIDE * first; i + WIDE <= count; i += WIDE * step) {
-        const Vector f = *reinterpret_cast<const Vector*>(features + i), p = *reinterpret_cast<const Vector*>(content + i);
-        Vector found;
+        const Wide f = *reinterpret_cast<const Wide*>(features + i), p = *reinterpret_cast<const Wide*>(content + i);
+        Wide found;
         for (int e = 0; e < WIDE; ++e)
             store(found.element + e, factor * (to_float(f.element[e]) - to_float(p.element[e])));
-        *reinterpret_cast<Vector*>(out + i) = found;
+        *reinterpret_cast<Wide*>(out + i) = found;
     }
     for (long long i = count / WIDE * WIDE + first; i < count; i += step)
         store(out + i, factor * (to_float(features[i]) - to_float(content[i])));

@@ -38,13 +38,11 @@ __device__ inline void style_part(const Layer& layer, long long begin, long long
 template <typename T>
 __device__ inline double distance(const T* a, const T* b, long long count) {
     constexpr int WIDE = 16 / sizeof(T);
-    struct alignas(16) Vector {
-        T element[WIDE];
-    };
+    using Wide = Vector<T, WIDE>;
     float sum = 0;
 #pragma unroll 4
     for (long long i = WIDE * threadIdx.x; i + WIDE <= count; i += WIDE * THREADS) {
-        const Vector left = *reinterpret_cast<const Vector*>(a + i), right = *reinterpret_cast<const Vector*>(b + i);
+        const Wide left = *reinterpret_cast<const Wide*>(a + i), right = *reinterpret_cast<const Wide*>(b + i);
         for (int e = 0; e < WIDE; ++e) {
             const float d = to_float(left.element[e]) - to_float(right.element[e]);
             sum += d * d;

@@ -8,11 +8,6 @@ constexpr int COLOURS = 4;  // three and a zero: convolutions read rows of 8 byt
 enum { ZERO, REFLECT, REPLICATE, CIRCULAR };  // as in network.py
 enum { SAME, AVERAGE, LARGEST };
 
-template <typename T, int COUNT>
-struct alignas(sizeof(T) * COUNT) Vector {
-    T element[COUNT];
-};
-
 template <typename T>
 __device__ inline Vector<T, EIGHT> load(const T* from) {
     return *reinterpret_cast<const Vector<T, EIGHT>*>(from);

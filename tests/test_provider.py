@@ -132,6 +132,7 @@ def test_bf16_is_for_cudnn_and_tensorrt(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
     for device in ("cudnn", "tensorrt"):
         assert provider.resolve(device, "bf16") == (device, "bf16")
+    assert provider.resolve("auto", "bf16") == ("cudnn", "bf16")
     for device, instead in (("cuda", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
         with pytest.raises(BackendError, match=f"bf16.*--device cudnn and tensorrt have; --precision {instead}"):
             provider.resolve(device, "bf16")
