@@ -34,6 +34,7 @@ LIMITS = {  # seconds for each section, in order of value
     "providers": 120,
     "loop": 60,
     "kernel-times": 60,
+    "our-part": 60,
     "iteration-512": 60,
     "runs": 90,
     "iteration-256": 60,

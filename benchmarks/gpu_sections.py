@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import BackendError, kernels, provider
 from engine.export import vgg
-from engine.features import DTYPES, within
+from engine.features import DTYPES, Features, within
 from engine.kernels.lbfgs import GPU_HISTORY
 from engine.optimize import State, minimise
 from engine.stylizer import Stylizer
@@ -180,8 +180,9 @@ def lbfgs_error(device: str, steps: int = 30) -> float:
         curvature = 10 ** (2 * curvature)
 
         def evaluate(pixels: Tensor, gradient: Tensor, curvature: Tensor = curvature) -> Tensor:
-            torch.mul(curvature, pixels, out=gradient)
-            return (pixels * gradient).sum() / 2
+            away = pixels - 0.5
+            torch.mul(curvature, away, out=gradient)
+            return (away * gradient).sum() / 2
 
         *_, last = minimise(evaluate, start, "lbfgs", steps, State(), history=GPU_HISTORY)
         ends.append(last.best.cpu())
@@ -192,8 +193,7 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     """Each launch at its shapes: time, GB/s of what has to be moved, TFLOP/s, and the time of torch's own route."""
     if not needs_cupy(rows, device):
         return
-    ours_us = dict.fromkeys(("fp32", "fp16"), 0.0)  # of one iteration with L-BFGS, but for the pixels' pass
-    for precision in ours_us:
+    for precision in ("fp32", "fp16"):
         dtype = DTYPES[precision]
         given = layer_group(size, dtype, precision == "fp16", device)
         layers = kernels.Layers(given, 1.0, 100.0)
@@ -222,8 +222,6 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             ours, other = seconds(recorded(work, device), device), seconds(recorded(theirs, device), device)
             rates = {"gb_per_s": traffic / ours / 1e9, "tflop_per_s": flop / ours / 1e12}
             rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
-            if name.startswith("chosen"):
-                ours_us[precision] += 1e6 * ours
 
         with rows.attempt(f"losses {precision}"):
             for way, losses in ways(layers, device)[0].items():
@@ -245,9 +243,6 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             runner.step()
         taken = seconds(runner.step, device)
         rows.add(name, us=1e6 * taken, gb_per_s=vectors * image.nbytes / taken / 1e9)
-        if name == "L-BFGS":
-            for precision, already in ours_us.items():
-                rows.add(f"our part of an iteration {precision}", us=already + 1e6 * taken)
 
 
 def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: int = 128) -> None:
@@ -324,6 +319,40 @@ def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: in
             rows.add(name, not any(found.values()), **found, launches_per_iteration=launches)
 
 
+def our_part(rows: Rows, device: str, engines: Iterable[str] = TIMED[2:], size: int = 512) -> None:
+    """What losses, cotangents and L-BFGS add to the two passes of the network, as a share of the iteration."""
+    problem = cases.load(size, device=device)
+    for name in engines:
+        with rows.attempt(name):
+            running = iterates(name, problem)
+            for _ in islice(running, GPU_HISTORY + 2):  # a full history
+                pass
+            whole = seconds(partial(next, running), device, calls=20)
+            engine = cases.build(name, problem)
+            assert isinstance(engine, cases.Engine)
+            alone = network_alone(engine._objective.network)
+            network = seconds(recorded(alone, device), device, calls=20)
+            rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
+
+
+def network_alone(network: Features) -> Callable[[], None]:
+    """Both passes with cotangents that nobody writes: the VJP of a network that can make them does not, but for one."""
+    nothing = kernels.Term(torch.zeros(3, device=network.image.device), None, None)
+    terms = dict.fromkeys(network.chained, nothing)
+    network.image.uniform_()
+    for name in network.spec.layers:
+        if name not in terms or name == network.spec.layers[-1]:
+            terms.pop(name, None)
+            network.cotangents[name].normal_()
+
+    def both() -> None:
+        with network.use():
+            network.forward()
+            network.vjp(lambda layers: None, terms)
+
+    return both
+
+
 def named(calls: Counter[str], names: Iterable[str]) -> dict[str, int]:
     """How often those of these that were called were called."""
     return {name: calls[name] for name in names if calls[name]}
@@ -376,6 +405,7 @@ SECTIONS: dict[str, Callable[[Rows, str], None]] = {
     "providers": providers,
     "loop": loop,
     "kernel-times": kernel_times,
+    "our-part": our_part,
     "runs": runs,
     **{f"iteration-{size}": partial(iteration, size=size) for size in (256, 512, 1024, 2048)},
     "compiled-512": partial(iteration, size=512, names=("eager", "compile-autocast", "engine-cudnn-fp16")),

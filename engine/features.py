@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -44,6 +44,10 @@ class Features(Protocol):
         """What the losses write, by loss layer."""
 
     @property
+    def chained(self) -> Collection[str]:
+        """Loss layers whose cotangents the VJP can make itself, from their terms."""
+
+    @property
     def recordable(self) -> bool:
         """Whether both passes can be captured in a CUDA graph with what stands around them."""
 
@@ -64,11 +68,12 @@ class Features(Protocol):
     def forward(self) -> None:
         """image -> features."""
 
-    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+    def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; the features are spent.
 
         Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
-        their cotangents, and may read the features of these layers.
+        their cotangents, and may read the features of these layers. For the `chained` layers that have `terms` it
+        writes what these are made of.
         """
 
 
@@ -125,7 +130,7 @@ class Ranged:
     def __init__(self, network: Features, mean: Sequence[float], std: Sequence[float], top: float) -> None:
         self._network = network
         self.spec, self.products, self.recordable = network.spec, network.products, network.recordable
-        self.features, self.use = network.features, network.use
+        self.features, self.use, self.chained = network.features, network.use, network.chained
         self.image = torch.zeros_like(network.image)
         if hasattr(network, "gradient"):  # it is not forward_only
             self.gradient, self.cotangents = network.gradient, network.cotangents
@@ -143,9 +148,9 @@ class Ranged:
         self._network.image.copy_(self.image.double() * self._factor + self._offset)  # rounded once
         self._network.forward()
 
-    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+    def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; see `Features.vjp`."""
-        self._network.vjp(write)
+        self._network.vjp(write, terms)
         self.gradient.mul_(self._factor)
 
 

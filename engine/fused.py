@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -206,9 +206,12 @@ class Features:
         count = 3 if spec.padding == "circular" else 2
         self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
+        # fp32 products are cuBLAS's affair.
+        self.chained = [name for name in spec.layers if name.startswith("relu") and spec.precision != "fp32"]
+        self._terms: dict[str, kernels.Term] = {}  # of the VJP in use
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
-            self.cotangents = {name: torch.zeros_like(self.features[name]) for name in spec.layers}
+            self.cotangents = _Cotangents(self.features, spec.layers)
         # All of the memory above comes from the stream of the caller, to be of use to its next network.
         with on_stream(self._stream):
             self._library = _Library(self._stream)
@@ -231,8 +234,12 @@ class Features:
         """image -> features."""
         self._run_forward(lambda: _make(self._forward))
 
-    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+    def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents are written at once."""
+        if dict(terms or {}) != self._terms:
+            self._terms.clear()
+            self._terms.update(terms or {})
+            self._run_vjp = kernels.Recorded(PLACE)
         write(self.spec.layers)
         self._run_vjp(lambda: _make(self._vjp))
 
@@ -280,13 +287,11 @@ class Features:
         pooling = ""  # between the incoming cotangent and the layer below
         for conv in reversed(spec.convs):
             relu = self.features[conv.relu]
-            behind, x = self.cotangents.get(conv.name), self._room(0, relu.shape)
+            x = self._room(0, relu.shape)
             if incoming is None and conv.relu not in spec.layers:
-                assert behind is not None  # the deepest of all
-                x = behind
+                x = self.cotangents[conv.name]  # the deepest of all
             else:
-                given = incoming, self.cotangents.get(conv.relu), behind, relu, x, pooling
-                steps.append(partial(network.mask, *given))
+                steps.append(partial(_descend, conv, self.cotangents, self._terms, incoming, relu, x, pooling))
             at_pixels = conv.in_channels == 3
             folds = at_pixels and spec.padding in ("reflect", "replicate")
             source, zeros = (x, 2) if folds else self._framed(x, steps)
@@ -298,6 +303,36 @@ class Features:
         assert incoming is not None
         steps.append(partial(network.uncentre, incoming, self.gradient, spec.padding))
         return steps
+
+
+class _Cotangents(dict[str, Tensor]):
+    """Of the loss layers, each made when it is first asked for: those that have a `kernels.Term` need none."""
+
+    def __init__(self, features: Mapping[str, Tensor], layers: Collection[str]) -> None:
+        self._features = {name: features[name] for name in layers}
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = torch.zeros_like(self._features[name])
+        return self[name]
+
+    def of(self, name: str) -> Tensor | None:
+        """None unless it is a loss layer."""
+        return self[name] if name in self._features else None
+
+
+def _descend(
+    conv: vgg.Conv,
+    cotangents: _Cotangents,
+    terms: Mapping[str, kernels.Term],
+    incoming: Tensor | None,
+    relu: Tensor,
+    out: Tensor,
+    pooling: str,
+) -> None:
+    """Through the ReLU behind a convolution; `incoming` is what has come down to it."""
+    term = terms.get(conv.relu)
+    own = None if term else cotangents.of(conv.relu)
+    network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term)
 
 
 def _make(steps: list[Callable[[], object]]) -> None:

@@ -68,11 +68,13 @@ class Objective:
             given = _flat(content[name]) if name in content else None
             plain = [] if config.style_loss != "gram" else [each for each in regions if each.mask is None]
             target = plain[0].statistics[name].matrix if plain and name in config.style_layer_weights else None
-            self._direct(terms, name, given, target, config)
-            if target is None and name in config.style_layer_weights:
+            views = target is None and name in config.style_layer_weights and bool(regions)
+            self._direct(terms, name, given, target, config, chained=name in network.chained and not views)
+            if views:
                 for i, region in enumerate(regions):
                     self._viewed(terms, f"{name} {i}", name, region, config)
         self._layers = kernels.Layers(terms, config.content_weight, config.style_weight, network.products)
+        self._chained = {name: self._layers.term(name) for name in terms if terms[name].cotangent is None}
         # The host computes the eigenvalues of Wasserstein distances on its own.
         recorded = config.style_loss != "wasserstein" or not regions
         self._run_losses, self._run_cotangents = (
@@ -121,7 +123,7 @@ class Objective:
                 self._run_losses(self._losses)
         if gradient is not None:
             with self.stages.stage("vjp"):
-                network.vjp(self._write_cotangents)
+                network.vjp(self._write_cotangents, self._chained)
         with self.stages.stage("losses"):
             self._pixels.finish(gradient)
         if gradient is not None and self._frozen is not None:
@@ -151,12 +153,14 @@ class Objective:
         content: Tensor | None,
         target: Tensor | None,
         config: Config,
+        chained: bool,
     ) -> None:
-        """Add the term of a layer's own features, if it has one."""
+        """Add the term of a layer's own features, if it has one; `chained`, the VJP makes the cotangent itself."""
         if content is None and target is None:
             return
         weights = config.content_layer_weights.get(name, 0.0), config.style_layer_weights.get(name, 0.0)
-        features, cotangent = _flat(self.network.features[name]), _flat(self.network.cotangents[name])
+        features = _flat(self.network.features[name])
+        cotangent = None if chained else _flat(self.network.cotangents[name])
         if config.content_loss == "sum":
             weights = weights[0] * features.numel() / 2, weights[1]
         terms[name] = kernels.Layer(features, cotangent, content, target, *weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -119,6 +119,7 @@ def _open(
 class Features:
     """The graph pair of one `spec` (see `features.Features`); all ReLU outputs are handed from one to the other."""
 
+    chained: Collection[str] = ()
     recordable = False  # ONNX Runtime captures its own graphs
 
     def __init__(
@@ -163,7 +164,7 @@ class Features:
         """image -> features."""
         self._forward.run()
 
-    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+    def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents are written at once."""
         write(self.spec.layers)
         self._vjp.run()

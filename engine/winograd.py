@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from . import kernels
 from .export import vgg
 from .export.weights import Weights
 from .kernels import direct, nhwc, program, vector, winograd
@@ -64,6 +65,7 @@ class Features:
     """
 
     recordable = False
+    chained: Collection[str] = ()
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
         self.spec, self.products = spec, network.threads
@@ -102,7 +104,7 @@ class Features:
         """image -> features."""
         self.products.run(self._forward, self._scratch)
 
-    def vjp(self, write: Callable[[tuple[str, ...]], None]) -> None:
+    def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; a loss layer's cotangent is written when it is needed."""
         for layers, table in self._vjp:
             write(layers)

@@ -7,7 +7,7 @@ of its input, and serves as the oracle.
 
 from ._cuda import Recorded, announce_no_graph, own_stream
 from .adam import RATE, Adam
-from .layers import Layer, Layers, Products, gram
+from .layers import Layer, Layers, Products, Term, gram
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
 from .wasserstein import Wasserstein
@@ -22,6 +22,7 @@ __all__ = [
     "Pixels",
     "Products",
     "Recorded",
+    "Term",
     "Wasserstein",
     "announce_no_graph",
     "gram",

@@ -5,7 +5,9 @@ the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in th
 same features give the same bits.
 
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
-shapes. For the cotangents it reads its factor from the device, and adds to the content's share.
+shapes. For the cotangents it reads its factor from the device, and adds to the content's share. A layer that has no
+memory for its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves
+three passes over the features of a layer out of six.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
@@ -72,9 +74,10 @@ class Layer:
 
     `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
     fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). On a CPU the cotangent may
-    be the features themselves, and takes their place. `target` A is (C, C) fp32, None unless it is a style layer.
-    `distance` takes the place of the distance of Gram matrices, for features without their mean: A is then zero. The
-    weights are the layer's own, beside those of all content and style losses.
+    be the features themselves, and takes their place; None is for losses alone and, on a GPU, for a `Term`. `target` A
+    is (C, C) fp32, None unless it is a style layer. `distance` takes the place of the distance of Gram matrices, for
+    features without their mean: A is then zero. The weights are the layer's own, beside those of all content and style
+    losses.
     """
 
     features: Tensor
@@ -84,6 +87,19 @@ class Layer:
     content_weight: float = 1.0
     style_weight: float = 1.0
     distance: Wasserstein | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """What a cotangent is made of, on a GPU: factors[1] lifted F + factors[2] (F - content), as in layers.cuh.
+
+    `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses` and
+    `Layers.gradients`; `content` (C, M) is P. None is no style or no content loss.
+    """
+
+    factors: Tensor
+    lifted: Tensor | None
+    content: Tensor | None
 
 
 class Layers:
@@ -162,10 +178,19 @@ class Layers:
         sums = (self._table, count, self._sums, self._loss_blocks)
         _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
 
+    def term(self, name: str) -> Term:
+        """What the cotangent of a layer is made of: for one that has no memory for it."""
+        i = self.names.index(name)
+        factors = self._factors[1 + _FACTORS * i :][:_FACTORS]
+        return Term(factors, self._lifted[i], self._layers[i].content)
+
     def gradients(self, names: Collection[str] | None = None) -> None:
         """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
         if not self.terms.is_cuda:
             self._gradients_cpu(self.names if names is None else names)
+            return
+        if any(layer.cotangent is None for layer in self._layers):
+            self._gradients_by_cublas()  # it writes what a `Term` holds
             return
         ways = self.ways_to_gradients()
         if not self._way_to_gradients:

@@ -24,59 +24,98 @@ __device__ inline int rows_in_use(const State& state, long long slots) {
     return state.moved ? 2 * used : 0;
 }
 
-// Four neighbouring elements, or zeros.
-__device__ inline void fetch(float (&x)[4], const float* from, bool wanted) {
-    const float4 found = wanted ? *reinterpret_cast<const float4*>(from) : float4{0, 0, 0, 0};
-    x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
+// The history is kept in 16 bits, as numbers of the size of one times these powers of two. Moves are bounded, and changes
+// of a gradient whose root mean square was one at first stay below 1000.
+constexpr float MOVES = 1 << 19, CHANGES = 1 << 6, LARGEST = 65504;
+constexpr int EIGHT = 8;  // elements that a thread takes at once
+using Eight = Vector<__half, EIGHT>;
+
+__device__ inline __half narrowed(float x, float scale) {
+    return __float2half_rn(fminf(LARGEST, fmaxf(-LARGEST, scale * x)));
 }
 
-__device__ inline void keep(float* to, const float (&x)[4]) {
-    *reinterpret_cast<float4*>(to) = float4{x[0], x[1], x[2], x[3]};
+// Eight neighbouring elements of a row, or zeros.
+__device__ inline Eight fetch(const __half* from, bool wanted) {
+    if (wanted) return *reinterpret_cast<const Eight*>(from);
+    Eight none;
+    for (int e = 0; e < EIGHT; ++e) none.element[e] = __float2half_rn(0.f);
+    return none;
 }
+
+// Eight neighbouring elements, of which `there` exist; the others are zeros.
+__device__ inline void fetch(float (&x)[EIGHT], const float* from, int there) {
+    using Four = Vector<float, 4>;
+    if (there == EIGHT) {
+        const Four low = reinterpret_cast<const Four*>(from)[0], high = reinterpret_cast<const Four*>(from)[1];
+        for (int e = 0; e < 4; ++e) x[e] = low.element[e], x[4 + e] = high.element[e];
+    } else {
+        for (int e = 0; e < EIGHT; ++e) x[e] = e < there ? from[e] : 0.f;
+    }
+}
+
+__device__ inline void keep(float* to, const float (&x)[EIGHT], int there) {
+    using Four = Vector<float, 4>;
+    if (there == EIGHT) {
+        reinterpret_cast<Four*>(to)[0] = {x[0], x[1], x[2], x[3]};
+        reinterpret_cast<Four*>(to)[1] = {x[4], x[5], x[6], x[7]};
+    } else {
+        for (int e = 0; e < there; ++e) to[e] = x[e];
+    }
+}
+
+__device__ inline void keep(__half* to, const float (&x)[EIGHT], float scale) {
+    Eight found;
+    for (int e = 0; e < EIGHT; ++e) found.element[e] = narrowed(x[e], scale);
+    *reinterpret_cast<Eight*>(to) = found;
+}
+
+__device__ inline int remaining(long long count, long long i) { return count - i < EIGHT ? count - i : EIGHT; }
 
 // Whether x lies on a bound of [0, 1], and its gradient points out.
 __device__ inline bool held(float x, float gradient) { return (x <= 0 && gradient > 0) || (x >= 1 && gradient < 0); }
 
-// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g + history[2 from + 1] and g = unit *
-// gradient. The blocks of a column share out the elements, those of a row the rows. history (2 slots, stride), of which
-// `count` elements a row are in use; stride is a multiple of 4, and so are all addresses of 16 bytes. Where the image is
-// boxed and held, g is 0.
-__global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const float* history, const float* image,
+// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g - before and g = unit * gradient. The
+// blocks of a column share out the elements, those of a row the rows. history (2 slots, stride), of which `count` elements
+// a row are in use; stride is a multiple of EIGHT, and so are all addresses of 16 bytes. Where the image is boxed and held,
+// g is 0. y is rounded as it will be kept.
+__global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, const float* before, const float* image,
                                                          const float* gradient, const State* state, long long count,
                                                          long long stride, long long slots, long long boxed,
                                                          double* sums) {
     __shared__ double warps[WARPS][2 * GROUP];
     const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
     const float unit = state->unit;
-    const float* previous = history + (2 * (long long)state->to + 1) * stride;
     float sum[GROUP][2] = {};
 #pragma unroll 1  // for the sake of registers
-    for (long long i = 4 * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
-         i += 4 * (long long)gridDim.x * THREADS) {
-        float x[GROUP][4];  // all on their way before the first is used
+    for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
+         i += EIGHT * (long long)gridDim.x * THREADS) {
+        Eight x[GROUP];  // all on their way before the first is used
 #pragma unroll
-        for (int r = 0; r < GROUP; ++r) fetch(x[r], history + (first + r) * stride + i, first + r < rows);
-        float y[4], g[4];
-        fetch(y, previous + i, rows > 0);
+        for (int r = 0; r < GROUP; ++r) x[r] = fetch(history + (first + r) * stride + i, first + r < rows);
+        const int there = remaining(count, i);
+        float y[EIGHT], g[EIGHT], pixels[EIGHT];
+        fetch(y, before + i, rows ? there : 0);
+        fetch(g, gradient + i, there);
+        fetch(pixels, image + i, boxed ? there : 0);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const bool there = i + e < count;
-            const float slope = there ? gradient[i + e] : 0.f;
-            g[e] = there && boxed && held(image[i + e], slope) ? 0.f : unit * slope;
-            y[e] = rows && there ? g[e] + y[e] : 0.f;
+        for (int e = 0; e < EIGHT; ++e) {
+            g[e] = boxed && held(pixels[e], g[e]) ? 0.f : unit * g[e];
+            y[e] = rows ? to_float(narrowed(g[e] - y[e], CHANGES)) / CHANGES : 0.f;
         }
 #pragma unroll
         for (int r = 0; r < GROUP; ++r)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float own = first + r == CHANGE ? y[e] : first + r == GRADIENT ? g[e] : x[r][e];
+            for (int e = 0; e < EIGHT; ++e) {
+                const float kept = to_float(x[r].element[e]);
+                const float own = first + r == CHANGE ? y[e] : first + r == GRADIENT ? g[e] : kept;
                 sum[r][0] += own * y[e];
                 sum[r][1] += own * g[e];
             }
     }
 #pragma unroll
     for (int v = 0; v < 2 * GROUP; ++v) {
-        const double value = warp_sum(sum[v / 2][v % 2]);
+        const int row = first + v / 2;
+        const double value = warp_sum(sum[v / 2][v % 2]) / (row >= CHANGE ? 1.f : row % 2 ? CHANGES : MOVES);
         if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][v] = value;
     }
     __syncthreads();
@@ -180,64 +219,64 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
     if (step && moved) two_loops(state, products, squares, dots, pairs, slots, made);
 }
 
-// Does what the plan says, with no element moved by more than `largest`; image, gradient, best (count,), history (2
-// slots, stride). A boxed image stays in [0, 1].
-__global__ void __launch_bounds__(THREADS, 4) lbfgs_move(float* image, const float* gradient, float* best,
-                                                         float* history, const State* state, long long count,
-                                                         long long stride, long long slots, long long boxed,
-                                                         float largest) {
+// Does what the plan says, with no element moved by more than `largest`; image, gradient, best, before (count,), history
+// (2 slots, stride). A boxed image stays in [0, 1].
+__global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const float* gradient, float* best,
+                                                         __half* history, float* before, const State* state,
+                                                         long long count, long long stride, long long slots,
+                                                         long long boxed, float largest) {
     __shared__ float of_history[2 * SLOTS];
-    if (threadIdx.x < 2 * SLOTS) of_history[threadIdx.x] = state->of_history[threadIdx.x];
+    if (threadIdx.x < 2 * SLOTS)
+        of_history[threadIdx.x] = state->of_history[threadIdx.x] / (threadIdx.x % 2 ? CHANGES : MOVES);
     __syncthreads();
     const int action = state->action;
     const bool improved = state->improved, accepted = state->accepted;
     const float unit = state->unit, of_gradient = state->of_gradient;
-    float *made = history + 2 * (long long)state->from * stride, *next = history + 2 * (long long)state->to * stride;
-    for (long long i = 4 * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
-         i += 4 * (long long)gridDim.x * THREADS) {
-        const int there = count - i < 4 ? count - i : 4;
-        float x[4] = {}, slope[4] = {}, g[4], move[4];
-        for (int e = 0; e < there; ++e) {
-            x[e] = image[i + e];
-            slope[e] = gradient[i + e];
-            if (improved) best[i + e] = x[e];
-        }
+    __half *made = history + 2 * (long long)state->from * stride, *next = history + 2 * (long long)state->to * stride;
+    for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
+         i += EIGHT * (long long)gridDim.x * THREADS) {
+        const int there = remaining(count, i);
+        float x[EIGHT], g[EIGHT], move[EIGHT];
+        fetch(x, image + i, there);
+        if (improved) keep(best + i, x, there);
         if (action == STEP) {
+            bool stays[EIGHT];
+            fetch(g, gradient + i, there);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                g[e] = boxed && held(x[e], slope[e]) ? 0.f : unit * slope[e];
+            for (int e = 0; e < EIGHT; ++e) {
+                stays[e] = boxed && held(x[e], g[e]);
+                g[e] = stays[e] ? 0.f : unit * g[e];
                 move[e] = of_gradient * g[e];
             }
             if (accepted) {
-                float y[4];
-                fetch(y, made + stride + i, true);
-                for (int e = 0; e < 4; ++e) y[e] += g[e];
-                keep(made + stride + i, y);
+                float y[EIGHT];
+                fetch(y, before + i, there);
+                for (int e = 0; e < EIGHT; ++e) y[e] = g[e] - y[e];
+                keep(made + stride + i, y, CHANGES);
             }
-#pragma unroll 6  // loads of several rows on their way at once
+            keep(before + i, g, there);
+#pragma unroll 8  // loads of several rows on their way at once
             for (int row = 0; row < 2 * slots; ++row) {
-                float vector[4];
-                fetch(vector, history + row * stride + i, of_history[row] != 0);
-                for (int e = 0; e < 4; ++e) move[e] += of_history[row] * vector[e];
+                const Eight vector = fetch(history + row * stride + i, of_history[row] != 0);
+                for (int e = 0; e < EIGHT; ++e) move[e] += of_history[row] * to_float(vector.element[e]);
             }
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
+            for (int e = 0; e < EIGHT; ++e) {
                 move[e] = move[e] > largest ? largest : move[e] < -largest ? -largest : move[e];  // NaN stays NaN
-                if (boxed) move[e] = held(x[e], slope[e]) ? 0.f : fminf(1.f, fmaxf(0.f, x[e] + move[e])) - x[e];
-                g[e] = -g[e];
+                if (boxed) move[e] = stays[e] ? 0.f : fminf(1.f, fmaxf(0.f, x[e] + move[e])) - x[e];
                 x[e] += move[e];
             }
-            keep(next + i, move);
-            keep(next + stride + i, g);
+            keep(next + i, move, MOVES);
         } else if (action == HALVE) {
-            fetch(move, made + i, true);
-            for (int e = 0; e < 4; ++e) {
-                move[e] /= 2;
+            const Eight made_move = fetch(made + i, true);
+            for (int e = 0; e < EIGHT; ++e) {
+                move[e] = to_float(made_move.element[e]) / (2 * MOVES);
                 x[e] = boxed ? fminf(1.f, fmaxf(0.f, x[e] - move[e])) : x[e] - move[e];
             }
-            keep(made + i, move);
+            keep(made + i, move, MOVES);
+        } else if (action == RESTART) {
+            fetch(x, best + i, there);
         }
-        if (action == HALT) continue;
-        for (int e = 0; e < there; ++e) image[i + e] = action == RESTART ? best[i + e] : x[e];
+        if (action != HALT) keep(image + i, x, there);
     }
 }

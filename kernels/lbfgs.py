@@ -9,7 +9,10 @@ s_k, the y_k and g. Each evaluation takes three passes:
     move    one combination of the vectors
 
 The history is a ring of some pairs and the one being made: row 2k holds s_k, row 2k + 1 holds y_k, and of
-the pair being made the move and minus the gradient before it. A pair counts if the curvature s y is positive.
+the pair being made the move and minus the gradient before it. A pair counts if the curvature s y is positive. On a GPU
+the rows are fp16, which halves the bytes that a step reads, and the gradient before is kept beside them in fp32; a y_k
+is rounded before anything is computed with it, so the products are those of the rows kept. Over 300 iterations the
+lowest loss moves by 0.1 to 0.6 %, either way.
 
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
@@ -170,11 +173,13 @@ class Lbfgs:
         self._slots, self._boxed = pairs(history, image.is_cuda) + 1, boxed
         self._image, self._gradient, self._loss = image, gradient, loss
         self._count = image.numel()
-        stride = -(-self._count // 4) * 4 if image.is_cuda else self._count  # 16 bytes are read at a time
-        self._history = image.new_empty((2 * self._slots, stride))
+        rows = 2 * self._slots
         self._state = initial_state(_GPU_SLOTS if image.is_cuda else self._slots)
         if image.is_cuda:
-            self._history.zero_()  # what is read beyond the last element
+            # 16 bytes are read at a time, beyond the last element as well.
+            width = -(-self._count // 8) * 8
+            self._history = torch.zeros((rows, width), dtype=torch.float16, device=image.device)
+            self._before = torch.zeros(self._count, device=image.device)  # the last gradient times the unit
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
             self._device_state = flat.to(image.device)
             wave = max(1, _RESIDENT * _cuda.processors(image.device) * _GROUP // _GPU_ROWS)
@@ -182,6 +187,7 @@ class Lbfgs:
             self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
             self._recorded = _cuda.Recorded(image.device)
         else:
+            self._history = image.new_empty((rows, self._count))
             self._rows = list(self._history)
             self._newest = image.new_empty(self._count)  # the gradient times the unit
             self._held = torch.zeros(self._count if boxed else 0, dtype=torch.bool)  # on a bound, pulled outwards
@@ -200,6 +206,8 @@ class Lbfgs:
         if self._image.is_cuda:
             state = self._device_state.cpu().numpy().view(state.dtype)[0]
         saved = {"image": self._image, "best": self.best, "history": self._history[: rows_in_use(state, self._slots)]}
+        if self._image.is_cuda:
+            saved["before"] = self._before
         saved = {name: tensor.cpu() for name, tensor in saved.items()}
         saved["state"] = torch.from_numpy(state.reshape(1).view("f8"))
         if not self._image.is_cuda:
@@ -212,6 +220,7 @@ class Lbfgs:
         self.best.copy_(saved["best"])
         self._history[: len(saved["history"])].copy_(saved["history"])
         if self._image.is_cuda:
+            self._before.copy_(saved["before"])
             self._device_state.copy_(saved["state"])
         else:
             self._state[()] = saved["state"].numpy().view(self._state.dtype)[0]
@@ -221,13 +230,12 @@ class Lbfgs:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
         count, chunks = self._count, self._sums.shape[2]
         size = (count, history.shape[1], self._slots, int(self._boxed))
-        _cuda.launch(
-            "lbfgs", "lbfgs_dots", (chunks, _GPU_ROWS // _GROUP), history, image, gradient, state, *size, self._sums
-        )
+        grid = (chunks, _GPU_ROWS // _GROUP)
+        _cuda.launch("lbfgs", "lbfgs_dots", grid, history, self._before, image, gradient, state, *size, self._sums)
         sums = (self._sums, chunks, count, self._slots)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
-        vectors = (image, gradient, self.best, history)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(-(-count // 4)),), *vectors, state, *size, LARGEST_MOVE)
+        vectors = (image, gradient, self.best, history, self._before)
+        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(-(-count // 8)),), *vectors, state, *size, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows

@@ -1,7 +1,7 @@
 // What stands between the convolutions of a network: the frame around the image, pooling, and on the way back the masks
 // of the ReLUs. Activations are (height, width, channels); but for the image, channels are multiples of EIGHT.
 
-#include "common.cuh"
+#include "layers.cuh"
 
 constexpr int EIGHT = 8;   // channels that a thread takes at once
 constexpr int COLOURS = 4;  // three and a zero: convolutions read rows of 8 bytes
@@ -103,37 +103,137 @@ __device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsi
         if (place[e] != row % 2 * 2 + column % 2) share[e] = 0;
 }
 
-// out = (features > 0) (spread(incoming) + own) + behind, all (height, width, channels). incoming comes from above, for
-// AVERAGE and LARGEST (height / 2, width / 2, channels) from above the pooling: each of its values goes to all four
-// features that it pools, or to the first of the largest. own is the losses' share at the ReLU, behind that at the
-// convolution behind it, on the way back; these three may be null.
+// What comes down to a convolution, all (height, width, channels):
+//     out = (features > 0) (spread(incoming) + own + CONTENT (features - content)) + behind
+// incoming comes from above, for AVERAGE and LARGEST (height / 2, width / 2, channels) from above the pooling: each of its
+// values goes to all four features that it pools, or to the first of the largest. own is the losses' share at the ReLU,
+// behind that at the convolution behind it, on the way back; content are targets at the ReLU, with the factors of
+// layers.cuh. All but features and out may be null.
 template <typename T>
-__global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, T* out,
-                             long long height, long long width, long long channels, long long way) {
-    const unsigned i = item(), groups = channels / EIGHT, position = i / groups, across = width;
-    if (i >= height * width * groups) return;
-    const long long place = (long long)i * EIGHT;
-    const Vector<T, EIGHT> passed = load(features + place);
-    float sum[EIGHT] = {};
-    if (own) add(sum, own + place);
-    if (incoming && way == SAME) add(sum, incoming + place);
-    if (incoming && way != SAME) {
-        const unsigned row = position / across, column = position % across;
-        if (row / 2 < height / 2 && column / 2 < across / 2) {
-            const long long c = i % groups * EIGHT;
-            float share[EIGHT] = {};
-            add(share, incoming + ((long long)(row / 2) * (across / 2) + column / 2) * channels + c);
-            if (way == LARGEST) {
-                const T* corner = features + (row / 2 * 2 * width + column / 2 * 2) * channels + c;
-                keep_largest(share, corner, row, column, width, channels);
+struct Descent {
+    const T *incoming, *own, *behind, *features, *content;
+    const float* factors;
+    T* out;
+    unsigned height, width, channels;
+    long long way;
+
+    // Eight channels of a position, the i-th; `sum` is a further share at the ReLU.
+    __device__ void write(unsigned i, float (&sum)[EIGHT]) const {
+        const unsigned groups = channels / EIGHT, position = i / groups;
+        const long long place = (long long)i * EIGHT;
+        const Vector<T, EIGHT> passed = load(features + place);
+        if (own) add(sum, own + place);
+        if (content) {
+            const Vector<T, EIGHT> wanted = load(content + place);
+            const float factor = factors[CONTENT];
+            for (int e = 0; e < EIGHT; ++e)
+                sum[e] += factor * (to_float(passed.element[e]) - to_float(wanted.element[e]));
+        }
+        if (incoming && way == SAME) add(sum, incoming + place);
+        if (incoming && way != SAME) {
+            const unsigned row = position / width, column = position % width;
+            if (row / 2 < height / 2 && column / 2 < width / 2) {
+                const long long c = i % groups * EIGHT;
+                float share[EIGHT] = {};
+                add(share, incoming + ((long long)(row / 2) * (width / 2) + column / 2) * channels + c);
+                if (way == LARGEST) {
+                    const T* corner = features + ((long long)(row / 2 * 2) * width + column / 2 * 2) * channels + c;
+                    keep_largest(share, corner, row, column, width, channels);
+                }
+                for (int e = 0; e < EIGHT; ++e) sum[e] += share[e];
             }
-            for (int e = 0; e < EIGHT; ++e) sum[e] += share[e];
+        }
+        for (int e = 0; e < EIGHT; ++e)
+            if (!(to_float(passed.element[e]) > 0)) sum[e] = 0;
+        if (behind) add(sum, behind + place);
+        put(out + place, sum);
+    }
+};
+
+template <typename T>
+__global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, const T* content,
+                             const float* factors, T* out, long long height, long long width, long long channels,
+                             long long way) {
+    const unsigned i = item();
+    if (i >= height * width * (channels / EIGHT)) return;
+    const Descent<T> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
+                             unsigned(channels), way};
+    float sum[EIGHT] = {};
+    descent.write(i, sum);
+}
+
+constexpr int POSITIONS = 128, CHANNELS = 64;  // of F and of the product that a block computes, as in network.py
+constexpr int DEPTH = 32, STAGES = 3;          // of the summed channels, held in shared memory at a time
+constexpr int LINE = DEPTH + 8;                // eight rows then lie in different banks
+constexpr int STAGE = (POSITIONS + CHANNELS) * LINE;
+
+// As network_mask, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted (channels, channels) =
+// LIFT (G - A) is symmetric. channels is a multiple of CHANNELS. Warps lie 4 x 2 in the block's product, each with 32
+// positions and 32 channels.
+template <typename H>
+__global__ void __launch_bounds__(THREADS, 3) network_style(const H* incoming, const H* own, const H* behind,
+                                                            const H* features, const H* content, const float* factors,
+                                                            H* out, long long height, long long width,
+                                                            long long channels, long long way, const H* lifted) {
+    __shared__ __align__(16) H shared[STAGES * STAGE];
+    const unsigned positions = height * width, size = channels, across = size / CHANNELS;
+    const unsigned column0 = blockIdx.x % across * CHANNELS, row0 = blockIdx.x / across * POSITIONS;
+    const auto fetch = [&](unsigned chunk) {
+        H* tile = shared + chunk % STAGES * STAGE;
+        const unsigned line = threadIdx.x / (DEPTH / 8), k = threadIdx.x % (DEPTH / 8) * 8;
+        for (unsigned row = line; row < POSITIONS; row += THREADS / (DEPTH / 8)) {
+            const bool there = row0 + row < positions;
+            const long long from = there ? (long long)(row0 + row) * size + chunk * DEPTH + k : 0;
+            copy_later(tile + row * LINE + k, features + from, there);
+        }
+        const H* from = lifted + (column0 + line) * size + chunk * DEPTH + k;
+        copy_later(tile + (POSITIONS + line) * LINE + k, from, true);
+    };
+    const unsigned chunks = size / DEPTH;
+    for (unsigned chunk = 0; chunk < STAGES - 1; ++chunk) {
+        if (chunk < chunks) fetch(chunk);
+        end_group();
+    }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 2 * 32, column = warp % 2 * 32;
+    float sum[2][4][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
+#pragma unroll 1  // for the sake of registers
+    for (unsigned chunk = 0; chunk < chunks; ++chunk) {
+        wait_for_groups<STAGES - 2>();
+        __syncthreads();  // nobody reads the stage any more that is filled next
+        if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
+        end_group();
+        const H* left = shared + chunk % STAGES * STAGE + (row + lane % 16) * LINE + lane / 16 * 8;
+        const H* right = shared + chunk % STAGES * STAGE + (POSITIONS + column + lane % 16) * LINE + lane / 16 * 8;
+        for (int k = 0; k < DEPTH; k += 16) {
+            unsigned p[2][4], q[2][4];
+            for (int i = 0; i < 2; ++i) load_matrices<false>(p[i], left + 16 * i * LINE + k);
+            for (int j = 0; j < 2; ++j) load_matrices<false>(q[j], right + 16 * j * LINE + k);
+            for (int i = 0; i < 2; ++i)
+                for (int j = 0; j < 4; ++j) mma<H>(sum[i][j], p[i], q[j / 2][j % 2], q[j / 2][j % 2 + 2]);
         }
     }
-    for (int e = 0; e < EIGHT; ++e)
-        if (!(to_float(passed.element[e]) > 0)) sum[e] = 0;
-    if (behind) add(sum, behind + place);
-    put(out + place, sum);
+    // Through shared memory, so that each thread gets eight channels of a position.
+    constexpr int WIDE = CHANNELS + 4;
+    static_assert(POSITIONS * WIDE * sizeof(float) <= sizeof(shared));
+    float* staged = reinterpret_cast<float*>(shared);
+    const float factor = factors[STYLE];
+    __syncthreads();
+    for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 4; ++j)
+            for (int half = 0; half < 2; ++half)
+                *reinterpret_cast<Vector<float, 2>*>(staged + (row + 16 * i + 8 * half + lane / 4) * WIDE + column +
+                                                     8 * j + lane % 4 * 2) =
+                    {factor * sum[i][j][2 * half], factor * sum[i][j][2 * half + 1]};
+    __syncthreads();
+    const Descent<H> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
+                             size, way};
+    const unsigned c = threadIdx.x % (CHANNELS / EIGHT) * EIGHT;
+    for (unsigned r = threadIdx.x / (CHANNELS / EIGHT); r < POSITIONS; r += THREADS / (CHANNELS / EIGHT)) {
+        if (row0 + r >= positions) break;
+        float share[EIGHT];
+        for (int e = 0; e < EIGHT; ++e) share[e] = staged[r * WIDE + c + e];
+        descent.write(((row0 + r) * size + column0 + c) / EIGHT, share);
+    }
 }
 
 // in (height + 2 frame, width + 2 frame, EIGHT) -> gradient (3, height, width): the transpose of network_image.

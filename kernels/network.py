@@ -9,11 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _cuda
+from .layers import Term
 
 PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
 COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
 EIGHT = 8  # channels of the gradient as the last convolution writes it; three are of use
 _WAYS = ("", "avg", "max")
+_POSITIONS, _CHANNELS = 128, 64  # of the style's share that a block makes, as in network.cu
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -35,18 +37,31 @@ def pool(source: Tensor, out: Tensor, pooling: str) -> None:
 
 
 def mask(
-    incoming: Tensor | None, own: Tensor | None, behind: Tensor | None, features: Tensor, out: Tensor, pooling: str = ""
+    incoming: Tensor | None,
+    own: Tensor | None,
+    behind: Tensor | None,
+    features: Tensor,
+    out: Tensor,
+    pooling: str = "",
+    term: Term | None = None,
 ) -> None:
     """The VJP of a ReLU, and of the pooling above it if there is one: (features > 0) (incoming + own) + behind.
 
     `incoming` has come from above, (1, C, H, W) or with `pooling` (1, C, H / 2, W / 2). With avg each of its values
     goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
     weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
-    `out` may be `incoming` if nothing is pooled.
+    `out` may be `incoming` if nothing is pooled. `term` is what the losses add at the ReLU, not made yet; with a style
+    loss it takes 16-bit features, C a multiple of 64.
     """
     _, channels, height, width = features.shape
-    tensors = (incoming, own, behind, features, out)
-    _launch("mask", out, out.numel() // EIGHT, *tensors, height, width, channels, _WAYS.index(pooling))
+    content, factors = (term.content, term.factors) if term else (None, None)
+    size = (height, width, channels, _WAYS.index(pooling))
+    arguments = (incoming, own, behind, features, content, factors, out, *size)
+    if term is None or term.lifted is None:
+        _launch("mask", out, out.numel() // EIGHT, *arguments)
+        return
+    grid = (-(-height * width // _POSITIONS) * (channels // _CHANNELS),)
+    _cuda.launch("network", f"network_style<{_cuda.ELEMENTS[out.dtype]}>", grid, *arguments, term.lifted)
 
 
 def uncentre(source: Tensor, gradient: Tensor, padding: str) -> None:

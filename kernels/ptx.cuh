@@ -19,6 +19,33 @@ __device__ inline void load_matrices(unsigned (&q)[4], const void* row) {
                      : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3]) : "r"(address) : "memory");
 }
 
+// 16 bytes to shared memory, or zeros unless they are `wanted`. They are on their way until the thread waits for them,
+// and the others see them after a barrier.
+__device__ inline void copy_later(void* to, const void* from, bool wanted) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(address), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+#else
+    *reinterpret_cast<uint4*>(to) = wanted ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+#endif
+}
+
+// What the thread has copied since it last said so is a group.
+__device__ inline void end_group() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all groups but the last LATER ones have arrived.
+template <int LATER>
+__device__ inline void wait_for_groups() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(LATER) : "memory");
+#endif
+}
+
 // sum (16 x 8) += a (16 x 16) b (16 x 8); register b0 holds the rows 2t, 2t + 1 of column g, b1 those eight further.
 template <typename T>
 __device__ void mma(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);

@@ -152,6 +152,17 @@ inline void run_fiber() {
     yield();
 }
 
+// Copies arrive as late as they may in one direction, at once in the other.
+struct Copy {
+    char* to;
+    const char* from;
+    void make() const {
+        if (from) std::memcpy(to, from, 16);
+        else std::memset(to, 0, 16);
+    }
+};
+inline std::vector<std::vector<Copy>> copies[BLOCK];  // the groups of each thread; the last one is still open
+
 template <typename Body>
 void run_grid(Dim grid, Body kernel) {
     gridDim = grid;
@@ -165,6 +176,7 @@ void run_grid(Dim grid, Body kernel) {
         for (Barrier& barrier : warp_barriers) barrier = {32};
         for (int t = 0; t < BLOCK; ++t) {
             fibers[t].done = false;
+            copies[t].clear();
             getcontext(&fibers[t].context);
             fibers[t].context.uc_stack = {stacks[t], 0, STACK};
             fibers[t].context.uc_link = nullptr;
@@ -223,6 +235,29 @@ void load_matrices(unsigned (&q)[4], const void* row) {
     for (int i = 0; i < 4; ++i) {
         const auto at = [&](int r, int c) -> unsigned { return static_cast<const uint16_t*>(rows[8 * i + r])[c]; };
         q[i] = TRANSPOSED ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+    }
+}
+
+inline void copy_later(void* to, const void* from, bool wanted) {
+    const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+    if (!aligned(to) || !aligned(from)) fail("a copy of 16 bytes needs addresses that are multiples of 16");
+    const Copy copy{static_cast<char*>(to), wanted ? static_cast<const char*>(from) : nullptr};
+    if (direction < 0) return copy.make();
+    auto& own = copies[threadIdx.x];
+    if (own.empty()) own.emplace_back();
+    own.back().push_back(copy);
+}
+inline void end_group() {
+    auto& own = copies[threadIdx.x];
+    if (own.empty()) own.emplace_back();
+    own.emplace_back();
+}
+template <int LATER>
+void wait_for_groups() {
+    auto& own = copies[threadIdx.x];
+    while (own.size() > LATER + 1) {
+        for (const Copy& copy : own.front()) copy.make();
+        own.erase(own.begin());
     }
 }
 

@@ -28,7 +28,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 ROUNDING = {SINGLE: 1e-6, HALF: 5e-4, BRAIN: 4e-3}  # of one number, relative
 # Two blocks of 256 threads have 128 registers a thread and, on the smallest chip, 48 kB of static shared memory.
-REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 200, 80: 64, 86: 64, 89: 64, 120: 16}
+REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 240, 80: 64, 86: 64, 89: 64, 120: 16}
 
 
 def include_folder() -> str:
@@ -396,6 +396,40 @@ def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, share
     assert error(out, numbers(truth)) < max(1e-6, ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize(("channels", "size"), [(64, (1, 1)), (64, (9, 31)), (128, (12, 11)), (192, (2, 65))])
+@pytest.mark.parametrize(("pooling", "content", "shares"), [("", True, "incoming behind"), ("avg", False, "incoming"),
+    ("max", True, "incoming own"), ("", False, "")])  # fmt: skip
+def test_style_and_content_join_the_cotangent_on_its_way(host, dtype, channels, size, pooling, content, shares):
+    """What a `Term` stands for, made behind the mask, is what the cotangent in memory of its own gives there."""
+    if pooling and min(size) < 2:
+        pytest.skip("nothing to pool")
+    shape = (1, channels, *size)
+    relu = channels_last(random(*shape).relu(), dtype)
+    flat = relu.flatten(2)[0]
+    target = channels_last(random(*shape, seed=1).relu(), dtype).flatten(2)[0] if content else None
+    style = torch.from_numpy(gram_reference(numbers(random(channels, 40, seed=2)))).float()
+    layers = Layers({"only": Layer(flat, None, target, style)}, 20.0, 300.0)
+    layers.losses()
+    layers.gradients()
+    above = (1, channels, size[0] // 2, size[1] // 2) if pooling else shape
+    shapes = {"incoming": above, "own": shape, "behind": shape}
+    given = {name: channels_last(random(*shapes[name], seed=3 + i), dtype) for i, name in enumerate(shares.split())}
+    found, truth = (channels_last(torch.full(shape, torch.nan), dtype) for _ in range(2))
+    network.mask(*map(given.get, shapes), relu, found, pooling, layers.term("only"))
+    exact, scale = numbers(flat), float(layers.scale)
+    cotangent = 300 * scale * style_gradient_reference(exact, gram_reference(exact), numbers(style))
+    if content:
+        cotangent += 20 * scale * content_gradient_reference(exact, numbers(target))
+    own = torch.from_numpy(cotangent).float().view(shape)
+    own = own + given["own"].float() if "own" in given else own
+    own = own.contiguous(memory_format=torch.channels_last)
+    wide = {name: channels_last(each, SINGLE) for name, each in (given | {"own": own}).items()}
+    truth = channels_last(truth, SINGLE)
+    network.mask(*map(wide.get, shapes), channels_last(relu, SINGLE), truth, pooling)
+    assert error(found, numbers(truth)) < 2 * ROUNDING[dtype]
+
+
 def test_a_picture_that_tiles_sees_its_other_side(host):
     source = channels_last(random(1, 16, 5, 3), HALF)
     out = channels_last(torch.full((1, 16, 7, 5), torch.nan), HALF)
@@ -447,14 +481,30 @@ def optimisers(make, losses, count=700, gradients=None):
     return found
 
 
-FULL = functools.partial(lbfgs.Lbfgs, history=lbfgs.GPU_HISTORY)
+class Lbfgs(lbfgs.Lbfgs):
+    """On a CPU with the rows of the history rounded as on a GPU, and all their products computed anew."""
+
+    def _multiply(self):
+        made, used = int(self._state["to"]), lbfgs.rows_in_use(self._state, self._slots)
+        gradient, change = self._unit_gradient(), torch.zeros(self._count)
+        if used:
+            change = self._rows[2 * made + 1].add_(gradient)
+            for row, scale in ((2 * made, 2.0**19), (2 * made + 1, 2.0**6)):
+                self._rows[row].copy_((self._rows[row] * scale).half() / scale)
+        pair = torch.stack([change, gradient], 1).double()
+        self._dots[:used] = self._history[:used].double() @ pair
+        self._dots[-2:] = pair.T @ pair
+
+
+FULL = functools.partial(Lbfgs, history=lbfgs.GPU_HISTORY)
+# The tolerances leave room for numbers that fall between two fp16 ones, and are rounded up here and down there.
 # Falls; diverges and comes back; diverges for good, which starts afresh; is not finite.
 FALL = [100.0 - i for i in range(24)]
 TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torch.nan, torch.inf]
 
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
-@pytest.mark.parametrize(("make", "tolerance"), [(FULL, 1e-3), (kernels.Adam, 1e-6)])
+@pytest.mark.parametrize(("make", "tolerance"), [(FULL, 5e-3), (kernels.Adam, 1e-6)])
 def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
     on_cpu, on_cuda = optimisers(make, losses)
     for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
@@ -466,12 +516,12 @@ def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
 def test_lbfgs_in_a_box_with_a_short_history_does_what_it_does_on_a_cpu(host, losses):
     def make(image, gradient, loss):
         image.clamp_(0, 1)  # half of the elements start on the lower bound
-        return lbfgs.Lbfgs(image, gradient, loss, 3, boxed=True)
+        return Lbfgs(image, gradient, loss, 3, boxed=True)
 
     on_cpu, on_cuda = optimisers(make, losses)
     for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
-        torch.testing.assert_close(cuda_image, image, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(cuda_best, best, rtol=1e-4, atol=1e-4)
+        for found, truth in ((cuda_image, image), (cuda_best, best)):  # a few may be held here, and not there
+            assert ((found - truth).abs() > 2e-3).double().mean() < 0.02
         assert cuda_image.min() >= 0
         assert cuda_image.max() <= 1
 

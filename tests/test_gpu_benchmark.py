@@ -131,6 +131,8 @@ def test_the_loop_is_profiled(rows):
 
 def test_times_are_taken(rows):
     gpu_sections.kernel_times(rows, "cpu", size=32)
+    gpu_sections.our_part(rows, "cpu", ["engine-cpu"], size=48)
+    assert 0 < rows.rows[-1]["our_part"] < 1
     gpu_sections.iteration(rows, "cpu", 48, ["eager", "engine-cpu", "engine-cuda"], rounds=1)
     found = {row["name"]: row for row in rows.rows}
     assert found["L-BFGS"]["us"] > 0
