@@ -105,7 +105,8 @@ class Engine:
         from engine.features import within
         from engine.optimize import State, minimise
 
-        run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State(), clamp=self._clamp)
+        options = {"clamp": self._clamp, "recordable": self._objective.recordable}
+        run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State(), **options)
         for iterate in within(self._objective.network, run):
             yield iterate.loss
 

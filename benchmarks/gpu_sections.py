@@ -290,7 +290,8 @@ def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Ite
     assert isinstance(engine, cases.Engine)
     objective = engine._objective
     start = problem.start.to(objective.network.image.device)
-    run = minimise(objective.write, start, optimizer, 10**4, State(), clamp=problem.config.clamp)
+    options = {"clamp": problem.config.clamp, "recordable": objective.recordable}
+    run = minimise(objective.write, start, optimizer, 10**4, State(), **options)
     return within(objective.network, run)
 
 

@@ -19,6 +19,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _T = TypeVar("_T")
 
 
+def ignore(layers: tuple[str, ...]) -> None:
+    """Nobody reads the features of these layers."""
+
+
 class Features(Protocol):
     """The forward pass and the VJP at one `spec`, with the memory they work in.
 
@@ -65,8 +69,13 @@ class Features(Protocol):
         It may be nested.
         """
 
-    def forward(self) -> None:
-        """image -> features."""
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
+        """image -> features.
+
+        Each loss layer is handed to `read`, with others or alone, from the shallowest to the deepest, once its features
+        are there. What `read` queues on a GPU may run beside the layers that follow, and is done before what comes
+        after the forward pass.
+        """
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; the features are spent.
@@ -143,10 +152,10 @@ class Ranged:
         """The tensors that it works in."""
         return [self.image, *self._network.memory]
 
-    def forward(self) -> None:
-        """image -> features."""
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
+        """image -> features; see `Features.forward`."""
         self._network.image.copy_(self.image.double() * self._factor + self._offset)  # rounded once
-        self._network.forward()
+        self._network.forward(read)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; see `Features.vjp`."""

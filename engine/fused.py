@@ -27,14 +27,15 @@ from . import kernels
 from .export import graph, vgg
 from .export.ort import BackendError
 from .export.weights import Weights
-from .features import DTYPES, nhwc_zeros, on_stream
+from .features import DTYPES, ignore, nhwc_zeros, on_stream
 from .kernels import network
 
 log = logging.getLogger(__name__)
 
 PLACE = torch.device("cuda:0")
 PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
-CALLS = 5  # of one timing
+REPLAYS = 5  # of one round of timing
+CHAINED = 128  # channels, at most, of a layer whose cotangent is made behind the mask: for more, cuBLAS is faster
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
 _timing = threading.Lock()  # what runs beside it would spoil it
@@ -162,26 +163,24 @@ class _Convolution:
         self._plan = plan
 
     def _fastest(self, key: Hashable) -> int:
-        """The plan to take of the first ones, which are thought to be the best; each is timed once warm."""
+        """The plan to take of the first ones, which are thought to be the best.
+
+        They are timed as graphs: what a plan does besides, like clearing its workspace, and what the host needs to
+        launch it, count as they will.
+        """
         best, least, tried = -1, math.inf, 0
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for plan in range(self._plans.get_execution_plan_count()):
             if tried == PLANS:
                 break
             try:
                 self._take(plan)
-                self.run()
+                taken = kernels.seconds(self.run, PLACE, REPLAYS)
             except Exception as error:  # a plan that is not wanted, or that the GPU has no room for
                 log.debug("plan %d of %s: %s", plan, key, error)
                 continue
             tried += 1
-            begin.record()
-            for _ in range(CALLS):
-                self.run()
-            end.record()
-            end.synchronize()
-            if begin.elapsed_time(end) < least:
-                best, least = plan, begin.elapsed_time(end)
+            if taken < least:
+                best, least = plan, taken
         if best < 0:
             raise BackendError(f"device cudnn: none of the plans for {key} runs here")
         return best
@@ -197,7 +196,7 @@ class Features:
         self.products: kernels.Products | None = None
         self._parameters = network.parameters(spec)
         self._lock = threading.RLock()
-        self._stream = kernels.own_stream(self, PLACE)
+        self._stream, self._beside = (kernels.own_stream(self, PLACE) for _ in range(2))
         self._dtype = DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
         self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
@@ -206,15 +205,17 @@ class Features:
         count = 3 if spec.padding == "circular" else 2
         self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
-        # fp32 products are cuBLAS's affair.
-        self.chained = [name for name in spec.layers if name.startswith("relu") and spec.precision != "fp32"]
+        low = spec.precision != "fp32"
+        self.chained = [n for n in spec.layers if low and n.startswith("relu") and spec.shapes[n][1] <= CHAINED]
         self._terms: dict[str, kernels.Term] = {}  # of the VJP in use
+        self._written: dict[str, torch.cuda.Event] = {}  # when cotangents are there that are written beside it
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = _Cotangents(self.features, spec.layers)
         # All of the memory above comes from the stream of the caller, to be of use to its next network.
         with on_stream(self._stream):
             self._library = _Library(self._stream)
+            self._ready: list[tuple[str, int]] = []  # each loss layer, and the steps until its features are there
             self._forward = self._forward_steps()
             self._vjp = [] if forward_only else self._vjp_steps()
 
@@ -230,18 +231,42 @@ class Features:
         with self._lock, on_stream(self._stream):
             yield
 
-    def forward(self) -> None:
-        """image -> features."""
-        self._run_forward(lambda: _make(self._forward))
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
+        """image -> features; each layer is read on a stream of its own, beside those that follow."""
+        if read == ignore:
+            self._run_forward(lambda: _make(self._forward))
+            return
+        begin, ours = 0, torch.cuda.current_stream(PLACE)
+        for name, end in self._ready:
+            _make(self._forward[begin:end])
+            begin = end
+            self._beside.wait_stream(ours)
+            with torch.cuda.stream(self._beside):
+                read((name,))
+        _make(self._forward[begin:])
+        ours.wait_stream(self._beside)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
-        """features, cotangents -> gradient; all cotangents are written at once."""
-        if dict(terms or {}) != self._terms:
-            self._terms.clear()
-            self._terms.update(terms or {})
-            self._run_vjp = kernels.Recorded(PLACE)
-        write(self.spec.layers)
-        self._run_vjp(lambda: _make(self._vjp))
+        """features, cotangents -> gradient.
+
+        With terms, cotangents are written beside the layers above them, on a stream of their own; else all at once.
+        """
+        self._terms.clear()
+        self._terms.update(terms or {})
+        self._written.clear()
+        if not terms:
+            write(self.spec.layers)
+            self._run_vjp(lambda: _make(self._vjp))
+            return
+        rest = [name for name, _ in reversed(self._ready) if name not in terms]
+        for name in rest[:1]:  # the one that is waited for
+            write((name,))
+        self._beside.wait_stream(torch.cuda.current_stream(PLACE))
+        with torch.cuda.stream(self._beside):
+            for name in rest[1:]:
+                write((name,))
+                self._written[name] = self._beside.record_event()
+        _make(self._vjp)
 
     def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
         one, channels, height, width = shape
@@ -275,9 +300,12 @@ class Features:
             if conv.name in spec.layers:
                 before = self.features[conv.name]
                 steps.append(_Convolution(self._library, x, pair[0], before, zeros, pair[1]).run)
+                self._ready.append((conv.name, len(steps)))
                 steps.append(partial(torch.clamp_min, before, 0, out=relu))
             else:
                 steps.append(_Convolution(self._library, x, pair[0], relu, zeros, pair[1], rectified=True).run)
+            if conv.relu in spec.layers:
+                self._ready.append((conv.relu, len(steps)))
             x = relu
         return steps
 
@@ -291,7 +319,9 @@ class Features:
             if incoming is None and conv.relu not in spec.layers:
                 x = self.cotangents[conv.name]  # the deepest of all
             else:
-                steps.append(partial(_descend, conv, self.cotangents, self._terms, incoming, relu, x, pooling))
+                steps.append(
+                    partial(_descend, conv, self.cotangents, self._terms, self._written, incoming, relu, x, pooling)
+                )
             at_pixels = conv.in_channels == 3
             folds = at_pixels and spec.padding in ("reflect", "replicate")
             source, zeros = (x, 2) if folds else self._framed(x, steps)
@@ -324,12 +354,16 @@ def _descend(
     conv: vgg.Conv,
     cotangents: _Cotangents,
     terms: Mapping[str, kernels.Term],
+    written: Mapping[str, torch.cuda.Event],
     incoming: Tensor | None,
     relu: Tensor,
     out: Tensor,
     pooling: str,
 ) -> None:
     """Through the ReLU behind a convolution; `incoming` is what has come down to it."""
+    for name in (conv.relu, conv.name):
+        if name in written:
+            torch.cuda.current_stream(PLACE).wait_event(written[name])
     term = terms.get(conv.relu)
     own = None if term else cotangents.of(conv.relu)
     network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term)

@@ -46,7 +46,7 @@ class Objective:
     `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
     features P (1, C, H, W) of the content image at the content layers; empty, there is no content loss, and without
     regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
-    (1, 1, H, W), is zero.
+    (1, 1, H, W), is zero. It is `recordable` if `write` is a sequence of launches on a GPU that is the same each time.
     """
 
     def __init__(
@@ -77,11 +77,13 @@ class Objective:
         self._chained = {name: self._layers.term(name) for name in terms if terms[name].cotangent is None}
         # The host computes the eigenvalues of Wasserstein distances on its own.
         recorded = config.style_loss != "wasserstein" or not regions
-        self._run_losses, self._run_cotangents = (
-            kernels.Recorded(network.image.device) if recorded else _at_once for _ in range(2)
+        alone = recorded and not network.recordable
+        self._run_measures, self._run_conclusion, self._run_cotangents = (
+            kernels.Recorded(network.image.device) if alone else _at_once for _ in range(3)
         )
-        self._records_all = recorded and network.recordable and network.image.is_cuda
+        self.recordable = recorded and network.recordable and network.image.is_cuda
         self._recorded: tuple[tuple[int, ...], kernels.Recorded] | None = None  # for pixels and a gradient at addresses
+        self._gradient: Tensor | None = None  # of `evaluate`
         self.stages = Stages(measures=not network.image.is_cuda)
         self._pixels = kernels.Pixels(
             network.image,
@@ -102,7 +104,7 @@ class Objective:
         distances.
         """
         with self.network.use():
-            if self._records_all and gradient is not None:
+            if self.recordable and gradient is not None:
                 key = pixels.data_ptr(), *pixels.stride(), gradient.data_ptr(), *gradient.stride()
                 if self._recorded is None or self._recorded[0] != key:
                     self._recorded = key, kernels.Recorded(pixels.device)
@@ -115,12 +117,9 @@ class Objective:
         network = self.network
         network.image.copy_(pixels)
         with self.stages.stage("forward"):
-            network.forward()
+            network.forward(self._read)
         with self.stages.stage("losses"):
-            if gradient is None:
-                self._losses()
-            else:
-                self._run_losses(self._losses)
+            self._run_conclusion(self._layers.conclude)
         if gradient is not None:
             with self.stages.stage("vjp"):
                 network.vjp(self._write_cotangents, self._chained)
@@ -129,16 +128,22 @@ class Objective:
         if gradient is not None and self._frozen is not None:
             gradient.masked_fill_(self._frozen, 0)
 
+    def _read(self, layers: tuple[str, ...]) -> None:
+        with self.stages.stage("losses"):
+            self._run_measures(lambda: self._measure(layers))
+
     def _write_cotangents(self, layers: tuple[str, ...]) -> None:
         with self.stages.stage("cotangents"):
             self._run_cotangents(lambda: self._cotangents(layers))
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""
-        gradient = torch.empty_like(self.network.image) if with_gradient else None
+        if with_gradient and self._gradient is None:  # the same memory each time: the launches are replayed then
+            self._gradient = torch.empty_like(self.network.image)
         with self.network.use():
-            self.write(pixels, gradient)
+            self.write(pixels, self._gradient if with_gradient else None)
             total, content, tv, *values = self._layers.terms.clone().unbind()
+            gradient = self._gradient.clone() if with_gradient and self._gradient is not None else None
         style: dict[str, Tensor] = {}
         for term, value in zip(self._layers.names, values, strict=True):
             if term in self._shares:
@@ -181,25 +186,32 @@ class Objective:
         self._shares[term] = name, region.share
         self._views[term] = view, terms[term]
 
-    def _losses(self) -> None:
-        for view, _ in self._views.values():
-            view.read()
-        self._layers.losses()
+    def _measure(self, layers: Collection[str]) -> None:
+        """Take the features of these layers of the network into account."""
+        terms = [term for term in self._layers.names if self._layer_of(term) in layers]
+        for term in terms:
+            if term in self._views:
+                self._views[term][0].read()
+        if terms:
+            self._layers.measure(terms)
 
     def _cotangents(self, layers: Collection[str]) -> None:
         """Write the cotangents of these layers of the network."""
         for name in layers:
             if name not in self._layers.names:
                 self.network.cotangents[name].zero_()
-        self._layers.gradients([term for term in self._layers.names if self._shares.get(term, (term, 0))[0] in layers])
+        self._layers.gradients([term for term in self._layers.names if self._layer_of(term) in layers])
         for term, (view, layer) in self._views.items():
-            if self._shares[term][0] not in layers:
+            if self._layer_of(term) not in layers:
                 continue
             slope = None
             if layer.distance is not None:
                 factor = 2 * self._style_weight * layer.style_weight / layer.features.numel()
                 slope = factor * self._layers.scale * layer.distance.slope
             view.write(slope)
+
+    def _layer_of(self, term: str) -> str:
+        return self._shares.get(term, (term, 0.0))[0]
 
 
 def _at_once(launches: Callable[[], None]) -> None:

@@ -87,6 +87,7 @@ def minimise(
     clamp: bool = False,
     average: float = 0,
     wrap: bool = False,
+    recordable: bool = False,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
@@ -96,7 +97,8 @@ def minimise(
     `rate` is Adam's, `history` the pairs of L-BFGS (see `kernels.pairs`); with `wrap` the borders of the image see each
     other. With a decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU
     iterations are queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
-    `stages` is what `evaluate` counts its time in.
+    `stages` is what `evaluate` counts its time in. Where `evaluate` is `recordable`, the same launches on a GPU each
+    time, an iteration with L-BFGS is one CUDA graph.
 
     With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
 
@@ -143,16 +145,26 @@ def minimise(
     losses = torch.empty(iterations, pin_memory=image.is_cuda)
     # Not the iterates: a host that is far ahead must not hold all their images.
     unchecked = deque((i, each._loss) for i, each in enumerate(queued, 1))
-    for i in range(len(queued), iterations):
+
+    def advance() -> None:
         loss.copy_(evaluate(image, gradient))
-        losses[i].copy_(loss, non_blocking=True)
-        arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
         with stages.stage("optimiser"):
             if mean is not None:
                 mean.add(image, loss)
             runner.step()
-            if isinstance(runner, kernels.Adam):
-                state.steps, state.moments = runner.steps, tuple(runner.moments)
+
+    # Adam's steps differ by their number.
+    recorded = kernels.Recorded(image.device) if recordable and optimizer == "lbfgs" else None
+    for i in range(len(queued), iterations):
+        if recorded is None:
+            advance()
+        else:
+            recorded(advance)
+        losses[i].copy_(loss, non_blocking=True)
+        arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
+        if isinstance(runner, kernels.Adam):
+            state.steps, state.moments = runner.steps, tuple(runner.moments)
+        with stages.stage("optimiser"):
             result = (runner.best if mean is None else mean.value).clone()
         late = _Late(losses[i], arrival)
         queued.append(Iterate(result, late, stages.take()))
@@ -200,9 +212,9 @@ class _Average:
 
     def add(self, image: Tensor, loss: Tensor) -> None:
         """Take the image of this loss in."""
-        self._lowest = torch.fmin(self._lowest, loss)
+        torch.fmin(self._lowest, loss, out=self._lowest)  # in place, as a graph wants it
         taken = torch.isfinite(loss) & (loss <= self._diverged * self._lowest)
-        self._mass = torch.where(taken, self._decay * self._mass + 1, self._mass)
+        self._mass.copy_(torch.where(taken, self._decay * self._mass + 1, self._mass))
         self.value.lerp_(image, (taken / self._mass.clamp(min=1)).float())
 
     def save(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
 from .export.ort import options as session_options
 from .export.weights import Weights
-from .features import DTYPES, give_back_freed_memory, nhwc_zeros, on_stream
+from .features import DTYPES, give_back_freed_memory, ignore, nhwc_zeros, on_stream
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +160,10 @@ class Features:
         with self._lock, on_stream(self._stream):
             yield
 
-    def forward(self) -> None:
-        """image -> features."""
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
+        """image -> features, which are read all at once."""
         self._forward.run()
+        read(self.spec.layers)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents are written at once."""

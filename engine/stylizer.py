@@ -348,6 +348,7 @@ class Stylizer:
             clamp=config.clamp,
             average=config.average,
             wrap=config.tile,
+            recordable=objective.recordable,
         )
         yield from within(objective.network, iterates)
 

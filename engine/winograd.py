@@ -23,6 +23,7 @@ from torch import Tensor
 from . import kernels
 from .export import vgg
 from .export.weights import Weights
+from .features import ignore
 from .kernels import direct, nhwc, program, vector, winograd
 from .kernels.network import PADDINGS
 from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, RECTIFY, UNPOOL, Step
@@ -100,9 +101,10 @@ class Features:
         with self._lock, _openmp().limit(limits=1, user_api="openmp"):
             yield
 
-    def forward(self) -> None:
-        """image -> features."""
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
+        """image -> features, which are read all at once."""
         self.products.run(self._forward, self._scratch)
+        read(self.spec.layers)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; a loss layer's cotangent is written when it is needed."""

@@ -5,7 +5,7 @@ current stream and without a host synchronisation. `<operation>_reference` is th
 of its input, and serves as the oracle.
 """
 
-from ._cuda import Recorded, announce_no_graph, own_stream
+from ._cuda import Recorded, announce_no_graph, own_stream, seconds
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, Term, gram
 from .lbfgs import DIVERGED, Lbfgs, pairs
@@ -28,4 +28,5 @@ __all__ = [
     "gram",
     "own_stream",
     "pairs",
+    "seconds",
 ]

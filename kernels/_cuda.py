@@ -277,30 +277,30 @@ def fastest(ways: Mapping[str, Callable[[], None]], device: torch.device, key: H
             best, least = "", math.inf
             for name, way in ways.items():
                 try:
-                    seconds = _seconds(way, device)
+                    taken = seconds(way, device)
                 except (RuntimeError, OSError) as error:  # OSError: a library is missing
                     log.info("%s: not possible here: %s", name, error)
                     continue
-                if not best or seconds < MARGIN * least:
-                    best, least = name, seconds
-                log.info("%s: %.1f us for %s", name, 1e6 * seconds, key[-1])
+                if not best or taken < MARGIN * least:
+                    best, least = name, taken
+                log.info("%s: %.1f us for %s", name, 1e6 * taken, key[-1])
             if not best:
                 raise RuntimeError(f"none of {', '.join(ways)} works on {key[0]}")
             _fastest[key] = best
         return _fastest[key]
 
 
-def _seconds(way: Callable[[], None], device: torch.device) -> float:
-    """Of one call, as it will be in use: captured, where that is possible; the least of three rounds."""
+def seconds(way: Callable[[], None], device: torch.device, replays: int = REPLAYS) -> float:
+    """Of one call, as it will be in use: captured, where that is possible; the least of three rounds of `replays`."""
     recorded, rounds = Recorded(device), []
     for _ in range(Recorded.WARM_UP + 1):
         recorded(way)
     for _ in range(3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             recorded(way)
         end.record()
         end.synchronize()
-        rounds.append(begin.elapsed_time(end) / 1000 / REPLAYS)
+        rounds.append(begin.elapsed_time(end) / 1000 / replays)
     return min(rounds)

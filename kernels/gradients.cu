@@ -35,7 +35,7 @@ __global__ void lifted_differences(const Layer* layers, const float* factors) {
 template <typename T, bool NHWC>
 __global__ void __launch_bounds__(THREADS, 2) layer_gradients(const Layer* layers, long long count,
                                                               const float* factors) {
-    const int found = locate(layers, count, &Layer::gradient_block);
+    const int found = locate(layers, count, &Layer::gradient_block, blockIdx.x);
     const Layer& layer = layers[found];
     const float* own = factors_of(factors, found);
     const long long C = layer.channels, M = layer.positions, local = blockIdx.x - layer.gradient_block;

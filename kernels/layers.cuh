@@ -17,11 +17,12 @@ struct Layer {
     void* lifted;               // LIFT (G - A) (C, C) in the type of the features, for cuBLAS
 };
 
-// Index of the layer that the block belongs to; `first` is one of the three columns of first blocks.
-__device__ inline int locate(const Layer* layers, long long count, long long Layer::*first) {
+// Index of the layer that a block belongs to; `first` is one of the three columns of first blocks. Of a single layer
+// nothing is read.
+__device__ inline int locate(const Layer* layers, long long count, long long Layer::*first, long long block) {
     int found = 0;
     for (int i = 1; i < count; ++i)
-        if (layers[i].*first <= blockIdx.x) found = i;
+        if (layers[i].*first <= block) found = i;
     return found;
 }
 

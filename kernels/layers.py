@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -39,6 +40,7 @@ _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
+_BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernel", "Gram matrices by cuBLAS"
 
 
 class Products(Protocol):
@@ -107,11 +109,11 @@ class Layers:
 
     `products` computes the matrix products on a CPU, by default BLAS.
 
-    `losses` reads the features and writes `terms`, fp32: the weighted total (without total variation), the sum of the
-    w_l c_l, a place for the total variation, then the s_l of each layer (0 if it has none). `gradients` writes the
-    cotangents of the total, times `scale`, a 0-dim fp32 tensor. On a GPU both use the same memory each time and leave
-    the host out. On a CPU `gradients` can be asked for the cotangents of some layers only. Raises ValueError for more
-    than MAX_LAYERS layers.
+    `losses`, or `measure` of some layers after the other and then `conclude`, read the features and write `terms`,
+    fp32: the weighted total (without total variation), the sum of the w_l c_l, a place for the total variation, then
+    the s_l of each layer (0 if it has none). `gradients` writes the cotangents of the total, times `scale`, a 0-dim
+    fp32 tensor. On a GPU all use the same memory each time and leave the host out. On a CPU `gradients` can be asked
+    for the cotangents of some layers only. Raises ValueError for more than MAX_LAYERS layers.
     """
 
     def __init__(
@@ -133,49 +135,73 @@ class Layers:
         self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
         self.scale = self._factors[0]
         self._way = self._way_to_gradients = ""  # on a GPU, once they are chosen
+        self._lifts = any(layer.cotangent is None for layer in self._layers)
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
         if first.is_cuda:
             self._plan_launches(device)
         else:
-            self._content_losses = [0.0] * len(layers)
+            self._measured = [(0.0, 0.0, 0.0)] * len(layers)
 
     def losses(self) -> None:
         """features -> terms, scale."""
+        self.measure(self.names)
+        self.conclude()
+
+    def measure(self, names: Collection[str]) -> None:
+        """Take the features of these layers, neighbours in the order of all, into account; see `conclude`."""
+        first = self.names.index(next(iter(names)))
+        part = slice(first, first + len(names))
+        assert set(self.names[part]) == set(names)
         if not self.terms.is_cuda:
-            self._losses_cpu()
+            for i in range(part.start, part.stop):
+                self._measured[i] = self._measure_cpu(self._layers[i], self._differences[i])
             return
-        ways = self.ways()
         if not self._way:
-            self._way = self._fastest(ways)
-        ways[self._way]()
+            self._way = self._fastest(self.ways())
+        self._launch_measures(self._way, part)
+
+    def conclude(self) -> None:
+        """What has been measured of all layers -> terms, scale."""
+        if not self.terms.is_cuda:
+            self._conclude_cpu()
+            return
+        self._launch_factors()
         self._finish_distances()
+        if self._lifts:
+            self._lift()
 
     def ways(self) -> dict[str, Callable[[], None]]:
         """The ways to `losses` on a GPU, but for distances. cuBLAS takes part unless it would round fp32 to TF32."""
-        found = {"Gram matrices by our kernel": self._losses_by_kernel}
+
+        def losses(way: str) -> None:
+            self._launch_measures(way, slice(0, len(self.names)))
+            self._launch_factors()
+
+        names = [_BY_KERNEL]
         if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-            found["Gram matrices by cuBLAS"] = self._losses_by_cublas
-        return found
+            names.append(_BY_CUBLAS)
+        return {way: partial(losses, way) for way in names}
 
-    def _losses_by_kernel(self) -> None:
-        if self._gram_blocks:
-            kernel = f"gram<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
-            _cuda.launch("gram", kernel, (self._gram_blocks,), self._table, len(self._layers))
-        self._losses_of_products()
+    def _launch_measures(self, way: str, part: slice) -> None:
+        """features -> F F^T of each share of the positions -> sums, of some layers."""
+        element, layers_of_part = _cuda.ELEMENTS[self._dtype], (part.start, part.stop - part.start)
+        if way == _BY_CUBLAS:
+            layers = zip(self._layers[part], self._part[part], self._partial[part], strict=True)
+            for layer, share, products in layers:
+                if products is not None:
+                    products_cublas(layer.features, share, products)
+        elif blocks := self._gram_blocks[part.stop] - self._gram_blocks[part.start]:
+            kernel = f"gram<{element}, {self._nhwc}>"
+            _cuda.launch("gram", kernel, (blocks,), self._table, *layers_of_part, self._gram_blocks[part.start])
+        start, stop = self._loss_blocks[part.start], self._loss_blocks[part.stop]
+        if stop > start:
+            given = (self._table, *layers_of_part, start, self._sums)
+            _cuda.launch("losses", f"layer_losses<{element}>", (stop - start,), *given)
 
-    def _losses_by_cublas(self) -> None:
-        for layer, share, products in zip(self._layers, self._part, self._partial, strict=True):
-            if products is not None:
-                products_cublas(layer.features, share, products)
-        self._losses_of_products()
-
-    def _losses_of_products(self) -> None:
-        """F F^T of each share of the positions -> terms, scale."""
-        count = len(self._layers)
-        element = _cuda.ELEMENTS[self._dtype]
+    def _launch_factors(self) -> None:
+        """sums -> terms, scale, factors."""
+        sums = (self._table, len(self._layers), self._sums, self._loss_blocks[-1])
         options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
-        _cuda.launch("losses", f"layer_losses<{element}>", (self._loss_blocks,), self._table, count, self._sums)
-        sums = (self._table, count, self._sums, self._loss_blocks)
         _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
 
     def term(self, name: str) -> Term:
@@ -185,12 +211,16 @@ class Layers:
         return Term(factors, self._lifted[i], self._layers[i].content)
 
     def gradients(self, names: Collection[str] | None = None) -> None:
-        """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
+        """features, and what `losses` has found -> cotangents, by default of all layers.
+
+        On a GPU it is always all of them, unless there are layers that have a `Term`.
+        """
+        names = self.names if names is None else names
         if not self.terms.is_cuda:
-            self._gradients_cpu(self.names if names is None else names)
+            self._gradients_cpu(names)
             return
-        if any(layer.cotangent is None for layer in self._layers):
-            self._gradients_by_cublas()  # it writes what a `Term` holds
+        if self._lifts:
+            self._multiply(names)
             return
         ways = self.ways_to_gradients()
         if not self._way_to_gradients:
@@ -209,10 +239,17 @@ class Layers:
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
 
     def _gradients_by_cublas(self) -> None:
+        self._lift()
+        self._multiply(self.names)
+
+    def _lift(self) -> None:
+        """G - A and F - P -> what cuBLAS multiplies and adds to, and what the terms hold."""
         element, grid = _cuda.ELEMENTS[self._dtype], (_FULL * _cuda.processors(self.terms.device), len(self._layers))
         _cuda.launch("gradients", f"lifted_differences<{element}>", grid, self._table, self._factors)
+
+    def _multiply(self, names: Collection[str]) -> None:
         for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
-            if lifted is not None and layer.cotangent is not None:
+            if self.names[i] in names and lifted is not None and layer.cotangent is not None:
                 factor, share = self._factors[2 + _FACTORS * i], self._shares[int(layer.content is not None)]
                 _cuda.multiply(lifted, layer.features, factor, share, layer.cotangent)
 
@@ -237,33 +274,37 @@ class Layers:
         self._lifted = [
             None if each is None else torch.empty_like(each, dtype=self._dtype) for each in self._differences
         ]
-        self._gram_blocks = self._loss_blocks = self._gradient_blocks = 0
+        self._gram_blocks, self._loss_blocks = [0], [0]  # before each layer, and in all
+        self._gradient_blocks = 0
         for layer, difference, lifted, count in zip(self._layers, self._differences, self._lifted, pairs, strict=True):
             channels, positions = layer.features.shape
-            begins = (self._gram_blocks, self._loss_blocks, self._gradient_blocks)
+            begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
             share = _share(positions, wanted)
             shares = -(-positions // share)
             lanes = next((lanes for lanes in (1, 2, 4) if shares <= 16 * lanes), 8)  # that add up one element of G
             span = _ROUNDS * _cuda.THREADS // lanes
-            partial = None
+            products = None
+            grams = losses = 0
             spans = -(-channels * positions // _SPAN)
             if layer.target is not None:
-                partial = torch.empty((shares, channels, channels), device=device)
-                self._gram_blocks += count * shares
-                self._loss_blocks += -(-(channels**2) // span)
+                products = torch.empty((shares, channels, channels), device=device)
+                grams = count * shares
+                losses = -(-(channels**2) // span)
                 self._gradient_blocks += -(-channels // tile) * -(-positions // tile)
             else:
                 self._gradient_blocks += spans
-            self._loss_blocks += spans if layer.content is not None else 0
+            losses += spans if layer.content is not None else 0
+            self._gram_blocks.append(begins[0] + grams)
+            self._loss_blocks.append(begins[1] + losses)
             self._part.append(share)
-            self._partial.append(partial)
-            tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, partial)
+            self._partial.append(products)
+            tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, products)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*tensors, lifted))
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
         self._table = _cuda.Table(rows, device)
-        self._sums = torch.empty((self._loss_blocks, 2), dtype=torch.float64, device=device)
+        self._sums = torch.empty((self._loss_blocks[-1], 2), dtype=torch.float64, device=device)
 
     def _finish_distances(self) -> None:
         """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale."""
@@ -287,34 +328,36 @@ class Layers:
             factors[i, 0] = 16384 * torch.exp2(-norm.log2().floor())
             factors[i, 1] = self.scale * weight / (channels * elements) / factors[i, 0]
 
-    def _losses_cpu(self) -> None:
-        """G - A has memory of its own."""
-        self.terms.zero_()
-        styles, loudest = 0.0, 1e-30
-        for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
-            channels, elements = len(layer.features), layer.features.numel()
-            loudness = 0.0
-            if layer.content is not None:
-                loss = self._products.content_loss(layer.features, layer.content)
-                self.terms[1] += layer.content_weight * loss
-                loudness += 2 * self._content_weight * layer.content_weight / elements * math.sqrt(loss)
-            if layer.target is not None:
-                assert difference is not None
-                trace = float(self._products.gram(layer.features, difference).trace())
-                weight = self._style_weight * layer.style_weight
-                if layer.distance is None:
-                    difference -= layer.target
-                    flat = difference.flatten()
-                    square = torch.dot(flat, flat)
-                    self.terms[3 + i] = square / (4 * channels**2)
-                else:
-                    self.terms[3 + i], matrix, means = layer.distance(difference)
-                    square = difference.copy_(matrix).square().sum()
-                    loudness += 2 * weight / elements * math.sqrt(means)
-                styles += layer.style_weight * float(self.terms[3 + i])
-                loudness += weight / (channels * elements) * math.sqrt(float(square) * trace / channels)
-            loudest = max(loudest, loudness)
-        self.terms[0] = self._style_weight * styles + self._content_weight * self.terms[1]
+    def _measure_cpu(self, layer: Layer, difference: Tensor | None) -> tuple[float, float, float]:
+        """Content loss, style loss and loudness of a layer; G - A has memory of its own."""
+        channels, elements = len(layer.features), layer.features.numel()
+        content = style = loudness = 0.0
+        if layer.content is not None:
+            content = float(self._products.content_loss(layer.features, layer.content))
+            loudness += 2 * self._content_weight * layer.content_weight / elements * math.sqrt(content)
+        if layer.target is not None:
+            assert difference is not None
+            trace = float(self._products.gram(layer.features, difference).trace())
+            weight = self._style_weight * layer.style_weight
+            if layer.distance is None:
+                difference -= layer.target
+                flat = difference.flatten()
+                square = float(torch.dot(flat, flat))
+                style = square / (4 * channels**2)
+            else:
+                distance, matrix, means = layer.distance(difference)
+                style, square = float(distance), float(difference.copy_(matrix).square().sum())
+                loudness += 2 * weight / elements * math.sqrt(means)
+            loudness += weight / (channels * elements) * math.sqrt(square * trace / channels)
+        return content, style, loudness
+
+    def _conclude_cpu(self) -> None:
+        contents, styles, loudness = zip(*self._measured, strict=True)
+        content = sum(layer.content_weight * each for layer, each in zip(self._layers, contents, strict=True))
+        style = sum(layer.style_weight * each for layer, each in zip(self._layers, styles, strict=True))
+        total = self._style_weight * style + self._content_weight * content
+        self.terms.copy_(torch.tensor([total, content, 0.0, *styles]))
+        loudest = max(1e-30, *loudness)
         if self._dtype != torch.float32 and math.isfinite(loudest):
             self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
 
@@ -353,9 +396,8 @@ def gram(features: Tensor, products: Products | None = None) -> Tensor:
     target = torch.zeros(len(features), len(features), device=features.device)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
     if features.is_cuda:  # once for a style: nothing to choose
-        alone._losses_by_kernel()
-    else:
-        alone.losses()
+        alone._way = _BY_KERNEL
+    alone.measure(alone.names)
     (difference,) = alone._differences
     assert difference is not None
     return difference

@@ -34,13 +34,8 @@ __device__ inline __half narrowed(float x, float scale) {
     return __float2half_rn(fminf(LARGEST, fmaxf(-LARGEST, scale * x)));
 }
 
-// Eight neighbouring elements of a row, or zeros.
-__device__ inline Eight fetch(const __half* from, bool wanted) {
-    if (wanted) return *reinterpret_cast<const Eight*>(from);
-    Eight none;
-    for (int e = 0; e < EIGHT; ++e) none.element[e] = __float2half_rn(0.f);
-    return none;
-}
+// Eight neighbouring elements of a row.
+__device__ inline Eight fetch(const __half* from) { return *reinterpret_cast<const Eight*>(from); }
 
 // Eight neighbouring elements, of which `there` exist; the others are zeros.
 __device__ inline void fetch(float (&x)[EIGHT], const float* from, int there) {
@@ -89,9 +84,11 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, 
 #pragma unroll 1  // for the sake of registers
     for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
          i += EIGHT * (long long)gridDim.x * THREADS) {
-        Eight x[GROUP];  // all on their way before the first is used
+        Eight x[GROUP] = {};  // all on their way before the first is used; without conditions for each
+        if (first < rows)
 #pragma unroll
-        for (int r = 0; r < GROUP; ++r) x[r] = fetch(history + (first + r) * stride + i, first + r < rows);
+            for (int r = 0; r < GROUP; ++r)
+                x[r] = fetch(history + (first + r < rows ? first + r : rows - 1) * stride + i);
         const int there = remaining(count, i);
         float y[EIGHT], g[EIGHT], pixels[EIGHT];
         fetch(y, before + i, rows ? there : 0);
@@ -115,7 +112,8 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, 
 #pragma unroll
     for (int v = 0; v < 2 * GROUP; ++v) {
         const int row = first + v / 2;
-        const double value = warp_sum(sum[v / 2][v % 2]) / (row >= CHANGE ? 1.f : row % 2 ? CHANGES : MOVES);
+        const float size = row >= CHANGE ? 1.f : row >= rows ? 0.f : row % 2 ? 1 / CHANGES : 1 / MOVES;
+        const double value = size * warp_sum(sum[v / 2][v % 2]);
         if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][v] = value;
     }
     __syncthreads();
@@ -166,10 +164,15 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
     __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
     State& state = *shared_state;
     const int lane = threadIdx.x % 32;
-    for (int v = threadIdx.x / 32; v < 2 * ROWS; v += WARPS) {
-        double sum = 0;
-        for (long long chunk = lane; chunk < chunks; chunk += 32) sum += sums[v * chunks + chunk];
-        sum = warp_sum(sum);
+    static_assert(2 * ROWS % WARPS == 0);
+    double own[2 * ROWS / WARPS] = {};  // each warp adds up some of the dot products, all of them at once
+    for (long long chunk = lane; chunk < chunks; chunk += 32)
+#pragma unroll
+        for (int i = 0; i < 2 * ROWS / WARPS; ++i) own[i] += sums[(threadIdx.x / 32 + i * WARPS) * chunks + chunk];
+#pragma unroll
+    for (int i = 0; i < 2 * ROWS / WARPS; ++i) {
+        const int v = threadIdx.x / 32 + i * WARPS;
+        const double sum = warp_sum(own[i]);
         if (lane == 0) dots[v / 2][v % 2] = sum;
     }
     for (int i = threadIdx.x; i < SLOTS * SLOTS; i += THREADS) {
@@ -232,6 +235,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
     const int action = state->action;
     const bool improved = state->improved, accepted = state->accepted;
     const float unit = state->unit, of_gradient = state->of_gradient;
+    const int rows = rows_in_use(*state, slots);
     __half *made = history + 2 * (long long)state->from * stride, *next = history + 2 * (long long)state->to * stride;
     for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
          i += EIGHT * (long long)gridDim.x * THREADS) {
@@ -256,8 +260,8 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
             }
             keep(before + i, g, there);
 #pragma unroll 8  // loads of several rows on their way at once
-            for (int row = 0; row < 2 * slots; ++row) {
-                const Eight vector = fetch(history + row * stride + i, of_history[row] != 0);
+            for (int row = 0; row < rows; ++row) {
+                const Eight vector = fetch(history + row * stride + i);
                 for (int e = 0; e < EIGHT; ++e) move[e] += of_history[row] * to_float(vector.element[e]);
             }
 #pragma unroll
@@ -268,7 +272,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
             }
             keep(next + i, move, MOVES);
         } else if (action == HALVE) {
-            const Eight made_move = fetch(made + i, true);
+            const Eight made_move = fetch(made + i);
             for (int e = 0; e < EIGHT; ++e) {
                 move[e] = to_float(made_move.element[e]) / (2 * MOVES);
                 x[e] = boxed ? fminf(1.f, fmaxf(0.f, x[e] - move[e])) : x[e] - move[e];

@@ -5,7 +5,7 @@
 constexpr int ROUNDS = 2;        // as in layers.py
 constexpr int MAX_LAYERS = 256;  // as in layers.py
 
-__device__ inline double power_of_two_below(double x) { return exp2(floor(log2(x))); }
+__device__ inline double power_of_two_below(double x) { return ldexp(1., ilogb(x)); }
 
 // Style: G of the elements from `begin` to `end`, G - A, its weighted squares and the trace of G.
 __device__ inline void style_part(const Layer& layer, long long begin, long long end, double& squares, double& trace) {
@@ -55,27 +55,29 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
     return sum;
 }
 
-// Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, or in |F - P|^2.
+// Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, or in |F - P|^2; of
+// `count` layers from `begin` on, whose blocks are those from `start` on of a launch for all.
 template <typename T>
-__global__ void layer_losses(const Layer* layers, long long count, double* sums) {
-    const Layer layer = layers[locate(layers, count, &Layer::loss_block)];
+__global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, long long begin, long long count, long long start, double* sums) {
+    const long long block = start + blockIdx.x;
+    const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
     const long long C = layer.channels, M = layer.positions;
-    const long long local = blockIdx.x - layer.loss_block;
+    const long long local = block - layer.loss_block;
     const long long style_blocks = layer.target ? divide_up(C * C, layer.span) : 0;
     double squares = 0, trace = 0;
     if (local < style_blocks) {
         style_part(layer, local * layer.span, smaller((local + 1) * layer.span, C * C), squares, trace);
     } else {
         const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
-        const long long begin = (local - style_blocks) * layer.content_span;
-        const long long end = smaller(begin + layer.content_span, C * M);
-        squares = distance(features + begin, content + begin, end - begin);
+        const long long from = (local - style_blocks) * layer.content_span;
+        const long long end = smaller(from + layer.content_span, C * M);
+        squares = distance(features + from, content + from, end - from);
     }
     squares = block_sum(squares);
     trace = block_sum(trace);
     if (threadIdx.x > 0) return;
-    sums[2 * blockIdx.x] = squares;
-    sums[2 * blockIdx.x + 1] = trace;
+    sums[2 * block] = squares;
+    sums[2 * block + 1] = trace;
 }
 
 // One block. sums (blocks, 2) come from layer_losses. The weights are those of all layers, beside each layer's own.

@@ -108,7 +108,7 @@ __device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsi
 // incoming comes from above, for AVERAGE and LARGEST (height / 2, width / 2, channels) from above the pooling: each of its
 // values goes to all four features that it pools, or to the first of the largest. own is the losses' share at the ReLU,
 // behind that at the convolution behind it, on the way back; content are targets at the ReLU, with the factors of
-// layers.cuh. All but features and out may be null.
+// layers.cuh. All but features and out may be null. Items are eight channels of a position.
 template <typename T>
 struct Descent {
     const T *incoming, *own, *behind, *features, *content;
@@ -117,11 +117,16 @@ struct Descent {
     unsigned height, width, channels;
     long long way;
 
-    // Eight channels of a position, the i-th; `sum` is a further share at the ReLU.
-    __device__ void write(unsigned i, float (&sum)[EIGHT]) const {
+    // What comes from above to the i-th item where nothing is pooled: to be asked for early, since memory takes its time.
+    __device__ Vector<T, EIGHT> arriving(unsigned i) const {
+        return incoming && way == SAME ? load(incoming + (long long)i * EIGHT) : Vector<T, EIGHT>{};
+    }
+
+    // Writes the i-th item; `sum` is a further share at the ReLU, `passed` are the features.
+    __device__ void write(unsigned i, const Vector<T, EIGHT>& passed, const Vector<T, EIGHT>& arrived,
+                          float (&sum)[EIGHT]) const {
         const unsigned groups = channels / EIGHT, position = i / groups;
         const long long place = (long long)i * EIGHT;
-        const Vector<T, EIGHT> passed = load(features + place);
         if (own) add(sum, own + place);
         if (content) {
             const Vector<T, EIGHT> wanted = load(content + place);
@@ -129,7 +134,8 @@ struct Descent {
             for (int e = 0; e < EIGHT; ++e)
                 sum[e] += factor * (to_float(passed.element[e]) - to_float(wanted.element[e]));
         }
-        if (incoming && way == SAME) add(sum, incoming + place);
+        if (incoming && way == SAME)
+            for (int e = 0; e < EIGHT; ++e) sum[e] += to_float(arrived.element[e]);
         if (incoming && way != SAME) {
             const unsigned row = position / width, column = position % width;
             if (row / 2 < height / 2 && column / 2 < width / 2) {
@@ -158,20 +164,21 @@ __global__ void network_mask(const T* incoming, const T* own, const T* behind, c
     if (i >= height * width * (channels / EIGHT)) return;
     const Descent<T> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
                              unsigned(channels), way};
+    const Vector<T, EIGHT> passed = load(features + (long long)i * EIGHT);
     float sum[EIGHT] = {};
-    descent.write(i, sum);
+    descent.write(i, passed, descent.arriving(i), sum);
 }
 
-constexpr int POSITIONS = 128, CHANNELS = 64;  // of F and of the product that a block computes, as in network.py
-constexpr int DEPTH = 32, STAGES = 3;          // of the summed channels, held in shared memory at a time
+constexpr int POSITIONS = 64, CHANNELS = 64;  // of F and of the product that a block computes, as in network.py
+constexpr int DEPTH = 32, STAGES = 4;          // of the summed channels, held in shared memory at a time
 constexpr int LINE = DEPTH + 8;                // eight rows then lie in different banks
 constexpr int STAGE = (POSITIONS + CHANNELS) * LINE;
 
 // As network_mask, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted (channels, channels) =
-// LIFT (G - A) is symmetric. channels is a multiple of CHANNELS. Warps lie 4 x 2 in the block's product, each with 32
-// positions and 32 channels.
+// LIFT (G - A) is symmetric. channels is a multiple of CHANNELS. Warps lie 2 x 4 in the block's product, each with 32
+// positions and 16 channels.
 template <typename H>
-__global__ void __launch_bounds__(THREADS, 3) network_style(const H* incoming, const H* own, const H* behind,
+__global__ void __launch_bounds__(THREADS, 4) network_style(const H* incoming, const H* own, const H* behind,
                                                             const H* features, const H* content, const float* factors,
                                                             H* out, long long height, long long width,
                                                             long long channels, long long way, const H* lifted) {
@@ -189,13 +196,23 @@ __global__ void __launch_bounds__(THREADS, 3) network_style(const H* incoming, c
         const H* from = lifted + (column0 + line) * size + chunk * DEPTH + k;
         copy_later(tile + (POSITIONS + line) * LINE + k, from, true);
     };
+    const Descent<H> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
+                             size, way};
+    constexpr int ROWS = THREADS / (CHANNELS / EIGHT), ITEMS = POSITIONS / ROWS;  // at a time; items of a thread
+    const unsigned r0 = threadIdx.x / (CHANNELS / EIGHT), c = threadIdx.x % (CHANNELS / EIGHT) * EIGHT;
+    const auto item_of = [&](int v) { return ((row0 + r0 + v * ROWS) * size + column0 + c) / EIGHT; };
+    const auto there = [&](int v) { return row0 + r0 + v * ROWS < positions; };
     const unsigned chunks = size / DEPTH;
     for (unsigned chunk = 0; chunk < STAGES - 1; ++chunk) {
         if (chunk < chunks) fetch(chunk);
         end_group();
     }
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 2 * 32, column = warp % 2 * 32;
-    float sum[2][4][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
+    Vector<H, EIGHT> arrived[ITEMS], passed[ITEMS];
+#pragma unroll
+    for (int v = 0; v < ITEMS; ++v)
+        if (there(v)) arrived[v] = descent.arriving(item_of(v));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 4 * 32, column = warp % 4 * 16;
+    float sum[2][2][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
 #pragma unroll 1  // for the sake of registers
     for (unsigned chunk = 0; chunk < chunks; ++chunk) {
         wait_for_groups<STAGES - 2>();
@@ -205,11 +222,11 @@ __global__ void __launch_bounds__(THREADS, 3) network_style(const H* incoming, c
         const H* left = shared + chunk % STAGES * STAGE + (row + lane % 16) * LINE + lane / 16 * 8;
         const H* right = shared + chunk % STAGES * STAGE + (POSITIONS + column + lane % 16) * LINE + lane / 16 * 8;
         for (int k = 0; k < DEPTH; k += 16) {
-            unsigned p[2][4], q[2][4];
+            unsigned p[2][4], q[4];
             for (int i = 0; i < 2; ++i) load_matrices<false>(p[i], left + 16 * i * LINE + k);
-            for (int j = 0; j < 2; ++j) load_matrices<false>(q[j], right + 16 * j * LINE + k);
+            load_matrices<false>(q, right + k);
             for (int i = 0; i < 2; ++i)
-                for (int j = 0; j < 4; ++j) mma<H>(sum[i][j], p[i], q[j / 2][j % 2], q[j / 2][j % 2 + 2]);
+                for (int j = 0; j < 2; ++j) mma<H>(sum[i][j], p[i], q[j], q[j + 2]);
         }
     }
     // Through shared memory, so that each thread gets eight channels of a position.
@@ -219,20 +236,21 @@ __global__ void __launch_bounds__(THREADS, 3) network_style(const H* incoming, c
     const float factor = factors[STYLE];
     __syncthreads();
     for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 2; ++j)
             for (int half = 0; half < 2; ++half)
                 *reinterpret_cast<Vector<float, 2>*>(staged + (row + 16 * i + 8 * half + lane / 4) * WIDE + column +
                                                      8 * j + lane % 4 * 2) =
                     {factor * sum[i][j][2 * half], factor * sum[i][j][2 * half + 1]};
+#pragma unroll
+    for (int v = 0; v < ITEMS; ++v)
+        if (there(v)) passed[v] = load(features + (long long)item_of(v) * EIGHT);
     __syncthreads();
-    const Descent<H> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
-                             size, way};
-    const unsigned c = threadIdx.x % (CHANNELS / EIGHT) * EIGHT;
-    for (unsigned r = threadIdx.x / (CHANNELS / EIGHT); r < POSITIONS; r += THREADS / (CHANNELS / EIGHT)) {
-        if (row0 + r >= positions) break;
+#pragma unroll
+    for (int v = 0; v < ITEMS; ++v) {
+        if (!there(v)) break;
         float share[EIGHT];
-        for (int e = 0; e < EIGHT; ++e) share[e] = staged[r * WIDE + c + e];
-        descent.write(((row0 + r) * size + column0 + c) / EIGHT, share);
+        for (int e = 0; e < EIGHT; ++e) share[e] = staged[(r0 + v * ROWS) * WIDE + c + e];
+        descent.write(item_of(v), passed[v], arrived[v], share);
     }
 }
 

@@ -15,7 +15,7 @@ PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution se
 COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
 EIGHT = 8  # channels of the gradient as the last convolution writes it; three are of use
 _WAYS = ("", "avg", "max")
-_POSITIONS, _CHANNELS = 128, 64  # of the style's share that a block makes, as in network.cu
+_POSITIONS, _CHANNELS = 64, 64  # of the style's share that a block makes, as in network.cu
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:

@@ -65,7 +65,13 @@ def host(programs: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
     import torch
 
+    def multiply(symmetric, features, factor, share, out):
+        assert symmetric.dtype == features.dtype == out.dtype
+        product = float(factor) * (symmetric.double() @ features.double())
+        out.copy_(product if float(share) == 0 else product + float(share) * out.double())  # what is there may be NaN
+
     monkeypatch.setattr(_cuda, "launch", programs.launch)
+    monkeypatch.setattr(_cuda, "multiply", multiply)
     monkeypatch.setattr(_cuda, "processors", lambda device: 3)
     monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: next(iter(ways)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))

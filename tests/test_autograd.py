@@ -55,7 +55,7 @@ def test_two_evaluations_before_one_backward(objective):
 
 
 def test_no_grad_computes_no_vjp(objective, monkeypatch):
-    def refuse(write):
+    def refuse(write, terms):
         raise AssertionError("the VJP ran")
 
     monkeypatch.setattr(objective.network, "vjp", refuse)
