@@ -10,6 +10,7 @@ wins, so only those are taken.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 PLACE = torch.device("cuda:0")
 PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 REPLAYS = 5  # of one round of timing
-CHAINED = 128  # channels, at most, of a layer whose cotangent is made behind the mask: for more, cuBLAS is faster
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
 _timing = threading.Lock()  # what runs beside it would spoil it
@@ -191,12 +191,14 @@ class Features:
 
     recordable = True
 
-    def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
+    def __init__(self, spec: vgg.Spec, weights: Network, *, forward_only: bool = False) -> None:
         self.spec = spec
+        low = spec.precision != "fp32"
         self.products: kernels.Products | None = None
-        self._parameters = network.parameters(spec)
+        self._parameters = weights.parameters(spec)
         self._lock = threading.RLock()
-        self._stream, self._beside = (kernels.own_stream(self, PLACE) for _ in range(2))
+        # What runs beside the network takes what that leaves free.
+        self._stream, self._beside = kernels.own_stream(self, PLACE, -1), kernels.own_stream(self, PLACE)
         self._dtype = DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
         self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
@@ -205,8 +207,9 @@ class Features:
         count = 3 if spec.padding == "circular" else 2
         self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
-        low = spec.precision != "fp32"
-        self.chained = [n for n in spec.layers if low and n.startswith("relu") and spec.shapes[n][1] <= CHAINED]
+        pooled = [below.relu for below, conv in itertools.pairwise(spec.convs) if conv.after_pool]
+        fitting = [conv.relu for conv in spec.convs if conv.out_channels in network.CHAINED]
+        self.chained = [name for name in spec.layers if name in fitting and name not in pooled] if low else []
         self._terms: dict[str, kernels.Term] = {}  # of the VJP in use
         self._written: dict[str, torch.cuda.Event] = {}  # when cotangents are there that are written beside it
         if not forward_only:

@@ -31,7 +31,7 @@ _CUBLAS_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cuda
 _ON_HOST, _ON_DEVICE, _AS_IT_IS, _IN_FP32, _ANY_ALGORITHM = 0, 1, 0, 68, -1
 _PLAIN_MATH, _FULL_REDUCTION = 0, 16
 _CHOICES = {"typename T": tuple(ELEMENTS.values()), "typename H": tuple(ELEMENTS.values())[1:]}
-_CHOICES["bool NHWC"] = ("false", "true")
+_CHOICES |= {"bool NHWC": ("false", "true"), "int C": ("64", "128")}
 
 
 def text(file: str) -> str:
@@ -108,25 +108,26 @@ class _Stream:
         return 0, self._address
 
 
-_free_streams: list[torch.cuda.Stream] = []
+_free_streams: dict[int, list[torch.cuda.Stream]] = {}
 _cupys_streams: list[Any] = []  # CuPy's objects, which would take their streams along
 
 
-def own_stream(owner: object, place: torch.device) -> torch.cuda.Stream:
-    """A stream that nobody else has while `owner` lives.
+def own_stream(owner: object, place: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    """A stream that nobody else has while `owner` lives; 0 is the lowest `priority`, -1 goes before it.
 
     torch's own come round again after 32, and what one thread queues could find its way into the graph that another one
     captures.
     """
+    free = _free_streams.setdefault(priority, [])
     try:
-        stream = _free_streams.pop()
+        stream = free.pop()
     except IndexError:
         import cupy
 
         with cupy.cuda.Device(place.index):
-            _cupys_streams.append(cupy.cuda.Stream(non_blocking=True))
+            _cupys_streams.append(cupy.cuda.Stream(non_blocking=True, priority=priority))
         stream = torch.cuda.ExternalStream(_cupys_streams[-1].ptr, place)
-    weakref.finalize(owner, _free_streams.append, stream).atexit = False
+    weakref.finalize(owner, free.append, stream).atexit = False
     return stream
 
 

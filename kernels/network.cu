@@ -169,88 +169,78 @@ __global__ void network_mask(const T* incoming, const T* own, const T* behind, c
     descent.write(i, passed, descent.arriving(i), sum);
 }
 
-constexpr int POSITIONS = 64, CHANNELS = 64;  // of F and of the product that a block computes, as in network.py
-constexpr int DEPTH = 32, STAGES = 4;          // of the summed channels, held in shared memory at a time
-constexpr int LINE = DEPTH + 8;                // eight rows then lie in different banks
-constexpr int STAGE = (POSITIONS + CHANNELS) * LINE;
+constexpr int POSITIONS = 64, CHANNELS = 64;  // of the product that a block computes at a time, as in network.py
 
-// As network_mask, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted (channels, channels) =
-// LIFT (G - A) is symmetric. channels is a multiple of CHANNELS. Warps lie 2 x 4 in the block's product, each with 32
-// positions and 16 channels.
-template <typename H>
-__global__ void __launch_bounds__(THREADS, 4) network_style(const H* incoming, const H* own, const H* behind,
-                                                            const H* features, const H* content, const float* factors,
-                                                            H* out, long long height, long long width,
-                                                            long long channels, long long way, const H* lifted) {
-    __shared__ __align__(16) H shared[STAGES * STAGE];
-    const unsigned positions = height * width, size = channels, across = size / CHANNELS;
-    const unsigned column0 = blockIdx.x % across * CHANNELS, row0 = blockIdx.x / across * POSITIONS;
-    const auto fetch = [&](unsigned chunk) {
-        H* tile = shared + chunk % STAGES * STAGE;
-        const unsigned line = threadIdx.x / (DEPTH / 8), k = threadIdx.x % (DEPTH / 8) * 8;
-        for (unsigned row = line; row < POSITIONS; row += THREADS / (DEPTH / 8)) {
-            const bool there = row0 + row < positions;
-            const long long from = there ? (long long)(row0 + row) * size + chunk * DEPTH + k : 0;
-            copy_later(tile + row * LINE + k, features + from, there);
-        }
-        const H* from = lifted + (column0 + line) * size + chunk * DEPTH + k;
-        copy_later(tile + (POSITIONS + line) * LINE + k, from, true);
-    };
+// As network_mask where nothing is pooled, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted (C, C) = LIFT (G - A) is
+// symmetric; C is the number of channels. A block goes through the positions tile by tile, while the next one is on its
+// way; its part of lifted stays in registers. Warps lie 2 x 4 in a tile, each with 32 positions and 16 channels.
+template <typename H, int C>
+__global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const H* incoming, const H* own, const H* behind,
+                                                                          const H* features, const H* content,
+                                                                          const float* factors, H* out, long long height,
+                                                                          long long width, const H* lifted) {
+    constexpr int LINE = C + 8, WIDE = CHANNELS + 8;  // eight rows lie in different banks
+    constexpr int GROUPS = CHANNELS / EIGHT, ROWS = THREADS / GROUPS, ITEMS = POSITIONS / ROWS;  // of a thread in a tile
+    __shared__ __align__(16) H tiles[2][POSITIONS * LINE], shares[POSITIONS * WIDE];
+    const unsigned positions = height * width, across = C / CHANNELS, step = gridDim.x / across;
+    const unsigned column0 = blockIdx.x % across * CHANNELS, count = (positions + POSITIONS - 1) / POSITIONS;
     const Descent<H> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
-                             size, way};
-    constexpr int ROWS = THREADS / (CHANNELS / EIGHT), ITEMS = POSITIONS / ROWS;  // at a time; items of a thread
-    const unsigned r0 = threadIdx.x / (CHANNELS / EIGHT), c = threadIdx.x % (CHANNELS / EIGHT) * EIGHT;
-    const auto item_of = [&](int v) { return ((row0 + r0 + v * ROWS) * size + column0 + c) / EIGHT; };
-    const auto there = [&](int v) { return row0 + r0 + v * ROWS < positions; };
-    const unsigned chunks = size / DEPTH;
-    for (unsigned chunk = 0; chunk < STAGES - 1; ++chunk) {
-        if (chunk < chunks) fetch(chunk);
-        end_group();
-    }
-    Vector<H, EIGHT> arrived[ITEMS], passed[ITEMS];
-#pragma unroll
-    for (int v = 0; v < ITEMS; ++v)
-        if (there(v)) arrived[v] = descent.arriving(item_of(v));
+                             unsigned(C), SAME};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 4 * 32, column = warp % 4 * 16;
-    float sum[2][2][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
-#pragma unroll 1  // for the sake of registers
-    for (unsigned chunk = 0; chunk < chunks; ++chunk) {
-        wait_for_groups<STAGES - 2>();
-        __syncthreads();  // nobody reads the stage any more that is filled next
-        if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
-        end_group();
-        const H* left = shared + chunk % STAGES * STAGE + (row + lane % 16) * LINE + lane / 16 * 8;
-        const H* right = shared + chunk % STAGES * STAGE + (POSITIONS + column + lane % 16) * LINE + lane / 16 * 8;
-        for (int k = 0; k < DEPTH; k += 16) {
-            unsigned p[2][4], q[4];
-            for (int i = 0; i < 2; ++i) load_matrices<false>(p[i], left + 16 * i * LINE + k);
-            load_matrices<false>(q, right + k);
-            for (int i = 0; i < 2; ++i)
-                for (int j = 0; j < 2; ++j) mma<H>(sum[i][j], p[i], q[j], q[j + 2]);
-        }
-    }
-    // Through shared memory, so that each thread gets eight channels of a position.
-    constexpr int WIDE = CHANNELS + 4;
-    static_assert(POSITIONS * WIDE * sizeof(float) <= sizeof(shared));
-    float* staged = reinterpret_cast<float*>(shared);
     const float factor = factors[STYLE];
-    __syncthreads();
-    for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 2; ++j)
-            for (int half = 0; half < 2; ++half)
-                *reinterpret_cast<Vector<float, 2>*>(staged + (row + 16 * i + 8 * half + lane / 4) * WIDE + column +
-                                                     8 * j + lane % 4 * 2) =
-                    {factor * sum[i][j][2 * half], factor * sum[i][j][2 * half + 1]};
-#pragma unroll
-    for (int v = 0; v < ITEMS; ++v)
-        if (there(v)) passed[v] = load(features + (long long)item_of(v) * EIGHT);
-    __syncthreads();
-#pragma unroll
-    for (int v = 0; v < ITEMS; ++v) {
-        if (!there(v)) break;
-        float share[EIGHT];
-        for (int e = 0; e < EIGHT; ++e) share[e] = staged[(r0 + v * ROWS) * WIDE + c + e];
-        descent.write(item_of(v), passed[v], arrived[v], share);
+    unsigned q[C / 16][4];  // the warp's columns of lifted
+    const H* from = lifted + (column0 + column + lane / 4) * C + lane % 4 * 2;
+    for (int k = 0; k < C / 16; ++k)
+        for (int e = 0; e < 4; ++e)
+            q[k][e] = *reinterpret_cast<const unsigned*>(from + e % 2 * 8 * C + 16 * k + e / 2 * 8);
+    const unsigned r0 = threadIdx.x / GROUPS, c = column0 + threadIdx.x % GROUPS * EIGHT;
+    const auto position = [&](unsigned tile, int v) { return tile * POSITIONS + r0 + v * ROWS; };
+    const auto item_of = [&](unsigned tile, int v) { return (position(tile, v) * C + c) / EIGHT; };
+    const auto fetch = [&](unsigned tile, int stage) {
+        for (int i = threadIdx.x; i < POSITIONS * C / EIGHT; i += THREADS) {
+            const unsigned r = i / (C / EIGHT), k = i % (C / EIGHT) * EIGHT, place = tile * POSITIONS + r;
+            const bool there = place < positions;
+            copy_later(tiles[stage] + r * LINE + k, features + (there ? (long long)place * C + k : 0), there);
+        }
+        end_group();
+    };
+    Vector<H, EIGHT> arrived[ITEMS];
+    const auto arrive = [&](unsigned tile) {
+        for (int v = 0; v < ITEMS; ++v)
+            if (position(tile, v) < positions) arrived[v] = descent.arriving(item_of(tile, v));
+    };
+    int stage = 0;
+    fetch(blockIdx.x / across, stage);
+    arrive(blockIdx.x / across);
+    for (unsigned tile = blockIdx.x / across; tile < count; tile += step, stage ^= 1) {
+        H* here = tiles[stage];
+        wait_for_groups<0>();
+        __syncthreads();  // and nobody reads the other stage any more, nor the shares
+        if (tile + step < count) fetch(tile + step, stage ^ 1);
+        float sum[2][2][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
+        for (int k = 0; k < C / 16; ++k) {
+            unsigned p[2][4];
+            for (int i = 0; i < 2; ++i)
+                load_matrices<false>(p[i], here + (row + 16 * i + lane % 16) * LINE + lane / 16 * 8 + 16 * k);
+            for (int i = 0; i < 2; ++i)
+                for (int j = 0; j < 2; ++j) mma<H>(sum[i][j], p[i], q[k][j], q[k][j + 2]);
+        }
+        // Through shared memory, so that each thread gets eight channels of a position.
+        for (int i = 0; i < 2; ++i)
+            for (int j = 0; j < 2; ++j)
+                for (int half = 0; half < 2; ++half) {
+                    H* to = shares + (row + 16 * i + 8 * half + lane / 4) * WIDE + column + 8 * j + lane % 4 * 2;
+                    store(to, factor * sum[i][j][2 * half]);
+                    store(to + 1, factor * sum[i][j][2 * half + 1]);
+                }
+        __syncthreads();
+        for (int v = 0; v < ITEMS; ++v) {
+            if (position(tile, v) >= positions) break;
+            float share[EIGHT] = {};
+            add(share, shares + (r0 + v * ROWS) * WIDE + c - column0);
+            descent.write(item_of(tile, v), load(here + (r0 + v * ROWS) * LINE + c), arrived[v], share);
+        }
+        arrive(tile + step);
     }
 }
 

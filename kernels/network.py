@@ -15,7 +15,9 @@ PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution se
 COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
 EIGHT = 8  # channels of the gradient as the last convolution writes it; three are of use
 _WAYS = ("", "avg", "max")
-_POSITIONS, _CHANNELS = 64, 64  # of the style's share that a block makes, as in network.cu
+CHAINED = (64, 128)  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
+_POSITIONS, _CHANNELS = 64, 64  # of a tile of that share, as in network.cu
+_RESIDENT = {64: 3, 128: 2}  # blocks on a multiprocessor, likewise
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -51,17 +53,20 @@ def mask(
     goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
     weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
     `out` may be `incoming` if nothing is pooled. `term` is what the losses add at the ReLU, not made yet; with a style
-    loss it takes 16-bit features, C a multiple of 64.
+    loss it takes 16-bit features with CHAINED channels, and nothing is pooled.
     """
     _, channels, height, width = features.shape
     content, factors = (term.content, term.factors) if term else (None, None)
-    size = (height, width, channels, _WAYS.index(pooling))
-    arguments = (incoming, own, behind, features, content, factors, out, *size)
+    arguments = (incoming, own, behind, features, content, factors, out, height, width)
     if term is None or term.lifted is None:
-        _launch("mask", out, out.numel() // EIGHT, *arguments)
+        _launch("mask", out, out.numel() // EIGHT, *arguments, channels, _WAYS.index(pooling))
         return
-    grid = (-(-height * width // _POSITIONS) * (channels // _CHANNELS),)
-    _cuda.launch("network", f"network_style<{_cuda.ELEMENTS[out.dtype]}>", grid, *arguments, term.lifted)
+    assert not pooling
+    across = channels // _CHANNELS
+    columns = _RESIDENT[channels] * _cuda.processors(out.device) // across
+    grid = across * min(columns, -(-height * width // _POSITIONS))
+    kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
+    _cuda.launch("network", kernel, (grid,), *arguments, term.lifted)
 
 
 def uncentre(source: Tensor, gradient: Tensor, padding: str) -> None:

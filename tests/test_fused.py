@@ -56,7 +56,7 @@ def on_cpu(host, monkeypatch):
     stream = SimpleNamespace(
         cuda_stream=1, wait_stream=lambda other: None, record_event=lambda: "event", wait_event=waits.append
     )
-    monkeypatch.setattr(kernels, "own_stream", lambda owner, place: stream)
+    monkeypatch.setattr(kernels, "own_stream", lambda owner, place, priority=0: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda place: stream)
     monkeypatch.setattr(torch.cuda, "stream", same_stream)
     monkeypatch.setattr(fused, "on_stream", same_stream)
@@ -290,16 +290,17 @@ def test_what_the_library_refuses_is_said(plans, monkeypatch):
 
 def test_streams_are_nobody_elses(monkeypatch):
     class Stream:
-        def __init__(self, non_blocking):
+        def __init__(self, non_blocking, priority):
             assert non_blocking
+            assert priority == 0
             self.ptr = next(pointers)
 
     pointers = itertools.count(100)
     cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda index: contextlib.nullcontext(), Stream=Stream))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, place: pointer)
-    for name in ("_free_streams", "_cupys_streams"):
-        monkeypatch.setattr(_cuda, name, [])
+    monkeypatch.setattr(_cuda, "_free_streams", {})
+    monkeypatch.setattr(_cuda, "_cupys_streams", [])
 
     class Owner:
         pass
