@@ -211,7 +211,6 @@ class Features:
         fitting = [conv.relu for conv in spec.convs if conv.out_channels in network.CHAINED]
         self.chained = [name for name in spec.layers if name in fitting and name not in pooled] if low else []
         self._terms: dict[str, kernels.Term] = {}  # of the VJP in use
-        self._written: dict[str, torch.cuda.Event] = {}  # when cotangents are there that are written beside it
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = _Cotangents(self.features, spec.layers)
@@ -235,41 +234,32 @@ class Features:
             yield
 
     def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
-        """image -> features; each layer is read on a stream of its own, beside those that follow."""
+        """image -> features; all layers but the deepest are read beside those that follow, on a stream of their own.
+
+        They are read together, as every fork of a CUDA graph delays the network by some microseconds.
+        """
         if read == ignore:
             self._run_forward(lambda: _make(self._forward))
             return
-        begin, ours = 0, torch.cuda.current_stream(PLACE)
-        for name, end in self._ready:
-            _make(self._forward[begin:end])
-            begin = end
-            self._beside.wait_stream(ours)
-            with torch.cuda.stream(self._beside):
-                read((name,))
-        _make(self._forward[begin:])
+        *others, deepest = (name for name, _ in self._ready)
+        fork, ours = dict(self._ready)[others[-1]] if others else 0, torch.cuda.current_stream(PLACE)
+        _make(self._forward[:fork])
+        self._beside.wait_stream(ours)
+        with torch.cuda.stream(self._beside):
+            if others:
+                read(tuple(others))
+        _make(self._forward[fork:])
         ours.wait_stream(self._beside)
+        read((deepest,))
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
-        """features, cotangents -> gradient.
-
-        With terms, cotangents are written beside the layers above them, on a stream of their own; else all at once.
-        """
-        self._terms.clear()
-        self._terms.update(terms or {})
-        self._written.clear()
-        if not terms:
-            write(self.spec.layers)
-            self._run_vjp(lambda: _make(self._vjp))
-            return
-        rest = [name for name, _ in reversed(self._ready) if name not in terms]
-        for name in rest[:1]:  # the one that is waited for
-            write((name,))
-        self._beside.wait_stream(torch.cuda.current_stream(PLACE))
-        with torch.cuda.stream(self._beside):
-            for name in rest[1:]:
-                write((name,))
-                self._written[name] = self._beside.record_event()
-        _make(self._vjp)
+        """features, cotangents -> gradient; all cotangents that have no term are written at once."""
+        if dict(terms or {}) != self._terms:
+            self._terms.clear()
+            self._terms.update(terms or {})
+            self._run_vjp = kernels.Recorded(PLACE)
+        write(self.spec.layers)
+        self._run_vjp(lambda: _make(self._vjp))
 
     def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
         one, channels, height, width = shape
@@ -322,9 +312,7 @@ class Features:
             if incoming is None and conv.relu not in spec.layers:
                 x = self.cotangents[conv.name]  # the deepest of all
             else:
-                steps.append(
-                    partial(_descend, conv, self.cotangents, self._terms, self._written, incoming, relu, x, pooling)
-                )
+                steps.append(partial(_descend, conv, self.cotangents, self._terms, incoming, relu, x, pooling))
             at_pixels = conv.in_channels == 3
             folds = at_pixels and spec.padding in ("reflect", "replicate")
             source, zeros = (x, 2) if folds else self._framed(x, steps)
@@ -357,16 +345,12 @@ def _descend(
     conv: vgg.Conv,
     cotangents: _Cotangents,
     terms: Mapping[str, kernels.Term],
-    written: Mapping[str, torch.cuda.Event],
     incoming: Tensor | None,
     relu: Tensor,
     out: Tensor,
     pooling: str,
 ) -> None:
     """Through the ReLU behind a convolution; `incoming` is what has come down to it."""
-    for name in (conv.relu, conv.name):
-        if name in written:
-            torch.cuda.current_stream(PLACE).wait_event(written[name])
     term = terms.get(conv.relu)
     own = None if term else cotangents.of(conv.relu)
     network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term)

@@ -135,7 +135,6 @@ class Layers:
         self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
         self.scale = self._factors[0]
         self._way = self._way_to_gradients = ""  # on a GPU, once they are chosen
-        self._lifts = any(layer.cotangent is None for layer in self._layers)
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
         if first.is_cuda:
             self._plan_launches(device)
@@ -167,8 +166,6 @@ class Layers:
             return
         self._launch_factors()
         self._finish_distances()
-        if self._lifts:
-            self._lift()
 
     def ways(self) -> dict[str, Callable[[], None]]:
         """The ways to `losses` on a GPU, but for distances. cuBLAS takes part unless it would round fp32 to TF32."""
@@ -211,16 +208,12 @@ class Layers:
         return Term(factors, self._lifted[i], self._layers[i].content)
 
     def gradients(self, names: Collection[str] | None = None) -> None:
-        """features, and what `losses` has found -> cotangents, by default of all layers.
-
-        On a GPU it is always all of them, unless there are layers that have a `Term`.
-        """
-        names = self.names if names is None else names
+        """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
         if not self.terms.is_cuda:
-            self._gradients_cpu(names)
+            self._gradients_cpu(self.names if names is None else names)
             return
-        if self._lifts:
-            self._multiply(names)
+        if any(layer.cotangent is None for layer in self._layers):
+            self._gradients_by_cublas()  # it writes what a `Term` holds
             return
         ways = self.ways_to_gradients()
         if not self._way_to_gradients:
@@ -239,17 +232,10 @@ class Layers:
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
 
     def _gradients_by_cublas(self) -> None:
-        self._lift()
-        self._multiply(self.names)
-
-    def _lift(self) -> None:
-        """G - A and F - P -> what cuBLAS multiplies and adds to, and what the terms hold."""
         element, grid = _cuda.ELEMENTS[self._dtype], (_FULL * _cuda.processors(self.terms.device), len(self._layers))
         _cuda.launch("gradients", f"lifted_differences<{element}>", grid, self._table, self._factors)
-
-    def _multiply(self, names: Collection[str]) -> None:
         for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
-            if self.names[i] in names and lifted is not None and layer.cotangent is not None:
+            if lifted is not None and layer.cotangent is not None:
                 factor, share = self._factors[2 + _FACTORS * i], self._shares[int(layer.content is not None)]
                 _cuda.multiply(lifted, layer.features, factor, share, layer.cotangent)
 

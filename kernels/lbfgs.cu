@@ -7,6 +7,7 @@ constexpr int SLOTS = 21;               // most pairs of the history, and one be
 constexpr int CHANGE = 2 * SLOTS;       // row of y among the dot products
 constexpr int GRADIENT = CHANGE + 1;    // and of g
 constexpr int ROWS = GRADIENT + 1;
+constexpr int GROUP = 11;               // rows that one block multiplies
 enum { HALT, STEP, HALVE, RESTART };
 
 struct State {
@@ -68,84 +69,58 @@ __device__ inline int remaining(long long count, long long i) { return count - i
 // Whether x lies on a bound of [0, 1], and its gradient points out.
 __device__ inline bool held(float x, float gradient) { return (x <= 0 && gradient > 0) || (x >= 1 && gradient < 0); }
 
-__device__ inline unsigned pair(__half low, __half high) {
-    const Vector<__half, 2> both{low, high};
-    return *reinterpret_cast<const unsigned*>(&both);
-}
-
-// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g - before and g = unit * gradient, where g is
-// 0 if the image is boxed and held. history (2 slots, stride), of which `count` elements a row are in use; stride is a
-// multiple of EIGHT, and so are all addresses of 16 bytes.
-//
-// It is a matrix product of fp16 numbers: y is rounded as it will be kept, and g is the sum of two. The columns are y and
-// these; each lane brings eight neighbouring elements, in any order as long as it is the same on both sides.
+// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g - before and g = unit * gradient. The
+// blocks of a column share out the elements, those of a row the rows. history (2 slots, stride), of which `count` elements
+// a row are in use; stride is a multiple of EIGHT, and so are all addresses of 16 bytes. Where the image is boxed and held,
+// g is 0. y is rounded as it will be kept.
 __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, const float* before, const float* image,
                                                          const float* gradient, const State* state, long long count,
                                                          long long stride, long long slots, long long boxed,
                                                          double* sums) {
-    constexpr int TILES = (2 * SLOTS + 15) / 16, SPAN = 4 * EIGHT;  // of 16 rows; elements that a warp takes at once
-    __shared__ float warps[WARPS][ROWS][2];
-    const int rows = rows_in_use(*state, slots), warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4;
+    __shared__ double warps[WARPS][2 * GROUP];
+    const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
     const float unit = state->unit;
-    float sum[TILES][4] = {}, yy = 0, yg = 0, gg = 0;
-    for (long long i0 = SPAN * ((long long)blockIdx.x * WARPS + warp); i0 < count;
-         i0 += SPAN * (long long)gridDim.x * WARPS) {
-        const long long i = i0 + threadIdx.x % 4 * EIGHT;
-        const int there = remaining(count, i);
-        const Eight none{};
-        Eight x[TILES][2];  // rows `group` and eight further; all on their way before the first is used
+    float sum[GROUP][2] = {};
+#pragma unroll 1  // for the sake of registers
+    for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
+         i += EIGHT * (long long)gridDim.x * THREADS) {
+        Eight x[GROUP] = {};  // all on their way before the first is used; without conditions for each
+        if (first < rows)
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-            for (int half = 0; half < 2; ++half) {
-                const int row = 16 * tile + 8 * half + group;
-                x[tile][half] = 16 * tile < rows && there > 0
-                                    ? fetch(history + (row < rows ? row : rows - 1) * stride + i) : none;
-            }
-        float g[EIGHT], last[EIGHT], pixels[EIGHT];
+            for (int r = 0; r < GROUP; ++r)
+                x[r] = fetch(history + (first + r < rows ? first + r : rows - 1) * stride + i);
+        const int there = remaining(count, i);
+        float y[EIGHT], g[EIGHT], pixels[EIGHT];
+        fetch(y, before + i, rows ? there : 0);
         fetch(g, gradient + i, there);
-        fetch(last, before + i, rows ? there : 0);
         fetch(pixels, image + i, boxed ? there : 0);
-        __half column[EIGHT];
 #pragma unroll
         for (int e = 0; e < EIGHT; ++e) {
             g[e] = boxed && held(pixels[e], g[e]) ? 0.f : unit * g[e];
-            const __half change = narrowed(rows ? g[e] - last[e] : 0.f, CHANGES);
-            const float y = to_float(change) / CHANGES;
-            yy += y * y, yg += y * g[e], gg += g[e] * g[e];
-            const __half high = narrowed(g[e], CHANGES), low = narrowed(CHANGES * g[e] - to_float(high), 1.f);
-            column[e] = group == 0 ? change : group == 1 ? high : group == 2 ? low : __float2half_rn(0.f);
+            y[e] = rows ? to_float(narrowed(g[e] - y[e], CHANGES)) / CHANGES : 0.f;
         }
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-            for (int k = 0; k < EIGHT; k += 4) {
-                const __half *up = x[tile][0].element + k, *down = x[tile][1].element + k;
-                const unsigned a[4] = {pair(up[0], up[1]), pair(down[0], down[1]), pair(up[2], up[3]),
-                                       pair(down[2], down[3])};
-                mma<__half>(sum[tile], a, pair(column[k], column[k + 1]), pair(column[k + 2], column[k + 3]));
+        for (int r = 0; r < GROUP; ++r)
+#pragma unroll
+            for (int e = 0; e < EIGHT; ++e) {
+                const float kept = to_float(x[r].element[e]);
+                const float own = first + r == CHANGE ? y[e] : first + r == GRADIENT ? g[e] : kept;
+                sum[r][0] += own * y[e];
+                sum[r][1] += own * g[e];
             }
     }
-    const float own[3] = {yy, yg, gg};
-    for (int v = 0; v < 3; ++v) {
-        const float total = warp_sum(group == 0 ? own[v] : 0.f);
-        if (threadIdx.x % 32 > 0) continue;
-        if (v < 2) warps[warp][CHANGE][v] = total;
-        if (v > 0) warps[warp][GRADIENT][v - 1] = total;
-    }
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-        for (int half = 0; half < 2; ++half) {  // lane 4 group has the columns 0 and 1, the next one column 2
-            const float low = __shfl_sync(0xffffffffu, sum[tile][2 * half], threadIdx.x % 32 + 1);
-            const int row = 16 * tile + 8 * half + group;
-            if (threadIdx.x % 4 > 0 || row >= 2 * SLOTS) continue;
-            const float size = row >= rows ? 0.f : 1 / (CHANGES * (row % 2 ? CHANGES : MOVES));
-            warps[warp][row][0] = size * sum[tile][2 * half];
-            warps[warp][row][1] = size * (sum[tile][2 * half + 1] + low);
-        }
+    for (int v = 0; v < 2 * GROUP; ++v) {
+        const int row = first + v / 2;
+        const float size = row >= CHANGE ? 1.f : row >= rows ? 0.f : row % 2 ? 1 / CHANGES : 1 / MOVES;
+        const double value = size * warp_sum(sum[v / 2][v % 2]);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][v] = value;
+    }
     __syncthreads();
-    if (threadIdx.x < 2 * ROWS) {
+    if (threadIdx.x < 2 * GROUP) {
         double value = 0;
-        for (int w = 0; w < WARPS; ++w) value += warps[w][threadIdx.x / 2][threadIdx.x % 2];
-        sums[(long long)threadIdx.x * gridDim.x + blockIdx.x] = value;
+        for (int warp = 0; warp < WARPS; ++warp) value += warps[warp][threadIdx.x];
+        sums[(2ll * first + threadIdx.x) * gridDim.x + blockIdx.x] = value;
     }
 }
 

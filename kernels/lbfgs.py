@@ -52,9 +52,9 @@ DIVERGED = 1.1  # a loss this many times the lowest one has diverged
 HALVINGS = 4  # of one step, before starting afresh
 HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
 _GPU_SLOTS = GPU_HISTORY + 1
-_GPU_ROWS = 2 * _GPU_SLOTS + 2  # of dot products
-_RESIDENT = 2  # blocks of the dot products on a multiprocessor: more would leave the plan more to add up
-_SPAN = 8 * 32  # elements that a block of the dot products takes at once, as in lbfgs.cu
+_GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 11  # of dot products; those that one block computes
+_RUN = 16  # elements, at least, that a thread adds up in fp32
+_RESIDENT = 2  # blocks of the dot products on a multiprocessor, which one wave of them fills
 
 
 def pairs(history: int | str, gpu: bool) -> int:
@@ -182,7 +182,8 @@ class Lbfgs:
             self._before = torch.zeros(self._count, device=image.device)  # the last gradient times the unit
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
             self._device_state = flat.to(image.device)
-            chunks = min(-(-self._count // _SPAN), _RESIDENT * _cuda.processors(image.device))
+            wave = max(1, _RESIDENT * _cuda.processors(image.device) * _GROUP // _GPU_ROWS)
+            chunks = min(-(-self._count // (_RUN * _cuda.THREADS)), wave)
             self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
             self._recorded = _cuda.Recorded(image.device)
         else:
@@ -229,12 +230,12 @@ class Lbfgs:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
         count, chunks = self._count, self._sums.shape[2]
         size = (count, history.shape[1], self._slots, int(self._boxed))
-        vectors = (history, self._before, image, gradient)
-        _cuda.launch("lbfgs", "lbfgs_dots", (chunks,), *vectors, state, *size, self._sums)
+        grid = (chunks, _GPU_ROWS // _GROUP)
+        _cuda.launch("lbfgs", "lbfgs_dots", grid, history, self._before, image, gradient, state, *size, self._sums)
         sums = (self._sums, chunks, count, self._slots)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
-        moved = (image, gradient, self.best, history, self._before)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(-(-count // 8)),), *moved, state, *size, LARGEST_MOVE)
+        vectors = (image, gradient, self.best, history, self._before)
+        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(-(-count // 8)),), *vectors, state, *size, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows
