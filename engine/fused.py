@@ -68,8 +68,11 @@ class Network:
             return array.as_strided((1, len(array), 1, 1), (len(array), 1, len(array), len(array)))
         if name == "conv1_1.weight":
             array = functional.pad(array, (0, 0, 0, 0, 0, network.COLOURS - array.shape[1]))
-        elif name == "conv1_1.vjp":
+        elif name == "conv1_1.vjp" and spec.precision == "fp32":
             array = functional.pad(array, (0, 0, 0, 0, 0, 0, 0, network.EIGHT - array.shape[0]))
+        elif name == "conv1_1.vjp":
+            taps = array.permute(2, 3, 0, 1).reshape(network.TAPS, -1)
+            return functional.pad(taps, (0, 0, 0, network.FILLED - network.TAPS))
         return array.contiguous(memory_format=torch.channels_last)
 
 
@@ -197,8 +200,7 @@ class Features:
         self.products: kernels.Products | None = None
         self._parameters = weights.parameters(spec)
         self._lock = threading.RLock()
-        # What runs beside the network takes what that leaves free.
-        self._stream, self._beside = kernels.own_stream(self, PLACE, -1), kernels.own_stream(self, PLACE)
+        self._stream, self._beside = (kernels.own_stream(self, PLACE) for _ in range(2))
         self._dtype = DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
         self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
@@ -208,7 +210,7 @@ class Features:
         self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
         pooled = [below.relu for below, conv in itertools.pairwise(spec.convs) if conv.after_pool]
-        fitting = [conv.relu for conv in spec.convs if conv.out_channels in network.CHAINED]
+        fitting = [conv.relu for conv in spec.convs if conv.in_channels == 3 or conv.out_channels == network.CHAINED]
         self.chained = [name for name in spec.layers if name in fitting and name not in pooled] if low else []
         self._terms: dict[str, kernels.Term] = {}  # of the VJP in use
         if not forward_only:
@@ -308,6 +310,14 @@ class Features:
         pooling = ""  # between the incoming cotangent and the layer below
         for conv in reversed(spec.convs):
             relu = self.features[conv.relu]
+            if conv.in_channels == 3 and spec.precision != "fp32":
+                plane = -(-spec.height * spec.width // 8) * 8
+                products = self._rooms[0, : network.TAPS * plane].view(network.TAPS, plane)
+                taps = self._parameters[f"{conv.name}.vjp"]
+                given = self.cotangents, self._terms, incoming, relu, products
+                steps.append(partial(_descend, conv, *given, pooling, taps))
+                steps.append(partial(network.gather, products, self.gradient, spec.padding))
+                return steps
             x = self._room(0, relu.shape)
             if incoming is None and conv.relu not in spec.layers:
                 x = self.cotangents[conv.name]  # the deepest of all
@@ -349,11 +359,15 @@ def _descend(
     relu: Tensor,
     out: Tensor,
     pooling: str,
+    taps: Tensor | None = None,
 ) -> None:
-    """Through the ReLU behind a convolution; `incoming` is what has come down to it."""
+    """Through the ReLU behind a convolution, and with `taps` half of the way through that; `incoming` has come down."""
     term = terms.get(conv.relu)
     own = None if term else cotangents.of(conv.relu)
-    network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term)
+    if taps is None:
+        network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term)
+    else:
+        network.first(incoming, own, cotangents.of(conv.name), relu, taps, out, term)
 
 
 def _make(steps: list[Callable[[], object]]) -> None:

@@ -108,26 +108,25 @@ class _Stream:
         return 0, self._address
 
 
-_free_streams: dict[int, list[torch.cuda.Stream]] = {}
+_free_streams: list[torch.cuda.Stream] = []
 _cupys_streams: list[Any] = []  # CuPy's objects, which would take their streams along
 
 
-def own_stream(owner: object, place: torch.device, priority: int = 0) -> torch.cuda.Stream:
-    """A stream that nobody else has while `owner` lives; 0 is the lowest `priority`, -1 goes before it.
+def own_stream(owner: object, place: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has while `owner` lives.
 
     torch's own come round again after 32, and what one thread queues could find its way into the graph that another one
     captures.
     """
-    free = _free_streams.setdefault(priority, [])
     try:
-        stream = free.pop()
+        stream = _free_streams.pop()
     except IndexError:
         import cupy
 
         with cupy.cuda.Device(place.index):
-            _cupys_streams.append(cupy.cuda.Stream(non_blocking=True, priority=priority))
+            _cupys_streams.append(cupy.cuda.Stream(non_blocking=True))
         stream = torch.cuda.ExternalStream(_cupys_streams[-1].ptr, place)
-    weakref.finalize(owner, free.append, stream).atexit = False
+    weakref.finalize(owner, _free_streams.append, stream).atexit = False
     return stream
 
 

@@ -113,7 +113,6 @@ template <typename T>
 struct Descent {
     const T *incoming, *own, *behind, *features, *content;
     const float* factors;
-    T* out;
     unsigned height, width, channels;
     long long way;
 
@@ -122,9 +121,9 @@ struct Descent {
         return incoming && way == SAME ? load(incoming + (long long)i * EIGHT) : Vector<T, EIGHT>{};
     }
 
-    // Writes the i-th item; `sum` is a further share at the ReLU, `passed` are the features.
-    __device__ void write(unsigned i, const Vector<T, EIGHT>& passed, const Vector<T, EIGHT>& arrived,
-                          float (&sum)[EIGHT]) const {
+    // `sum`, a further share at the ReLU, becomes the i-th item; `passed` are the features.
+    __device__ void finish(unsigned i, const Vector<T, EIGHT>& passed, const Vector<T, EIGHT>& arrived,
+                           float (&sum)[EIGHT]) const {
         const unsigned groups = channels / EIGHT, position = i / groups;
         const long long place = (long long)i * EIGHT;
         if (own) add(sum, own + place);
@@ -152,7 +151,6 @@ struct Descent {
         for (int e = 0; e < EIGHT; ++e)
             if (!(to_float(passed.element[e]) > 0)) sum[e] = 0;
         if (behind) add(sum, behind + place);
-        put(out + place, sum);
     }
 };
 
@@ -162,37 +160,48 @@ __global__ void network_mask(const T* incoming, const T* own, const T* behind, c
                              long long way) {
     const unsigned i = item();
     if (i >= height * width * (channels / EIGHT)) return;
-    const Descent<T> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
+    const Descent<T> descent{incoming, own, behind, features, content, factors, unsigned(height), unsigned(width),
                              unsigned(channels), way};
     const Vector<T, EIGHT> passed = load(features + (long long)i * EIGHT);
     float sum[EIGHT] = {};
-    descent.write(i, passed, descent.arriving(i), sum);
+    descent.finish(i, passed, descent.arriving(i), sum);
+    put(out + (long long)i * EIGHT, sum);
 }
 
 constexpr int POSITIONS = 64, CHANNELS = 64;  // of the product that a block computes at a time, as in network.py
+constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first convolution: places and colours; with zeros
 
-// As network_mask where nothing is pooled, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted (C, C) = LIFT (G - A) is
-// symmetric; C is the number of channels. A block goes through the positions tile by tile, while the next one is on its
-// way; its part of lifted stays in registers. Warps lie 2 x 4 in a tile, each with 32 positions and 16 channels.
+// As network_mask where nothing is pooled, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted
+// (C, C) = LIFT (G - A) is symmetric, or null; C is the number of channels. At the first convolution, which has 64, `out`
+// is not what comes down to it but out (TAPS, plane), its products with taps (FILLED, C): see network_gather.
+//
+// A block goes through the positions tile by tile, while the next one is on its way; its part of lifted stays in registers.
+// Warps lie 2 x 4 in a tile, each with 32 positions and 16 channels, or 8 taps.
 template <typename H, int C>
-__global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const H* incoming, const H* own, const H* behind,
-                                                                          const H* features, const H* content,
-                                                                          const float* factors, H* out, long long height,
-                                                                          long long width, const H* lifted) {
-    constexpr int LINE = C + 8, WIDE = CHANNELS + 8;  // eight rows lie in different banks
+__global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, const H* own, const H* behind,
+                                                            const H* features, const H* content, const float* factors,
+                                                            H* out, long long height, long long width, const H* lifted,
+                                                            const H* taps, long long plane) {
+    constexpr bool FIRST = C == 64;
+    constexpr int LINE = C + 8, WIDE = CHANNELS + 8, TALL = POSITIONS + 8;  // eight rows lie in different banks
     constexpr int GROUPS = CHANNELS / EIGHT, ROWS = THREADS / GROUPS, ITEMS = POSITIONS / ROWS;  // of a thread in a tile
-    __shared__ __align__(16) H tiles[2][POSITIONS * LINE], shares[POSITIONS * WIDE];
+    __shared__ __align__(16) H tiles[2][POSITIONS * LINE], shares[POSITIONS * WIDE], products[FIRST ? FILLED * TALL : 1];
     const unsigned positions = height * width, across = C / CHANNELS, step = gridDim.x / across;
     const unsigned column0 = blockIdx.x % across * CHANNELS, count = (positions + POSITIONS - 1) / POSITIONS;
-    const Descent<H> descent{incoming, own, behind, features, content, factors, out, unsigned(height), unsigned(width),
+    const Descent<H> descent{incoming, own, behind, features, content, factors, unsigned(height), unsigned(width),
                              unsigned(C), SAME};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 4 * 32, column = warp % 4 * 16;
-    const float factor = factors[STYLE];
-    unsigned q[C / 16][4];  // the warp's columns of lifted
-    const H* from = lifted + (column0 + column + lane / 4) * C + lane % 4 * 2;
-    for (int k = 0; k < C / 16; ++k)
-        for (int e = 0; e < 4; ++e)
-            q[k][e] = *reinterpret_cast<const unsigned*>(from + e % 2 * 8 * C + 16 * k + e / 2 * 8);
+    const float factor = lifted ? factors[STYLE] : 0;
+    const auto word = [](const H* from) { return *reinterpret_cast<const unsigned*>(from); };
+    unsigned q[C / 16][4] = {}, w[FIRST ? C / 16 : 1][2] = {};  // the warp's columns of lifted, and of the taps
+    for (int k = 0; k < C / 16 && lifted; ++k)
+        for (int e = 0; e < 4; ++e) {
+            const int line = column0 + column + e % 2 * 8 + lane / 4;
+            q[k][e] = word(lifted + line * C + 16 * k + e / 2 * 8 + lane % 4 * 2);
+        }
+    for (int k = 0; k < C / 16 && FIRST; ++k)
+        for (int e = 0; e < 2; ++e)
+            w[k][e] = word(taps + (column / 2 + lane / 4) * C + 16 * k + 8 * e + lane % 4 * 2);
     const unsigned r0 = threadIdx.x / GROUPS, c = column0 + threadIdx.x % GROUPS * EIGHT;
     const auto position = [&](unsigned tile, int v) { return tile * POSITIONS + r0 + v * ROWS; };
     const auto item_of = [&](unsigned tile, int v) { return (position(tile, v) * C + c) / EIGHT; };
@@ -204,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const 
         }
         end_group();
     };
-    Vector<H, EIGHT> arrived[ITEMS];
+    Vector<H, EIGHT> arrived[ITEMS] = {};
     const auto arrive = [&](unsigned tile) {
         for (int v = 0; v < ITEMS; ++v)
             if (position(tile, v) < positions) arrived[v] = descent.arriving(item_of(tile, v));
@@ -218,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const 
         __syncthreads();  // and nobody reads the other stage any more, nor the shares
         if (tile + step < count) fetch(tile + step, stage ^ 1);
         float sum[2][2][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
-        for (int k = 0; k < C / 16; ++k) {
+        for (int k = 0; k < C / 16 && lifted; ++k) {
             unsigned p[2][4];
             for (int i = 0; i < 2; ++i)
                 load_matrices<false>(p[i], here + (row + 16 * i + lane % 16) * LINE + lane / 16 * 8 + 16 * k);
@@ -236,12 +245,61 @@ __global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const 
         __syncthreads();
         for (int v = 0; v < ITEMS; ++v) {
             if (position(tile, v) >= positions) break;
+            H* place = shares + (r0 + v * ROWS) * WIDE + c - column0;
             float share[EIGHT] = {};
-            add(share, shares + (r0 + v * ROWS) * WIDE + c - column0);
-            descent.write(item_of(tile, v), load(here + (r0 + v * ROWS) * LINE + c), arrived[v], share);
+            add(share, place);
+            descent.finish(item_of(tile, v), load(here + (r0 + v * ROWS) * LINE + c), arrived[v], share);
+            put(FIRST ? place : out + (long long)item_of(tile, v) * EIGHT, share);
         }
         arrive(tile + step);
+        if constexpr (FIRST) {
+            __syncthreads();
+            float products_of_lane[2][4] = {};
+            for (int k = 0; k < C / 16; ++k)
+                for (int i = 0; i < 2; ++i) {
+                    unsigned p[4];
+                    load_matrices<false>(p, shares + (row + 16 * i + lane % 16) * WIDE + lane / 16 * 8 + 16 * k);
+                    mma<H>(products_of_lane[i], p, w[k][0], w[k][1]);
+                }
+            for (int i = 0; i < 2; ++i)
+                for (int e = 0; e < 4; ++e)
+                    store(products + (column / 2 + lane % 4 * 2 + e % 2) * TALL + row + 16 * i + e / 2 * 8 + lane / 4,
+                          products_of_lane[i][e]);
+            __syncthreads();
+            const unsigned tap = threadIdx.x / (POSITIONS / EIGHT), r = threadIdx.x % (POSITIONS / EIGHT) * EIGHT;
+            if (tap < TAPS && tile * POSITIONS + r < positions)
+                *reinterpret_cast<Vector<H, EIGHT>*>(out + tap * plane + tile * POSITIONS + r) =
+                    load(products + tap * TALL + r);
+        }
     }
+}
+
+// products (TAPS, plane) of each position with the first convolution, turned, by place and colour -> gradient (3, height,
+// width): its VJP, and that of network_image.
+template <typename H>
+__global__ void network_gather(const H* products, long long plane, float* gradient, long long height, long long width,
+                               long long padding) {
+    const unsigned i = item(), across = width;
+    if (i >= height * width) return;
+    const long long own_row = i / across, own_column = i % across;
+    float sum[3] = {};
+    // The pixel itself, and what stands for it beyond the border; around each of them the positions that see it.
+    for (const long long row : {-1ll, own_row, height})
+        for (const long long column : {-1ll, own_column, width}) {
+            const bool itself = row == own_row && column == own_column;
+            if (!itself && (padding == ZERO || padding == CIRCULAR ||
+                            (row != own_row && inside(row, height, padding) != own_row) ||
+                            (column != own_column && inside(column, width, padding) != own_column)))
+                continue;
+#pragma unroll
+            for (int place = 0; place < TAPS / 3; ++place) {
+                long long y = row + place / 3 - 1, x = column + place % 3 - 1;
+                if (padding == CIRCULAR) y = inside(y, height, padding), x = inside(x, width, padding);
+                if (y < 0 || y >= height || x < 0 || x >= width) continue;
+                for (int c = 0; c < 3; ++c) sum[c] += to_float(products[(3 * place + c) * plane + y * width + x]);
+            }
+        }
+    for (int c = 0; c < 3; ++c) gradient[c * height * width + i] = sum[c];
 }
 
 // in (height + 2 frame, width + 2 frame, EIGHT) -> gradient (3, height, width): the transpose of network_image.

@@ -15,9 +15,13 @@ PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution se
 COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
 EIGHT = 8  # channels of the gradient as the last convolution writes it; three are of use
 _WAYS = ("", "avg", "max")
-CHAINED = (64, 128)  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
-_POSITIONS, _CHANNELS = 64, 64  # of a tile of that share, as in network.cu
-_RESIDENT = {64: 3, 128: 2}  # blocks on a multiprocessor, likewise
+CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
+TAPS, FILLED = 27, 32  # products of a position with the first convolution: its places and colours; with zeros
+_POSITIONS, _CHANNELS, _RESIDENT = (
+    64,
+    64,
+    2,
+)  # of a tile of that share, and blocks on a multiprocessor, as in network.cu
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -56,17 +60,55 @@ def mask(
     loss it takes 16-bit features with CHAINED channels, and nothing is pooled.
     """
     _, channels, height, width = features.shape
-    content, factors = (term.content, term.factors) if term else (None, None)
-    arguments = (incoming, own, behind, features, content, factors, out, height, width)
-    if term is None or term.lifted is None:
-        _launch("mask", out, out.numel() // EIGHT, *arguments, channels, _WAYS.index(pooling))
+    if term is not None and term.lifted is not None:
+        assert not pooling
+        _style(incoming, own, behind, features, out, term, None)
         return
-    assert not pooling
+    content, factors = (term.content, term.factors) if term else (None, None)
+    size = (height, width, channels, _WAYS.index(pooling))
+    _launch("mask", out, out.numel() // EIGHT, incoming, own, behind, features, content, factors, out, *size)
+
+
+def first(
+    incoming: Tensor | None,
+    own: Tensor | None,
+    behind: Tensor | None,
+    features: Tensor,
+    taps: Tensor,
+    products: Tensor,
+    term: Term | None = None,
+) -> None:
+    """`mask` at the first convolution, for 16-bit features (1, 64, H, W), and half of the VJP of that convolution.
+
+    Writes products (TAPS, plane) of what `mask` would write, at each position, with taps (FILLED, 64), the kernel
+    of the VJP by place, colour and channel; plane is a multiple of 8, at least H W. `gather` is the other half.
+    """
+    _style(incoming, own, behind, features, products, term, taps)
+
+
+def _style(
+    incoming: Tensor | None,
+    own: Tensor | None,
+    behind: Tensor | None,
+    features: Tensor,
+    out: Tensor,
+    term: Term | None,
+    taps: Tensor | None,
+) -> None:
+    _, channels, height, width = features.shape
     across = channels // _CHANNELS
-    columns = _RESIDENT[channels] * _cuda.processors(out.device) // across
-    grid = across * min(columns, -(-height * width // _POSITIONS))
+    columns = min(_RESIDENT * _cuda.processors(out.device) // across, -(-height * width // _POSITIONS))
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
-    _cuda.launch("network", kernel, (grid,), *arguments, term.lifted)
+    content, factors, lifted = (term.content, term.factors, term.lifted) if term else (None, None, None)
+    given = (incoming, own, behind, features, content, factors, out, height, width, lifted, taps)
+    _cuda.launch("network", kernel, (across * columns,), *given, 0 if taps is None else out.shape[1])
+
+
+def gather(products: Tensor, gradient: Tensor, padding: str) -> None:
+    """What `first` leaves -> gradient (1, 3, H, W) fp32, through `centre` as well."""
+    _, _, height, width = gradient.shape
+    size = (height, width, _index(padding))
+    _launch("gather", products, height * width, products, products.shape[1], gradient, *size)
 
 
 def uncentre(source: Tensor, gradient: Tensor, padding: str) -> None:

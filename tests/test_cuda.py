@@ -392,35 +392,63 @@ def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, share
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
-@pytest.mark.parametrize(("channels", "size", "content", "shares"), [
-    (64, (1, 1), False, ""), (64, (9, 31), False, "incoming"), (128, (12, 11), True, "incoming behind"),
-    (128, (2, 65), True, "incoming own"), (64, (40, 41), True, "incoming"),
+@pytest.mark.parametrize(("channels", "size", "style", "content", "shares"), [
+    (64, (1, 1), True, False, ""), (64, (9, 31), True, False, "incoming"),
+    (128, (12, 11), True, True, "incoming behind"), (128, (2, 65), True, True, "incoming own"),
+    (64, (40, 41), False, True, "incoming own behind"),
 ])  # fmt: skip
-def test_style_and_content_join_the_cotangent_on_its_way(host, dtype, channels, size, content, shares):
+def test_style_and_content_join_the_cotangent_on_its_way(host, dtype, channels, size, style, content, shares):
     """What a `Term` stands for, made behind the mask, is what the cotangent in memory of its own gives there."""
     shape = (1, channels, *size)
     relu = channels_last(random(*shape).relu(), dtype)
     flat = relu.flatten(2)[0]
-    target = channels_last(random(*shape, seed=1).relu(), dtype).flatten(2)[0] if content else None
-    style = torch.from_numpy(gram_reference(numbers(random(channels, 40, seed=2)))).float()
-    layers = Layers({"only": Layer(flat, None, target, style)}, 20.0, 300.0)
+    wanted = channels_last(random(*shape, seed=1).relu(), dtype).flatten(2)[0] if content else None
+    gram = torch.from_numpy(gram_reference(numbers(random(channels, 40, seed=2)))).float() if style else None
+    layers = Layers({"only": Layer(flat, None, wanted, gram)}, 20.0, 300.0)
     layers.losses()
     layers.gradients()
     names = ("incoming", "own", "behind")
     given = {name: channels_last(random(*shape, seed=3 + i), dtype) for i, name in enumerate(shares.split())}
-    found, truth = (channels_last(torch.full(shape, torch.nan), dtype) for _ in range(2))
-    network.mask(*map(given.get, names), relu, found, term=layers.term("only"))
     exact, scale = numbers(flat), float(layers.scale)
-    cotangent = 300 * scale * style_gradient_reference(exact, gram_reference(exact), numbers(style))
+    cotangent = np.zeros_like(exact)
+    if style:
+        cotangent += 300 * scale * style_gradient_reference(exact, gram_reference(exact), numbers(gram))
     if content:
-        cotangent += 20 * scale * content_gradient_reference(exact, numbers(target))
+        cotangent += 20 * scale * content_gradient_reference(exact, numbers(wanted))
     own = torch.from_numpy(cotangent).float().view(shape)
     own = own + given["own"].float() if "own" in given else own
-    own = own.contiguous(memory_format=torch.channels_last)
     wide = {name: channels_last(each, SINGLE) for name, each in (given | {"own": own}).items()}
-    truth = channels_last(truth, SINGLE)
+    truth = channels_last(torch.full(shape, torch.nan), SINGLE)
     network.mask(*map(wide.get, names), channels_last(relu, SINGLE), truth)
-    assert error(found, numbers(truth)) < 2 * ROUNDING[dtype]
+    if channels == 64:  # its products with the first convolution
+        taps = random(network.FILLED, 64, seed=9, dtype=dtype)
+        plane = -(-size[0] * size[1] // 8) * 8
+        found = torch.full((network.TAPS, plane), torch.nan, dtype=dtype)
+        network.first(*map(given.get, names), relu, taps, found, layers.term("only"))
+        found, truth = found[:, : size[0] * size[1]], taps[: network.TAPS].double() @ truth.double().flatten(2)[0]
+    else:
+        found = channels_last(torch.full(shape, torch.nan), dtype)
+        network.mask(*map(given.get, names), relu, found, term=layers.term("only"))
+    assert error(found, numbers(truth)) < 3 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("padding", network.PADDINGS)
+@pytest.mark.parametrize("size", [(2, 3), (13, 29)])
+def test_the_first_convolution_is_undone_from_its_products(host, dtype, padding, size):
+    """Against autograd of torch's convolution of the framed image, for products of whole cotangents."""
+    image, _, framed = image_of(padding, size)
+    kernel = random(64, 3, 3, 3, dtype=torch.float64)
+    cotangent = random(1, 64, *size, seed=4, dtype=torch.float64)
+    out = torch.nn.functional.conv2d(framed, kernel, padding=int(padding == "zero"))
+    (truth,) = torch.autograd.grad(out, image, cotangent)
+    taps = kernel.flip(2, 3).permute(2, 3, 1, 0).reshape(network.TAPS, 64)
+    plane = -(-size[0] * size[1] // 8) * 8
+    products = torch.full((network.TAPS, plane), torch.nan, dtype=dtype)
+    products[:, : size[0] * size[1]] = (taps @ cotangent.flatten(2)[0]).to(dtype)
+    gradient = torch.full(image.shape, torch.nan)
+    network.gather(products, gradient, padding)
+    assert error(gradient, numbers(truth)) < 2 * ROUNDING[dtype]
 
 
 def test_a_picture_that_tiles_sees_its_other_side(host):
