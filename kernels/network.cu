@@ -275,31 +275,38 @@ __global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, c
 }
 
 // products (TAPS, plane) of each position with the first convolution, turned, by place and colour -> gradient (3, height,
-// width): its VJP, and that of network_image.
+// width): its VJP, and that of network_image. TAPS planes are below 2^31.
 template <typename H>
 __global__ void network_gather(const H* products, long long plane, float* gradient, long long height, long long width,
                                long long padding) {
-    const unsigned i = item(), across = width;
-    if (i >= height * width) return;
-    const long long own_row = i / across, own_column = i % across;
+    const int tall = height, across = width, step = plane, i = item();
+    if (i >= tall * across) return;
+    const int own_row = i / across, own_column = i % across;
     float sum[3] = {};
-    // The pixel itself, and what stands for it beyond the border; around each of them the positions that see it.
-    for (const long long row : {-1ll, own_row, height})
-        for (const long long column : {-1ll, own_column, width}) {
-            const bool itself = row == own_row && column == own_column;
-            if (!itself && (padding == ZERO || padding == CIRCULAR ||
-                            (row != own_row && inside(row, height, padding) != own_row) ||
-                            (column != own_column && inside(column, width, padding) != own_column)))
-                continue;
+    // What the positions around a place, of the image or of its frame, have for it.
+    const auto collect = [&](int row, int column) {
 #pragma unroll
-            for (int place = 0; place < TAPS / 3; ++place) {
-                long long y = row + place / 3 - 1, x = column + place % 3 - 1;
-                if (padding == CIRCULAR) y = inside(y, height, padding), x = inside(x, width, padding);
-                if (y < 0 || y >= height || x < 0 || x >= width) continue;
-                for (int c = 0; c < 3; ++c) sum[c] += to_float(products[(3 * place + c) * plane + y * width + x]);
+        for (int place = 0; place < TAPS / 3; ++place) {
+            int y = row + place / 3 - 1, x = column + place % 3 - 1;
+            if (padding == CIRCULAR) {
+                y += y < 0 ? tall : y >= tall ? -tall : 0;
+                x += x < 0 ? across : x >= across ? -across : 0;
             }
+            const bool seen = 0 <= y && y < tall && 0 <= x && x < across;
+            const H* from = products + 3 * place * step + (seen ? y * across + x : 0);
+            for (int c = 0; c < 3; ++c) sum[c] += seen ? to_float(from[c * step]) : 0.f;
         }
-    for (int c = 0; c < 3; ++c) gradient[c * height * width + i] = sum[c];
+    };
+    collect(own_row, own_column);
+    const bool inner = own_row > 1 && own_row + 2 < tall && own_column > 1 && own_column + 2 < across;
+    if (!inner && (padding == REFLECT || padding == REPLICATE))
+        for (const int row : {-1, own_row, tall})  // what stands for the pixel beyond the border
+            for (const int column : {-1, own_column, across})
+                if ((row != own_row || column != own_column) &&
+                    (row == own_row || inside(row, height, padding) == own_row) &&
+                    (column == own_column || inside(column, width, padding) == own_column))
+                    collect(row, column);
+    for (int c = 0; c < 3; ++c) gradient[c * tall * across + i] = sum[c];
 }
 
 // in (height + 2 frame, width + 2 frame, EIGHT) -> gradient (3, height, width): the transpose of network_image.
