@@ -20,11 +20,12 @@ from engine.export.weights import Weights
 
 @dataclass(frozen=True)
 class Variant:
-    """How the network is run; `autocast` is bf16 on a CPU and fp16 on a GPU."""
+    """How the network is run; `autocast` is bf16 on a CPU and fp16 on a GPU, `mode` that of torch.compile on a GPU."""
 
     channels_last: bool = False
     autocast: bool = False
     compiled: bool = False
+    mode: str = "max-autotune"
     dtype: torch.dtype = torch.float32  # of the parameters and of the loss
 
 
@@ -34,6 +35,7 @@ VARIANTS = {
     "autocast": Variant(channels_last=True, autocast=True),
     "compile": Variant(compiled=True),
     "compile-autocast": Variant(channels_last=True, autocast=True, compiled=True),
+    "compile-graphs": Variant(channels_last=True, autocast=True, compiled=True, mode="reduce-overhead"),  # for a GPU
     "float64": Variant(dtype=torch.float64),
 }
 SCALE = 2.0**12  # of the loss that is optimised: keeps L-BFGS off torch's absolute thresholds, fp16 cotangents off zero
@@ -60,7 +62,7 @@ class Baseline:
             self._targets = {layer: features[layer] for layer in self._config.content_layer_weights}
             features = self._features(self._place(style))
             self._grams = {layer: _gram(features[layer]) for layer in self._config.style_layer_weights}
-        mode = "max-autotune" if self._device.type == "cuda" else None
+        mode = self._variant.mode if self._device.type == "cuda" else None
         self._objective = torch.compile(self._loss, mode=mode) if self._variant.compiled else self._loss
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:

@@ -409,5 +409,6 @@ SECTIONS: dict[str, Callable[[Rows, str], None]] = {
     "our-part": our_part,
     "runs": runs,
     **{f"iteration-{size}": partial(iteration, size=size) for size in (256, 512, 1024, 2048)},
-    "compiled-512": partial(iteration, size=512, names=("eager", "compile-autocast", "engine-cudnn-fp16")),
+    "compiled-512": partial(iteration, size=512, names=("eager", "compile-graphs", "engine-cudnn-fp16")),
+    "autotuned-512": partial(iteration, size=512, names=("eager", "compile-autocast", "engine-cudnn-fp16")),
 }
