@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

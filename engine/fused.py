@@ -190,7 +190,10 @@ class _Convolution:
 
 
 class Features:
-    """The two passes of one `spec` (see `features.Features`), each replayed as a CUDA graph; all ReLU outputs stay."""
+    """The two passes of one `spec` (see `features.Features`); all ReLU outputs stay.
+
+    Each is replayed as a CUDA graph, but for a forward pass that is read meanwhile: that is part of a larger graph.
+    """
 
     recordable = True
 
@@ -216,6 +219,8 @@ class Features:
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = _Cotangents(self.features, spec.layers)
+            for name in {*spec.layers}.difference(self.chained):
+                self.cotangents.of(name)
         # All of the memory above comes from the stream of the caller, to be of use to its next network.
         with on_stream(self._stream):
             self._library = _Library(self._stream)
@@ -247,11 +252,13 @@ class Features:
         fork, ours = dict(self._ready)[others[-1]] if others else 0, torch.cuda.current_stream(PLACE)
         _make(self._forward[:fork])
         self._beside.wait_stream(ours)
-        with torch.cuda.stream(self._beside):
-            if others:
-                read(tuple(others))
-        _make(self._forward[fork:])
-        ours.wait_stream(self._beside)
+        try:
+            with torch.cuda.stream(self._beside):
+                if others:
+                    read(tuple(others))
+            _make(self._forward[fork:])
+        finally:  # after an error as well, as memory may be given back
+            ours.wait_stream(self._beside)
         read((deepest,))
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:

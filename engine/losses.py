@@ -69,7 +69,8 @@ class Objective:
             plain = [] if config.style_loss != "gram" else [each for each in regions if each.mask is None]
             target = plain[0].statistics[name].matrix if plain and name in config.style_layer_weights else None
             views = target is None and name in config.style_layer_weights and bool(regions)
-            self._direct(terms, name, given, target, config, chained=name in network.chained and not views)
+            chained = name in network.chained and given is None and not views
+            self._direct(terms, name, given, target, config, chained)
             if views:
                 for i, region in enumerate(regions):
                     self._viewed(terms, f"{name} {i}", name, region, config)

@@ -5,7 +5,8 @@
 
 // layers: writes `partial` of `count` ones from `begin` on, whose blocks are those from `start` on of a launch for all.
 template <typename T, bool NHWC>
-__global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long long begin, long long count, long long start) {
+__global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long long begin, long long count,
+                                                   long long start) {
     const long long block = start + blockIdx.x;
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::gram_block, block)];
     const long long C = layer.channels, M = layer.positions;

@@ -1,8 +1,8 @@
 """Style and content losses of all layers of a network and their gradients, computed together.
 
-On a GPU every step is one launch for all layers: the blocks look their layer up in a table. The Gram products run on
-the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same order, so within a process the
-same features give the same bits.
+On a GPU a step is one launch for all layers, or for those that are measured together: the blocks look their layer up in
+a table. The Gram products run on the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same
+order, so within a process the same features give the same bits.
 
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
 shapes. For the cotangents it reads its factor from the device, and adds to the content's share. A layer that has no
@@ -18,7 +18,7 @@ a cotangent below two in the root mean square overflows fp16 as long as C M < 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -93,15 +93,14 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """What a cotangent is made of, on a GPU: factors[1] lifted F + factors[2] (F - content), as in layers.cuh.
+    """What the cotangent of a style layer is made of, on a GPU: factors[1] lifted F, as in layers.cuh.
 
     `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses` and
-    `Layers.gradients`; `content` (C, M) is P. None is no style or no content loss.
+    `Layers.gradients`; None stands for zeros.
     """
 
     factors: Tensor
     lifted: Tensor | None
-    content: Tensor | None
 
 
 class Layers:
@@ -146,11 +145,11 @@ class Layers:
         self.measure(self.names)
         self.conclude()
 
-    def measure(self, names: Collection[str]) -> None:
-        """Take the features of these layers, neighbours in the order of all, into account; see `conclude`."""
-        first = self.names.index(next(iter(names)))
+    def measure(self, names: Sequence[str]) -> None:
+        """Take the features of these layers, which follow each other in `names`, into account; see `conclude`."""
+        first = self.names.index(names[0])
         part = slice(first, first + len(names))
-        assert set(self.names[part]) == set(names)
+        assert self.names[part] == tuple(names)
         if not self.terms.is_cuda:
             for i in range(part.start, part.stop):
                 self._measured[i] = self._measure_cpu(self._layers[i], self._differences[i])
@@ -202,10 +201,9 @@ class Layers:
         _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
 
     def term(self, name: str) -> Term:
-        """What the cotangent of a layer is made of: for one that has no memory for it."""
+        """What the cotangent of a style layer is made of: for one without a content loss, and without memory for it."""
         i = self.names.index(name)
-        factors = self._factors[1 + _FACTORS * i :][:_FACTORS]
-        return Term(factors, self._lifted[i], self._layers[i].content)
+        return Term(self._factors[1 + _FACTORS * i :][:_FACTORS], self._lifted[i])
 
     def gradients(self, names: Collection[str] | None = None) -> None:
         """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""

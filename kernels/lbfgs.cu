@@ -24,8 +24,8 @@ __device__ inline int rows_in_use(const State& state, long long slots) {
     return state.moved ? 2 * used : 0;
 }
 
-// The history is kept in 16 bits, as numbers of the size of one times these powers of two. Moves are bounded, and changes
-// of a gradient whose root mean square was one at first stay below 1000.
+// The history is kept in 16 bits, times these powers of two. Moves are bounded; changes of the gradient, whose root mean
+// square was one at first, are cut off at 1023.
 constexpr float MOVES = 1 << 19, CHANGES = 1 << 6, LARGEST = 65504;
 constexpr int EIGHT = 8;  // elements that a thread takes at once
 using Eight = Vector<__half, EIGHT>;

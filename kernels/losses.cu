@@ -58,7 +58,8 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
 // Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, or in |F - P|^2; of
 // `count` layers from `begin` on, whose blocks are those from `start` on of a launch for all.
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, long long begin, long long count, long long start, double* sums) {
+__global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, long long begin, long long count,
+                                                           long long start, double* sums) {
     const long long block = start + blockIdx.x;
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
     const long long C = layer.channels, M = layer.positions;

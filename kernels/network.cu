@@ -104,15 +104,14 @@ __device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsi
 }
 
 // What comes down to a convolution, all (height, width, channels):
-//     out = (features > 0) (spread(incoming) + own + CONTENT (features - content)) + behind
+//     out = (features > 0) (spread(incoming) + own) + behind
 // incoming comes from above, for AVERAGE and LARGEST (height / 2, width / 2, channels) from above the pooling: each of its
 // values goes to all four features that it pools, or to the first of the largest. own is the losses' share at the ReLU,
-// behind that at the convolution behind it, on the way back; content are targets at the ReLU, with the factors of
-// layers.cuh. All but features and out may be null. Items are eight channels of a position.
+// behind that at the convolution behind it, on the way back. All but features and out may be null. Items are eight channels
+// of a position.
 template <typename T>
 struct Descent {
-    const T *incoming, *own, *behind, *features, *content;
-    const float* factors;
+    const T *incoming, *own, *behind, *features;
     unsigned height, width, channels;
     long long way;
 
@@ -127,12 +126,6 @@ struct Descent {
         const unsigned groups = channels / EIGHT, position = i / groups;
         const long long place = (long long)i * EIGHT;
         if (own) add(sum, own + place);
-        if (content) {
-            const Vector<T, EIGHT> wanted = load(content + place);
-            const float factor = factors[CONTENT];
-            for (int e = 0; e < EIGHT; ++e)
-                sum[e] += factor * (to_float(passed.element[e]) - to_float(wanted.element[e]));
-        }
         if (incoming && way == SAME)
             for (int e = 0; e < EIGHT; ++e) sum[e] += to_float(arrived.element[e]);
         if (incoming && way != SAME) {
@@ -155,13 +148,11 @@ struct Descent {
 };
 
 template <typename T>
-__global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, const T* content,
-                             const float* factors, T* out, long long height, long long width, long long channels,
-                             long long way) {
+__global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, T* out,
+                             long long height, long long width, long long channels, long long way) {
     const unsigned i = item();
     if (i >= height * width * (channels / EIGHT)) return;
-    const Descent<T> descent{incoming, own, behind, features, content, factors, unsigned(height), unsigned(width),
-                             unsigned(channels), way};
+    const Descent<T> descent{incoming, own, behind, features, unsigned(height), unsigned(width), unsigned(channels), way};
     const Vector<T, EIGHT> passed = load(features + (long long)i * EIGHT);
     float sum[EIGHT] = {};
     descent.finish(i, passed, descent.arriving(i), sum);
@@ -179,8 +170,8 @@ constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first 
 // Warps lie 2 x 4 in a tile, each with 32 positions and 16 channels, or 8 taps.
 template <typename H, int C>
 __global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, const H* own, const H* behind,
-                                                            const H* features, const H* content, const float* factors,
-                                                            H* out, long long height, long long width, const H* lifted,
+                                                            const H* features, H* out, long long height,
+                                                            long long width, const float* factors, const H* lifted,
                                                             const H* taps, long long plane) {
     constexpr bool FIRST = C == 64;
     constexpr int LINE = C + 8, WIDE = CHANNELS + 8, TALL = POSITIONS + 8;  // eight rows lie in different banks
@@ -188,8 +179,7 @@ __global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, c
     __shared__ __align__(16) H tiles[2][POSITIONS * LINE], shares[POSITIONS * WIDE], products[FIRST ? FILLED * TALL : 1];
     const unsigned positions = height * width, across = C / CHANNELS, step = gridDim.x / across;
     const unsigned column0 = blockIdx.x % across * CHANNELS, count = (positions + POSITIONS - 1) / POSITIONS;
-    const Descent<H> descent{incoming, own, behind, features, content, factors, unsigned(height), unsigned(width),
-                             unsigned(C), SAME};
+    const Descent<H> descent{incoming, own, behind, features, unsigned(height), unsigned(width), unsigned(C), SAME};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 4 * 32, column = warp % 4 * 16;
     const float factor = lifted ? factors[STYLE] : 0;
     const auto word = [](const H* from) { return *reinterpret_cast<const unsigned*>(from); };
@@ -204,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, c
             w[k][e] = word(taps + (column / 2 + lane / 4) * C + 16 * k + 8 * e + lane % 4 * 2);
     const unsigned r0 = threadIdx.x / GROUPS, c = column0 + threadIdx.x % GROUPS * EIGHT;
     const auto position = [&](unsigned tile, int v) { return tile * POSITIONS + r0 + v * ROWS; };
-    const auto item_of = [&](unsigned tile, int v) { return (position(tile, v) * C + c) / EIGHT; };
+    const auto item_of = [&](unsigned tile, int v) { return position(tile, v) * (C / EIGHT) + c / EIGHT; };
     const auto fetch = [&](unsigned tile, int stage) {
         for (int i = threadIdx.x; i < POSITIONS * C / EIGHT; i += THREADS) {
             const unsigned r = i / (C / EIGHT), k = i % (C / EIGHT) * EIGHT, place = tile * POSITIONS + r;
@@ -275,11 +265,11 @@ __global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, c
 }
 
 // products (TAPS, plane) of each position with the first convolution, turned, by place and colour -> gradient (3, height,
-// width): its VJP, and that of network_image. TAPS planes are below 2^31.
+// width): its VJP, and that of network_image.
 template <typename H>
 __global__ void network_gather(const H* products, long long plane, float* gradient, long long height, long long width,
                                long long padding) {
-    const int tall = height, across = width, step = plane, i = item();
+    const int tall = height, across = width, i = item();
     if (i >= tall * across) return;
     const int own_row = i / across, own_column = i % across;
     float sum[3] = {};
@@ -293,8 +283,8 @@ __global__ void network_gather(const H* products, long long plane, float* gradie
                 x += x < 0 ? across : x >= across ? -across : 0;
             }
             const bool seen = 0 <= y && y < tall && 0 <= x && x < across;
-            const H* from = products + 3 * place * step + (seen ? y * across + x : 0);
-            for (int c = 0; c < 3; ++c) sum[c] += seen ? to_float(from[c * step]) : 0.f;
+            const H* from = products + 3 * place * plane + (seen ? y * across + x : 0);
+            for (int c = 0; c < 3; ++c) sum[c] += seen ? to_float(from[c * plane]) : 0.f;
         }
     };
     collect(own_row, own_column);
@@ -306,7 +296,7 @@ __global__ void network_gather(const H* products, long long plane, float* gradie
                     (row == own_row || inside(row, height, padding) == own_row) &&
                     (column == own_column || inside(column, width, padding) == own_column))
                     collect(row, column);
-    for (int c = 0; c < 3; ++c) gradient[c * tall * across + i] = sum[c];
+    for (int c = 0; c < 3; ++c) gradient[c * height * width + i] = sum[c];
 }
 
 // in (height + 2 frame, width + 2 frame, EIGHT) -> gradient (3, height, width): the transpose of network_image.

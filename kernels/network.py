@@ -17,11 +17,8 @@ EIGHT = 8  # channels of the gradient as the last convolution writes it; three a
 _WAYS = ("", "avg", "max")
 CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
 TAPS, FILLED = 27, 32  # products of a position with the first convolution: its places and colours; with zeros
-_POSITIONS, _CHANNELS, _RESIDENT = (
-    64,
-    64,
-    2,
-)  # of a tile of that share, and blocks on a multiprocessor, as in network.cu
+_POSITIONS, _CHANNELS = 64, 64  # of a tile of that share, as in network.cu
+_RESIDENT = 2  # blocks on a multiprocessor that make it, likewise
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -56,17 +53,16 @@ def mask(
     `incoming` has come from above, (1, C, H, W) or with `pooling` (1, C, H / 2, W / 2). With avg each of its values
     goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
     weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
-    `out` may be `incoming` if nothing is pooled. `term` is what the losses add at the ReLU, not made yet; with a style
-    loss it takes 16-bit features with CHAINED channels, and nothing is pooled.
+    `out` may be `incoming` if nothing is pooled. `term` is what the style loss adds at the ReLU, not made yet, for
+    16-bit features with CHAINED channels where nothing is pooled.
     """
-    _, channels, height, width = features.shape
     if term is not None and term.lifted is not None:
         assert not pooling
         _style(incoming, own, behind, features, out, term, None)
         return
-    content, factors = (term.content, term.factors) if term else (None, None)
+    _, channels, height, width = features.shape
     size = (height, width, channels, _WAYS.index(pooling))
-    _launch("mask", out, out.numel() // EIGHT, incoming, own, behind, features, content, factors, out, *size)
+    _launch("mask", out, out.numel() // EIGHT, incoming, own, behind, features, out, *size)
 
 
 def first(
@@ -99,8 +95,8 @@ def _style(
     across = channels // _CHANNELS
     columns = min(_RESIDENT * _cuda.processors(out.device) // across, -(-height * width // _POSITIONS))
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
-    content, factors, lifted = (term.content, term.factors, term.lifted) if term else (None, None, None)
-    given = (incoming, own, behind, features, content, factors, out, height, width, lifted, taps)
+    factors, lifted = (term.factors, term.lifted) if term else (None, None)
+    given = (incoming, own, behind, features, out, height, width, factors, lifted, taps)
     _cuda.launch("network", kernel, (across * columns,), *given, 0 if taps is None else out.shape[1])
 
 

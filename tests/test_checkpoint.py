@@ -215,7 +215,7 @@ def test_round_trip_and_metadata_without_pickle():
     assert torch.equal(checkpoint.tensors["image"], torch.arange(6.0).view(2, 3))
     checkpoint.check({"size": 48, "layers": ("relu1_1",)})
     header = json.loads(small()[8 : 8 + int.from_bytes(small()[:8], "little")])
-    assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 1
+    assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 2
 
 
 @settings(max_examples=100, deadline=None)
@@ -245,8 +245,8 @@ def test_anything_else_is_a_value_error(data):
 def test_a_later_format_is_refused(monkeypatch):
     from engine import checkpoint
 
-    monkeypatch.setattr(checkpoint, "_FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "_FORMAT", 3)
     later = small()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match="format 3"):
         load(later)
