@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from engine.export.weights import Weights
 from engine.export.weights import load as load_weights
 
 from .baseline import VARIANTS, Baseline
+
+if TYPE_CHECKING:
+    from engine.optimize import Iterate
 
 ENGINES = {
     "engine-cpu": ("cpu", "fp32"),
@@ -102,13 +105,17 @@ class Engine:
 
     def iterate(self, start: Tensor) -> Iterator[float]:
         """On a GPU the loss is waited for: the times are those of finished iterations."""
+        for iterate in self.iterates(start):
+            yield iterate.loss
+
+    def iterates(self, start: Tensor) -> Iterator[Iterate]:
+        """The loop: nobody waits for a loss unless the caller reads it."""
         from engine.features import within
         from engine.optimize import State, minimise
 
         options = {"clamp": self._clamp, "recordable": self._objective.recordable}
         run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State(), **options)
-        for iterate in within(self._objective.network, run):
-            yield iterate.loss
+        return within(self._objective.network, run)
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import BackendError, kernels, provider
 from engine.export import vgg
-from engine.features import DTYPES, Features, within
+from engine.features import DTYPES, Features
 from engine.kernels.lbfgs import GPU_HISTORY
 from engine.optimize import State, minimise
 from engine.stylizer import Stylizer
@@ -254,10 +254,9 @@ def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, siz
     for name in engines:
         own_device, precision = cases.ENGINES[name]
         with rows.attempt(name):
-            engine = cases.build(name, problem)
+            engine = cases.Engine(problem, *cases.ENGINES[name])
             loss, gradient = engine.loss_and_gradient(point)
             errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
-            assert isinstance(engine, cases.Engine)
             errors["replay_error"] = replay_error(engine, problem)
             limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
             passed = errors["gradient_error"] < limit and errors["loss_error"] < VALUE_ERROR[precision]
@@ -289,17 +288,6 @@ def replay_error(engine: cases.Engine, problem: cases.Problem, points: int = 6) 
     return worst
 
 
-def iterates(name: str, problem: cases.Problem, optimizer: str = "lbfgs") -> Iterator[object]:
-    """The loop of an engine, whose losses nobody reads."""
-    engine = cases.build(name, problem)
-    assert isinstance(engine, cases.Engine)
-    objective = engine._objective
-    start = problem.start.to(objective.network.image.device)
-    options = {"clamp": problem.config.clamp, "recordable": objective.recordable}
-    run = minimise(objective.write, start, optimizer, 10**4, State(), **options)
-    return within(objective.network, run)
-
-
 def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: int = 256, count: int = 10) -> None:
     """After the warm-up an iteration makes the host wait for nothing and allocates nothing on the device."""
     problem = cases.load(size, device=device)
@@ -308,7 +296,7 @@ def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: in
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     for name in engines:
         with rows.attempt(name):
-            running = iterates(name, problem)
+            running = cases.Engine(problem, *cases.ENGINES[name]).iterates(problem.start)
             for _ in islice(running, 8):  # sessions and kernels are captured in the third
                 pass
             machine.now(device)
@@ -330,25 +318,23 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = TIMED[2:], size: 
     problem = cases.load(size, device=device)
     for name in engines:
         with rows.attempt(name):
-            running = iterates(name, problem)
+            engine = cases.Engine(problem, *cases.ENGINES[name])
+            running = engine.iterates(problem.start)
             for _ in islice(running, GPU_HISTORY + 2):  # a full history
                 pass
             whole = seconds(partial(next, running), device, calls=20)
-            engine = cases.build(name, problem)
-            assert isinstance(engine, cases.Engine)
             alone = network_alone(engine._objective.network)
             network = seconds(recorded(alone, device), device, calls=20)
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
 
 def network_alone(network: Features) -> Callable[[], None]:
-    """Both passes with cotangents that nobody writes: the VJP of a network that can make them does not, but for one."""
+    """Both passes with cotangents that nobody writes; those that the VJP can make are zero, but for the deepest."""
     nothing = kernels.Term(torch.zeros(3, device=network.image.device), None)
-    terms = dict.fromkeys(network.chained, nothing)
+    terms = {name: nothing for name in network.chained if name != network.spec.layers[-1]}
     network.image.uniform_()
     for name in network.spec.layers:
-        if name not in terms or name == network.spec.layers[-1]:
-            terms.pop(name, None)
+        if name not in terms:
             network.cotangents[name].normal_()
 
     def both() -> None:

@@ -219,8 +219,9 @@ class Features:
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = _Cotangents(self.features, spec.layers)
-            for name in {*spec.layers}.difference(self.chained):
-                self.cotangents.of(name)
+            for name in spec.layers:
+                if name not in self.chained:
+                    self.cotangents.of(name)
         # All of the memory above comes from the stream of the caller, to be of use to its next network.
         with on_stream(self._stream):
             self._library = _Library(self._stream)

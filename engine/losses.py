@@ -141,10 +141,11 @@ class Objective:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""
         if with_gradient and self._gradient is None:  # the same memory each time: the launches are replayed then
             self._gradient = torch.empty_like(self.network.image)
+        gradient = self._gradient if with_gradient else None
         with self.network.use():
-            self.write(pixels, self._gradient if with_gradient else None)
+            self.write(pixels, gradient)
             total, content, tv, *values = self._layers.terms.clone().unbind()
-            gradient = self._gradient.clone() if with_gradient and self._gradient is not None else None
+            gradient = None if gradient is None else gradient.clone()
         style: dict[str, Tensor] = {}
         for term, value in zip(self._layers.names, values, strict=True):
             if term in self._shares:

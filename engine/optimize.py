@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,12 +155,10 @@ def minimise(
             runner.step()
 
     # Adam's steps differ by their number.
-    recorded = kernels.Recorded(image.device) if recordable and optimizer == "lbfgs" else None
+    graph = kernels.Recorded(image.device) if recordable and optimizer == "lbfgs" else None
+    step = partial(graph, advance) if graph else advance
     for i in range(len(queued), iterations):
-        if recorded is None:
-            advance()
-        else:
-            recorded(advance)
+        step()
         losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
         if isinstance(runner, kernels.Adam):

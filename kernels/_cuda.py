@@ -30,8 +30,12 @@ ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__
 _CUBLAS_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType, then cuBLAS's own numbers
 _ON_HOST, _ON_DEVICE, _AS_IT_IS, _IN_FP32, _ANY_ALGORITHM = 0, 1, 0, 68, -1
 _PLAIN_MATH, _FULL_REDUCTION = 0, 16
-_CHOICES = {"typename T": tuple(ELEMENTS.values()), "typename H": tuple(ELEMENTS.values())[1:]}
-_CHOICES |= {"bool NHWC": ("false", "true"), "int C": ("64", "128")}
+_CHOICES = {
+    "typename T": tuple(ELEMENTS.values()),
+    "typename H": tuple(ELEMENTS.values())[1:],  # of 16 bits
+    "bool NHWC": ("false", "true"),
+    "int C": ("64", "128"),
+}
 
 
 def text(file: str) -> str:

@@ -2,8 +2,8 @@
 
 #include "tiles.cuh"
 
-// layers (gridDim.y,): `lifted` of style layers, and CONTENT (F - P) as the `cotangent` of content layers that have one.
-// cuBLAS adds STYLE `lifted` F to that; without a cotangent the VJP does all of it where it needs it (network.cu).
+// layers (gridDim.y,): `lifted` of style layers, and CONTENT (F - P) as the `cotangent` of content layers. cuBLAS adds
+// STYLE `lifted` F to that; for a layer without a cotangent the VJP does it where it needs it (network.cu).
 template <typename T>
 __global__ void lifted_differences(const Layer* layers, const float* factors) {
     const Layer& layer = layers[blockIdx.y];
@@ -13,7 +13,7 @@ __global__ void lifted_differences(const Layer* layers, const float* factors) {
     if (layer.target)
         for (long long i = first; i < layer.channels * layer.channels; i += step)
             store(static_cast<T*>(layer.lifted) + i, lift * layer.difference[i]);
-    if (!layer.content || !layer.cotangent) return;
+    if (!layer.content) return;
     constexpr int WIDE = 16 / sizeof(T);
     using Wide = Vector<T, WIDE>;
     const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);

@@ -11,8 +11,8 @@ s_k, the y_k and g. Each evaluation takes three passes:
 The history is a ring of some pairs and the one being made: row 2k holds s_k, row 2k + 1 holds y_k, and of
 the pair being made the move and minus the gradient before it. A pair counts if the curvature s y is positive. On a GPU
 the rows are fp16, which halves the bytes that a step reads, and the gradient before is kept beside them in fp32; a y_k
-is rounded before anything is computed with it, so the products are those of the rows kept. Over 300 iterations the
-lowest loss moves by 0.1 to 0.6 %, either way.
+is rounded before anything is computed with it, so the products are those of the rows kept. With rows rounded
+like that on a CPU the lowest loss of 300 iterations moves by 0.1 to 0.6 %, either way (bundled pair, 128 pixels).
 
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
@@ -53,6 +53,7 @@ HALVINGS = 4  # of one step, before starting afresh
 HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
 _GPU_SLOTS = GPU_HISTORY + 1
 _GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 11  # of dot products; those that one block computes
+_AT_ONCE = 8  # elements that a thread reads at once, as in lbfgs.cu
 _RUN = 16  # elements, at least, that a thread adds up in fp32
 _RESIDENT = 2  # blocks of the dot products on a multiprocessor, which one wave of them fills
 
@@ -176,8 +177,7 @@ class Lbfgs:
         rows = 2 * self._slots
         self._state = initial_state(_GPU_SLOTS if image.is_cuda else self._slots)
         if image.is_cuda:
-            # 16 bytes are read at a time, beyond the last element as well.
-            width = -(-self._count // 8) * 8
+            width = -(-self._count // _AT_ONCE) * _AT_ONCE
             self._history = torch.zeros((rows, width), dtype=torch.float16, device=image.device)
             self._before = torch.zeros(self._count, device=image.device)  # the last gradient times the unit
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
@@ -235,7 +235,8 @@ class Lbfgs:
         sums = (self._sums, chunks, count, self._slots)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
         vectors = (image, gradient, self.best, history, self._before)
-        _cuda.launch("lbfgs", "lbfgs_move", (_cuda.blocks(-(-count // 8)),), *vectors, state, *size, LARGEST_MOVE)
+        blocks = _cuda.blocks(history.shape[1] // _AT_ONCE)
+        _cuda.launch("lbfgs", "lbfgs_move", (blocks,), *vectors, state, *size, LARGEST_MOVE)
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows

@@ -13,7 +13,7 @@ from .layers import Term
 
 PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
 COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
-EIGHT = 8  # channels of the gradient as the last convolution writes it; three are of use
+EIGHT = 8  # channels of the gradient as the last convolution writes it in fp32; three are of use
 _WAYS = ("", "avg", "max")
 CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
 TAPS, FILLED = 27, 32  # products of a position with the first convolution: its places and colours; with zeros

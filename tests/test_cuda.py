@@ -523,9 +523,36 @@ TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torc
 @pytest.mark.parametrize(("make", "tolerance"), [(FULL, 5e-3), (kernels.Adam, 1e-6)])
 def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
     on_cpu, on_cuda = optimisers(make, losses)
-    for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):
-        assert error(cuda_image, numbers(image)) < tolerance
-        assert error(cuda_best, numbers(best)) < tolerance
+    for i, ((image, best), (cuda_image, cuda_best)) in enumerate(zip(on_cpu, on_cuda, strict=True)):
+        limit = min(tolerance, 2e-5) if i < 5 else tolerance  # what is rounded otherwise grows from there
+        assert error(cuda_image, numbers(image)) < limit
+        assert error(cuda_best, numbers(best)) < limit
+
+
+@pytest.mark.parametrize("cut", [1, 9])
+def test_lbfgs_goes_on_from_what_it_saved(host, cut):
+    """With the rounded rows and the gradient before, bit for bit: before and after the short history is full."""
+    count = 37
+
+    def steps(runner, image, gradient, loss, numbers):
+        for i in numbers:
+            gradient.copy_((1 + torch.arange(count) / 7) * image + random(count, seed=i) / 10)
+            loss.fill_(9 - i / 10)
+            runner.step()
+
+    def fresh():
+        image, gradient, loss = random(count), torch.empty(count), torch.zeros(())
+        return lbfgs.Lbfgs(image, gradient, loss, 3), image, gradient, loss
+
+    whole, again = fresh(), fresh()
+    steps(*whole, range(cut))
+    saved = {name: tensor.clone() for name, tensor in whole[0].save().items()}
+    again[1].zero_()
+    again[0].restore(saved)
+    for each in (whole, again):
+        steps(*each, range(cut, cut + 3))
+    assert torch.equal(again[1], whole[1])
+    assert torch.equal(again[0].best, whole[0].best)
 
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
