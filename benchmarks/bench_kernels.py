@@ -88,7 +88,7 @@ def _layers(problem: cases.Problem) -> tuple[Run, Run]:
 def _pixels(problem: cases.Problem) -> tuple[Run, Run]:
     pixels, vjp, terms = problem.start, torch.rand(problem.start.shape), torch.zeros(3)
     gradient = torch.empty_like(pixels)
-    finish = kernels.Pixels(pixels, vjp, torch.tensor(2.0), 3.0, terms)
+    finish = kernels.Pixels(vjp, torch.tensor(2.0), 3.0, terms)
 
     def plain() -> list[Tensor]:
         leaf = pixels.clone().requires_grad_()
@@ -96,7 +96,7 @@ def _pixels(problem: cases.Problem) -> tuple[Run, Run]:
         return [loss.detach(), vjp / 2 + 3 * torch.autograd.grad(loss, leaf)[0]]
 
     def ours() -> list[Tensor]:
-        finish.finish(gradient)
+        finish.finish(pixels, gradient)
         return [terms[2], gradient]
 
     return plain, ours
@@ -119,7 +119,7 @@ def _torch_lbfgs(image: Tensor, curvature: Tensor, history: int) -> Callable[[],
 
 def _our_lbfgs(image: Tensor, curvature: Tensor, history: int) -> Callable[[], None]:
     gradient, loss = torch.empty_like(image), torch.zeros(())
-    optimiser = kernels.Lbfgs(image, gradient, loss, history)
+    optimiser = kernels.Lbfgs(image, gradient, loss, kernels.Trail(image), history)
 
     def step() -> None:
         torch.mul(curvature, image, out=gradient)

@@ -113,7 +113,7 @@ class Engine:
         from engine.features import within
         from engine.optimize import State, minimise
 
-        options = {"clamp": self._clamp, "recordable": self._objective.recordable}
+        options = {"clamp": self._clamp, "recorded": self._objective.recorded}
         run = minimise(self._objective.write, start.to(self._device), "lbfgs", 10**6, State(), **options)
         return within(self._objective.network, run)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from engine import BackendError, kernels, provider
 from engine.export import vgg
-from engine.features import DTYPES, Features
+from engine.features import DTYPES
 from engine.kernels.lbfgs import GPU_HISTORY
+from engine.losses import Objective
 from engine.optimize import State, minimise
 from engine.stylizer import Stylizer
 
@@ -234,8 +235,8 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
-        "L-BFGS": (kernels.Lbfgs(image, gradient, loss), 2 * GPU_HISTORY + 12),  # those of the history are half as long
-        "Adam": (kernels.Adam(image, gradient, loss), 7),
+        "L-BFGS": (kernels.Lbfgs(image, gradient, loss, kernels.Trail(image)), 2 * GPU_HISTORY + 12),  # those of the history are half as long
+        "Adam": (kernels.Adam(image, gradient, loss, kernels.Trail(image)), 7),
     }
     for name, (runner, vectors) in runners.items():
         for _ in range(GPU_HISTORY + 2):  # a full history
@@ -274,16 +275,16 @@ def replay_error(engine: cases.Engine, problem: cases.Problem, points: int = 6) 
     pixels = problem.start.to(objective.network.image.device)
     gradient = torch.empty_like(pixels)
 
-    def at(seed: int) -> Tensor:
-        pixels.copy_(problem.point(seed))
-        objective.write(pixels, gradient)
-        return gradient.clone()
+    def at(seed: int, compute: Callable[[Tensor, Tensor], object]) -> Tensor:
+        with objective.network.use():
+            pixels.copy_(problem.point(seed))
+            compute(pixels, gradient)
+            return gradient.clone()
 
-    replayed = [at(seed) for seed in range(points)]  # in one go: another gradient would be another graph
+    replayed = [at(seed, objective.write) for seed in range(points)]
     worst = 0.0
     for seed, found in enumerate(replayed):
-        _, truth = objective.evaluate(problem.point(seed).to(pixels.device))
-        assert truth is not None
+        truth = at(seed, objective._write)  # launched one by one
         worst = max(worst, float((found - truth).norm() / truth.norm()))
     return worst
 
@@ -323,15 +324,16 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = TIMED[2:], size: 
             for _ in islice(running, GPU_HISTORY + 2):  # a full history
                 pass
             whole = seconds(partial(next, running), device, calls=20)
-            alone = network_alone(engine._objective.network)
+            alone = network_alone(engine._objective)
             network = seconds(recorded(alone, device), device, calls=20)
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
 
-def network_alone(network: Features) -> Callable[[], None]:
-    """Both passes with cotangents that nobody writes; those that the VJP can make are zero, but for the deepest."""
-    nothing = kernels.Term(torch.zeros(3, device=network.image.device), None)
-    terms = {name: nothing for name in network.chained if name != network.spec.layers[-1]}
+def network_alone(objective: Objective) -> Callable[[], None]:
+    """Both passes with cotangents that nobody writes; those that the VJP makes are zero, but for the deepest."""
+    network = objective.network
+    nothing = kernels.Term(torch.zeros(3, device=network.image.device))
+    terms = {name: nothing for name in objective._chained if name != network.spec.layers[-1]}
     network.image.uniform_()
     for name in network.spec.layers:
         if name not in terms:

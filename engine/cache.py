@@ -15,30 +15,32 @@ _T = TypeVar("_T")
 class Cache:
     """Values by key, whose tensors together hold at most `limit` bytes: a larger value is made, and not kept.
 
-    Counted is the memory of the tensors, once where they share it. What a runtime allocates beside them is unknown.
+    Counted is the memory of the tensors whenever a value is asked for, once where they share it. What a runtime
+    allocates beside them is unknown.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
+        self.limit = limit
         self._lock = threading.RLock()
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[Any, Callable[[Any], Iterable[Tensor]]]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def bytes(self) -> int:
+        """What the values hold now: a network may get memory after it was made."""
+        with self._lock:
+            return sum(_memory(tensors(value)) for value, tensors in self._kept.values())
+
     def get(self, key: Hashable, make: Callable[[], _T], tensors: Callable[[_T], Iterable[Tensor]]) -> _T:
         """The value of a key; one thread at a time makes a new one, whose memory is that of its `tensors`."""
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key][0]
-            value = make()
-            size = _memory(tensors(value))
-            if size <= self.limit:
-                self._kept[key] = value, size
-                self.bytes += size
-                while self.bytes > self.limit:
-                    self.bytes -= self._kept.popitem(last=False)[1][1]
+            value: _T = self._kept.pop(key)[0] if key in self._kept else make()
+            if _memory(tensors(value)) <= self.limit:
+                self._kept[key] = value, tensors
+            while self.bytes > self.limit:
+                self._kept.popitem(last=False)
             return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -48,10 +48,6 @@ class Features(Protocol):
         """What the losses write, by loss layer."""
 
     @property
-    def chained(self) -> Collection[str]:
-        """Loss layers whose cotangents the VJP can make itself, from their terms."""
-
-    @property
     def recordable(self) -> bool:
         """Whether both passes can be captured in a CUDA graph with what stands around them."""
 
@@ -69,20 +65,24 @@ class Features(Protocol):
         It may be nested.
         """
 
-    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
-        """image -> features.
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
+        """image -> features; `pixels`, where they are given, take the place of what is in `image`.
 
-        Each loss layer is handed to `read`, with others or alone, from the shallowest to the deepest, once its features
+        They are contiguous, with its shape and dtype and on its device; the runtime may read them where they are, or
+        copy them. Each loss layer is handed to `read`, with others or alone, from the shallowest to the deepest, once its features
         are there. What `read` queues on a GPU may run beside the layers that follow, and is done before what comes
         after the forward pass.
         """
+
+    def chains(self, name: str, *, style: bool, content: bool) -> bool:
+        """Whether the VJP can make the cotangent of a loss layer itself, from a term with these losses."""
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; the features are spent.
 
         Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
-        their cotangents, and may read the features of these layers. For the `chained` layers that have `terms` it
-        writes what these are made of.
+        their cotangents, and may read the features of these layers. For those that have `terms`, which `chains`
+        allows, it writes what these are made of.
         """
 
 
@@ -139,7 +139,7 @@ class Ranged:
     def __init__(self, network: Features, mean: Sequence[float], std: Sequence[float], top: float) -> None:
         self._network = network
         self.spec, self.products, self.recordable = network.spec, network.products, network.recordable
-        self.features, self.use, self.chained = network.features, network.use, network.chained
+        self.features, self.use, self.chains = network.features, network.use, network.chains
         self.image = torch.zeros_like(network.image)
         if hasattr(network, "gradient"):  # it is not forward_only
             self.gradient, self.cotangents = network.gradient, network.cotangents
@@ -152,9 +152,10 @@ class Ranged:
         """The tensors that it works in."""
         return [self.image, *self._network.memory]
 
-    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
-        """image -> features; see `Features.forward`."""
-        self._network.image.copy_(self.image.double() * self._factor + self._offset)  # rounded once
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
+        """image, or pixels in its place -> features; see `Features.forward`."""
+        seen = self.image if pixels is None else pixels
+        self._network.image.copy_(seen.double() * self._factor + self._offset)  # rounded once
         self._network.forward(read)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:

@@ -1,5 +1,7 @@
 """VGG-19 features and their VJP by cuDNN: every convolution of the forward pass is one kernel with its bias and ReLU.
 
+The first convolution, of three channels, is a kernel of our own but for fp32, and so is its VJP.
+
 ONNX Runtime's CUDA provider runs biases, ReLUs, masks and changes of layout as passes of their own over the
 activations, which take longer than the convolutions. Here all stays in NHWC order, and what stands between the
 convolutions is one pass (`kernels.network`). cuDNN could put the masks of the VJP behind its convolutions as well, with
@@ -66,13 +68,15 @@ class Network:
         array = array.to(PLACE, DTYPES[spec.precision])
         if name.endswith("bias"):
             return array.as_strided((1, len(array), 1, 1), (len(array), 1, len(array), len(array)))
-        if name == "conv1_1.weight":
+        filling = network.FILLED - network.TAPS
+        if name == "conv1_1.weight" and spec.precision == "fp32":
             array = functional.pad(array, (0, 0, 0, 0, 0, network.COLOURS - array.shape[1]))
+        elif name == "conv1_1.weight":
+            return functional.pad(array.permute(0, 2, 3, 1).flatten(1), (0, filling))
         elif name == "conv1_1.vjp" and spec.precision == "fp32":
             array = functional.pad(array, (0, 0, 0, 0, 0, 0, 0, network.EIGHT - array.shape[0]))
         elif name == "conv1_1.vjp":
-            taps = array.permute(2, 3, 0, 1).reshape(network.TAPS, -1)
-            return functional.pad(taps, (0, 0, 0, network.FILLED - network.TAPS))
+            return functional.pad(array.permute(2, 3, 0, 1).reshape(network.TAPS, -1), (0, 0, 0, filling))
         return array.contiguous(memory_format=torch.channels_last)
 
 
@@ -91,6 +95,7 @@ class _Library:
             self.handle = cudnn.create_handle()
         weakref.finalize(self, _free_handles.append, self.handle).atexit = False
         cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
+        self.counters = kernels.Counters(2 * len(vgg.CONVS), PLACE)  # there and back
         self.workspace = torch.empty(1, dtype=torch.uint8, device=PLACE)
 
     def reserve(self, size: int) -> None:
@@ -135,7 +140,7 @@ class _Convolution:
             result = plans.relu(input=result)
         result.set_output(True).set_data_type(kind).set_dim(list(target.shape)).set_stride(list(target.stride()))
         self._memory[result] = target
-        self._plans, self._library = plans, library
+        self._plans, self._library, self._counter = plans, library, library.counters.take()
         try:
             plans.validate()
             plans.build_operation_graph()
@@ -157,12 +162,16 @@ class _Convolution:
     def run(self) -> None:
         """Queue it on the stream of the handle."""
         library = self._library
-        self._plans.execute_plan_at_index(self._memory, library.workspace, self._plan, handle=library.handle)
+        workspace = self._counter if self._only_counts else library.workspace
+        self._plans.execute_plan_at_index(self._memory, workspace, self._plan, handle=library.handle)
 
     def _take(self, plan: int) -> None:
         """Raises an error of cuDNN's if this plan cannot be had."""
         self._plans.build_plan_at_index(plan)
-        self._library.reserve(self._plans.get_workspace_size_plan_at_index(plan))
+        size = self._plans.get_workspace_size_plan_at_index(plan)
+        self._only_counts = size <= len(self._counter)
+        if not self._only_counts:
+            self._library.reserve(size)
         self._plan = plan
 
     def _fastest(self, key: Hashable) -> int:
@@ -214,15 +223,15 @@ class Features:
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
         pooled = [below.relu for below, conv in itertools.pairwise(spec.convs) if conv.after_pool]
         fitting = [conv.relu for conv in spec.convs if conv.in_channels == 3 or conv.out_channels == network.CHAINED]
-        self.chained = [name for name in spec.layers if name in fitting and name not in pooled] if low else []
-        self._terms: dict[str, kernels.Term] = {}  # of the VJP in use
+        self._styled = [name for name in fitting if name not in pooled] if low else []
+        self._terms: dict[str, kernels.Term] = {}  # while the VJP is queued
+        self._recorded: dict[str, weakref.ref[kernels.Term]] = {}  # of the VJP that can be replayed
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
             self.cotangents = _Cotangents(self.features, spec.layers)
-            for name in spec.layers:
-                if name not in self.chained:
-                    self.cotangents.of(name)
-        # All of the memory above comes from the stream of the caller, to be of use to its next network.
+            self.cotangents.of(spec.convs[-1].name)  # which is read where it is, if it is a loss layer
+        # All of the memory above comes from the stream of the caller, to be of use to its next network, and so do the
+        # cotangents that its losses ask for.
         with on_stream(self._stream):
             self._library = _Library(self._stream)
             self._ready: list[tuple[str, int]] = []  # each loss layer, and the steps until its features are there
@@ -241,17 +250,19 @@ class Features:
         with self._lock, on_stream(self._stream):
             yield
 
-    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
-        """image -> features; all layers but the deepest are read beside those that follow, on a stream of their own.
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
+        """image, or pixels in its place -> features.
 
-        They are read together, as every fork of a CUDA graph delays the network by some microseconds.
+        All layers but the deepest are read beside those that follow, on a stream of their own; together, as every fork
+        of a CUDA graph delays the network by some microseconds.
         """
         if read == ignore:
-            self._run_forward(lambda: _make(self._forward))
+            assert pixels is None
+            self._run_forward(lambda: _make(self._forward, self.image))
             return
         *others, deepest = (name for name, _ in self._ready)
-        fork, ours = dict(self._ready)[others[-1]] if others else 0, torch.cuda.current_stream(PLACE)
-        _make(self._forward[:fork])
+        fork, ours = dict(self._ready)[others[-1]] if others else 1, torch.cuda.current_stream(PLACE)
+        _make(self._forward[:fork], self.image if pixels is None else pixels)
         self._beside.wait_stream(ours)
         try:
             with torch.cuda.stream(self._beside):
@@ -262,14 +273,23 @@ class Features:
             ours.wait_stream(self._beside)
         read((deepest,))
 
+    def chains(self, name: str, *, style: bool, content: bool) -> bool:
+        """A content loss at any ReLU but the first of 16 bits, a style loss at those of 16 bits and few channels."""
+        first = name == vgg.LAYERS[0] and self.spec.precision != "fp32"
+        return not content and name in self._styled if style else name in vgg.LAYERS and not first
+
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents that have no term are written at once."""
-        if dict(terms or {}) != self._terms:
-            self._terms.clear()
-            self._terms.update(terms or {})
+        terms = terms or {}
+        if {name: term() for name, term in self._recorded.items()} != terms:
             self._run_vjp = kernels.Recorded(PLACE)
+            self._recorded = {name: weakref.ref(term) for name, term in terms.items()}
         write(self.spec.layers)
-        self._run_vjp(lambda: _make(self._vjp))
+        self._terms.update(terms)
+        try:
+            self._run_vjp(lambda: _make(self._vjp))
+        finally:
+            self._terms.clear()  # they hold the memory of somebody's losses
 
     def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
         one, channels, height, width = shape
@@ -285,28 +305,35 @@ class Features:
         steps.append(partial(network.wrap, source, framed))
         return framed, 0
 
-    def _forward_steps(self) -> list[Callable[[], object]]:
+    def _forward_steps(self) -> list[Callable[..., object]]:
+        """The steps of the forward pass, of which the first is given the image."""
         # Steps hold tensors, never `self`: a network that is dropped gives its memory back at once.
-        spec, own, steps = self.spec, self._parameters, list[Callable[[], object]]()
+        spec, own, steps = self.spec, self._parameters, list[Callable[..., object]]()
         frame = int(spec.padding != "zero")
-        x = self._room(0, (1, network.COLOURS, spec.height + 2 * frame, spec.width + 2 * frame))
-        steps.append(partial(network.centre, self.image, own["mean"], x, spec.padding))
+        x = self.image
         for conv in spec.convs:
             if conv.after_pool:
                 one, channels, height, width = x.shape
                 pooled = self._room(0, (one, channels, height // 2, width // 2))
                 steps.append(partial(network.pool, x, pooled, spec.pooling))
                 x = pooled
-            x, zeros = (x, 1 - frame) if conv.in_channels == 3 else self._framed(x, steps)
             pair = own[f"{conv.name}.weight"], own[f"{conv.name}.bias"]
-            relu = self.features[conv.relu]
-            if conv.name in spec.layers:
-                before = self.features[conv.name]
-                steps.append(_Convolution(self._library, x, pair[0], before, zeros, pair[1]).run)
-                self._ready.append((conv.name, len(steps)))
-                steps.append(partial(torch.clamp_min, before, 0, out=relu))
+            relu, rectified = self.features[conv.relu], conv.name not in spec.layers
+            out = relu if rectified else self.features[conv.name]
+            if conv.in_channels == 3 and spec.precision != "fp32":
+                given = {"means": own["mean"], "kernel": pair[0], "bias": pair[1], "out": out}
+                steps.append(partial(network.convolve, **given, padding=spec.padding, rectified=rectified))
             else:
-                steps.append(_Convolution(self._library, x, pair[0], relu, zeros, pair[1], rectified=True).run)
+                if conv.in_channels == 3:
+                    x = self._room(0, (1, network.COLOURS, spec.height + 2 * frame, spec.width + 2 * frame))
+                    steps.append(partial(network.centre, means=own["mean"], out=x, padding=spec.padding))
+                    zeros = 1 - frame
+                else:
+                    x, zeros = self._framed(x, steps)
+                steps.append(_Convolution(self._library, x, pair[0], out, zeros, pair[1], rectified).run)
+            if not rectified:
+                self._ready.append((conv.name, len(steps)))
+                steps.append(partial(torch.clamp_min, out, 0, out=relu))
             if conv.relu in spec.layers:
                 self._ready.append((conv.relu, len(steps)))
             x = relu
@@ -378,6 +405,8 @@ def _descend(
         network.first(incoming, own, cotangents.of(conv.name), relu, taps, out, term)
 
 
-def _make(steps: list[Callable[[], object]]) -> None:
+def _make(steps: list[Callable[..., object]], *given: Tensor) -> None:
+    """Make the steps, of which the first gets what is `given`."""
     for step in steps:
-        step()
+        step(*given)
+        given = ()

@@ -46,7 +46,8 @@ class Objective:
     `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
     features P (1, C, H, W) of the content image at the content layers; empty, there is no content loss, and without
     regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
-    (1, 1, H, W), is zero. It is `recordable` if `write` is a sequence of launches on a GPU that is the same each time.
+    (1, 1, H, W), is zero. If `write` makes the same launches on a GPU each time, it leaves the loss in `recorded`, which
+    is None else.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Objective:
             plain = [] if config.style_loss != "gram" else [each for each in regions if each.mask is None]
             target = plain[0].statistics[name].matrix if plain and name in config.style_layer_weights else None
             views = target is None and name in config.style_layer_weights and bool(regions)
-            chained = name in network.chained and given is None and not views
+            chained = not views and network.chains(name, style=target is not None, content=given is not None)
             self._direct(terms, name, given, target, config, chained)
             if views:
                 for i, region in enumerate(regions):
@@ -82,12 +83,12 @@ class Objective:
         self._run_measures, self._run_conclusion, self._run_cotangents = (
             kernels.Recorded(network.image.device) if alone else _at_once for _ in range(3)
         )
-        self.recordable = recorded and network.recordable and network.image.is_cuda
+        self._total = self._layers.terms[0]
+        self.recorded = self._total if recorded and network.recordable and network.image.is_cuda else None
         self._recorded: tuple[tuple[int, ...], kernels.Recorded] | None = None  # for pixels and a gradient at addresses
         self._gradient: Tensor | None = None  # of `evaluate`
         self.stages = Stages(measures=not network.image.is_cuda)
         self._pixels = kernels.Pixels(
-            network.image,
             network.gradient,
             self._layers.scale,
             config.tv_weight,
@@ -100,32 +101,31 @@ class Objective:
     def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:
         """Total loss of pixels (1, 3, H, W), 0-dim fp32, and its gradient into `gradient` if wanted.
 
-        The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On a GPU all
+        Both are contiguous fp32 on the device of the network. The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On a GPU all
         of it is queued on the current stream of `network.use`, and the host waits for nothing, but for Wasserstein
         distances.
         """
         with self.network.use():
-            if self.recordable and gradient is not None:
+            if self.recorded is not None and gradient is not None:
                 key = pixels.data_ptr(), *pixels.stride(), gradient.data_ptr(), *gradient.stride()
                 if self._recorded is None or self._recorded[0] != key:
                     self._recorded = key, kernels.Recorded(pixels.device)
                 self._recorded[1](lambda: self._write(pixels, gradient))
             else:
                 self._write(pixels, gradient)
-        return self._layers.terms[0]
+        return self._total
 
     def _write(self, pixels: Tensor, gradient: Tensor | None) -> None:
         network = self.network
-        network.image.copy_(pixels)
         with self.stages.stage("forward"):
-            network.forward(self._read)
+            network.forward(self._read, pixels)
         with self.stages.stage("losses"):
             self._run_conclusion(self._layers.conclude)
         if gradient is not None:
             with self.stages.stage("vjp"):
                 network.vjp(self._write_cotangents, self._chained)
         with self.stages.stage("losses"):
-            self._pixels.finish(gradient)
+            self._pixels.finish(pixels, gradient)
         if gradient is not None and self._frozen is not None:
             gradient.masked_fill_(self._frozen, 0)
 
@@ -143,7 +143,8 @@ class Objective:
             self._gradient = torch.empty_like(self.network.image)
         gradient = self._gradient if with_gradient else None
         with self.network.use():
-            self.write(pixels, gradient)
+            self.network.image.copy_(pixels)
+            self.write(self.network.image, gradient)
             total, content, tv, *values = self._layers.terms.clone().unbind()
             gradient = None if gradient is None else gradient.clone()
         style: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from .stages import Stages
 
 WINDOW = 20  # evaluations over which a stalled loss is told
 AHEAD = 2  # iterations that a GPU has been given when one is yielded: who reads its loss does not leave the GPU idle
+_KEPT = AHEAD + 2  # best images: of those, of the one yielded, and of the one before, which the caller may still hold
 
 
 @dataclass
@@ -47,10 +49,14 @@ class _Late:
         return float(self.memory)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Iterate:
     """Result of one evaluation: its loss, the best or the average image (1, 3, H, W) of this scale so far, and the
-    seconds of each stage."""
+    seconds of each stage.
+
+    The memory of the image is used again: an iterate that is kept gets a copy of its own then, but a caller who keeps
+    the image alone has to copy it.
+    """
 
     best: Tensor
     _loss: _Late = field(repr=False)
@@ -88,7 +94,7 @@ def minimise(
     clamp: bool = False,
     average: float = 0,
     wrap: bool = False,
-    recordable: bool = False,
+    recorded: Tensor | None = None,
 ) -> Iterator[Iterate]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
@@ -98,8 +104,8 @@ def minimise(
     `rate` is Adam's, `history` the pairs of L-BFGS (see `kernels.pairs`); with `wrap` the borders of the image see each
     other. With a decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU
     iterations are queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
-    `stages` is what `evaluate` counts its time in. Where `evaluate` is `recordable`, the same launches on a GPU each
-    time, an iteration with L-BFGS is one CUDA graph.
+    `stages` is what `evaluate` counts its time in. Where `evaluate` makes the same launches on a GPU each time, and
+    leaves the loss in `recorded`, an iteration with L-BFGS is one CUDA graph.
 
     With `saved`, an iterate's `save`, it goes on behind that iterate, for `iterations` more; a GPU's queued ones count.
 
@@ -110,11 +116,13 @@ def minimise(
     if clamp:
         image.clamp_(0, 1)
     stages = stages or Stages(measures=not image.is_cuda)
-    gradient, loss = torch.empty_like(image), image.new_zeros(())
+    gradient, loss = torch.empty_like(image), image.new_zeros(()) if recorded is None else recorded
+    known = saved["queued.losses"][:iterations] if saved else torch.empty(0)
+    trail = kernels.Trail(image, iterations, _KEPT, first=len(known))
     if optimizer == "lbfgs":
-        runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, history, clamp)
+        runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, trail, history, clamp)
     else:
-        runner = _adam(image, gradient, loss, state, rate, wrap)
+        runner = _adam(image, gradient, loss, trail, state, rate, wrap)
     mean = _Average(image, average, kernels.DIVERGED if optimizer == "lbfgs" else math.inf) if average else None
     queued: deque[Iterate] = deque()
     if saved:
@@ -123,7 +131,7 @@ def minimise(
             mean.restore(saved)
         if isinstance(runner, kernels.Adam):
             state.steps, state.moments = runner.steps, tuple(runner.moments)
-        bests, known = saved["queued.best"].to(image.device)[:iterations], saved["queued.losses"][:iterations]
+        bests = saved["queued.best"].to(image.device)[:iterations]
         queued.extend(Iterate(best, _Late(each)) for best, each in zip(bests, known, strict=True))
 
     def save() -> dict[str, Tensor]:
@@ -143,30 +151,35 @@ def minimise(
         yield iterate
         iterate.release()
 
-    losses = torch.empty(iterations, pin_memory=image.is_cuda)
     # Not the iterates: a host that is far ahead must not hold all their images.
     unchecked = deque((i, each._loss) for i, each in enumerate(queued, 1))
 
     def advance() -> None:
-        loss.copy_(evaluate(image, gradient))
+        found = evaluate(image, gradient)
+        if found is not loss:
+            loss.copy_(found)
         with stages.stage("optimiser"):
             if mean is not None:
                 mean.add(image, loss)
             runner.step()
 
     # Adam's steps differ by their number.
-    graph = kernels.Recorded(image.device) if recordable and optimizer == "lbfgs" else None
+    graph = kernels.Recorded(image.device) if recorded is not None and optimizer == "lbfgs" else None
     step = partial(graph, advance) if graph else advance
+    lent: deque[weakref.ref[Iterate]] = deque()  # those whose images lie in the trail
     for i in range(len(queued), iterations):
+        if len(lent) == _KEPT and (oldest := lent.popleft()()):
+            oldest.best = oldest.best.clone()  # somebody keeps it
         step()
-        losses[i].copy_(loss, non_blocking=True)
         arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
         if isinstance(runner, kernels.Adam):
             state.steps, state.moments = runner.steps, tuple(runner.moments)
         with stages.stage("optimiser"):
-            result = (runner.best if mean is None else mean.value).clone()
-        late = _Late(losses[i], arrival)
+            result = trail.image(i) if mean is None else mean.value.clone()
+        late = _Late(trail.losses[i], arrival)
         queued.append(Iterate(result, late, stages.take()))
+        if mean is None:
+            lent.append(weakref.ref(queued[-1]))
         unchecked.append((i + 1, late))
         while unchecked and unchecked[0][1].arrived:
             _check(*unchecked.popleft())
@@ -251,8 +264,10 @@ def resized(tensor: Tensor, size: Sequence[int], mode: str, wrap: bool) -> Tenso
     return fine[:, :, height // 16 :, width // 16 :][:, :, :height, :width].contiguous()
 
 
-def _adam(image: Tensor, gradient: Tensor, loss: Tensor, state: State, rate: float, wrap: bool) -> kernels.Adam:
+def _adam(
+    image: Tensor, gradient: Tensor, loss: Tensor, trail: kernels.Trail, state: State, rate: float, wrap: bool
+) -> kernels.Adam:
     """Adam, started with the moments of the coarser scale."""
     size = image.shape[2:]
     moments = [resized(each, size, "bilinear", wrap) for each in state.moments]
-    return kernels.Adam(image, gradient, loss, moments, state.steps, rate)
+    return kernels.Adam(image, gradient, loss, trail, moments, state.steps, rate)

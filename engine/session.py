@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -119,7 +119,6 @@ def _open(
 class Features:
     """The graph pair of one `spec` (see `features.Features`); all ReLU outputs are handed from one to the other."""
 
-    chained: Collection[str] = ()
     recordable = False  # ONNX Runtime captures its own graphs
 
     def __init__(
@@ -160,10 +159,16 @@ class Features:
         with self._lock, on_stream(self._stream):
             yield
 
-    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
-        """image -> features, which are read all at once."""
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
+        """image, or pixels, which are copied there -> features, which are read all at once."""
+        if pixels is not None:
+            self.image.copy_(pixels)
         self._forward.run()
         read(self.spec.layers)
+
+    def chains(self, name: str, *, style: bool, content: bool) -> bool:
+        """It reads all cotangents from memory."""
+        return False
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents are written at once."""

@@ -348,7 +348,7 @@ class Stylizer:
             clamp=config.clamp,
             average=config.average,
             wrap=config.tile,
-            recordable=objective.recordable,
+            recorded=objective.recorded,
         )
         yield from within(objective.network, iterates)
 

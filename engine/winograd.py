@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,6 @@ class Features:
     """
 
     recordable = False
-    chained: Collection[str] = ()
 
     def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
         self.spec, self.products = spec, network.threads
@@ -101,10 +100,16 @@ class Features:
         with self._lock, _openmp().limit(limits=1, user_api="openmp"):
             yield
 
-    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore) -> None:
-        """image -> features, which are read all at once."""
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
+        """image, or pixels, which are copied there -> features, which are read all at once."""
+        if pixels is not None:
+            self.image.copy_(pixels)
         self.products.run(self._forward, self._scratch)
         read(self.spec.layers)
+
+    def chains(self, name: str, *, style: bool, content: bool) -> bool:
+        """It reads all cotangents from memory."""
+        return False
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; a loss layer's cotangent is written when it is needed."""

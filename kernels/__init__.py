@@ -5,17 +5,19 @@ current stream and without a host synchronisation. `<operation>_reference` is th
 of its input, and serves as the oracle.
 """
 
-from ._cuda import Recorded, announce_no_graph, own_stream, seconds
+from ._cuda import Counters, Recorded, announce_no_graph, own_stream, seconds
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, Term, gram
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
+from .trail import Trail
 from .wasserstein import Wasserstein
 
 __all__ = [
     "DIVERGED",
     "RATE",
     "Adam",
+    "Counters",
     "Layer",
     "Layers",
     "Lbfgs",
@@ -23,6 +25,7 @@ __all__ = [
     "Products",
     "Recorded",
     "Term",
+    "Trail",
     "Wasserstein",
     "announce_no_graph",
     "gram",

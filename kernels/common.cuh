@@ -37,6 +37,11 @@ __device__ inline double block_sum(double value) {
     return sum;
 }
 
+// The best image after a step among the rows of a trail, bests (kept, stride).
+__device__ inline float* best_of(float* bests, unsigned step, long long stride, long long kept) {
+    return bests + step % static_cast<unsigned>(kept) * stride;
+}
+
 // Whether this is the last of all blocks to come here, which then sees what the others wrote before (if it reads that
 // with __ldcg). *arrived is zero between launches.
 __device__ inline bool last_block(unsigned* arrived) {

@@ -7,7 +7,7 @@ order, so within a process the same features give the same bits.
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
 shapes. For the cotangents it reads its factor from the device, and adds to the content's share. A layer that has no
 memory for its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves
-three passes over the features of a layer out of six.
+three passes over the features of a layer with a style loss out of six, and three of five with a content loss.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
@@ -35,7 +35,7 @@ from .wasserstein import Wasserstein
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 16384  # elements of F that one block of the losses covers
-_FULL = 4  # blocks for each multiprocessor that keep memory busy
+_FULL = 2  # blocks for each multiprocessor and layer that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
@@ -93,14 +93,15 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """What the cotangent of a style layer is made of, on a GPU: factors[1] lifted F, as in layers.cuh.
+    """What the cotangent of a layer is made of on a GPU: factors[1] lifted F + factors[2] (F - P), as in layers.cuh.
 
     `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses` and
-    `Layers.gradients`; None stands for zeros.
+    `Layers.gradients`; `content` is the P of the layer, (C, M). None stands for a loss that it does not have.
     """
 
     factors: Tensor
-    lifted: Tensor | None
+    lifted: Tensor | None = None
+    content: Tensor | None = None
 
 
 class Layers:
@@ -201,9 +202,9 @@ class Layers:
         _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
 
     def term(self, name: str) -> Term:
-        """What the cotangent of a style layer is made of: for one without a content loss, and without memory for it."""
+        """What the cotangent of a layer is made of that has no memory for it."""
         i = self.names.index(name)
-        return Term(self._factors[1 + _FACTORS * i :][:_FACTORS], self._lifted[i])
+        return Term(self._factors[1 + _FACTORS * i :][:_FACTORS], self._lifted[i], self._layers[i].content)
 
     def gradients(self, names: Collection[str] | None = None) -> None:
         """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
@@ -265,7 +266,7 @@ class Layers:
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
             share = _share(positions, wanted)
             shares = -(-positions // share)
-            lanes = next((lanes for lanes in (1, 2, 4) if shares <= 16 * lanes), 8)  # that add up one element of G
+            lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)  # that add up one element of G
             span = _ROUNDS * _cuda.THREADS // lanes
             products = None
             grams = losses = 0

@@ -77,18 +77,25 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, 
                                                          const float* gradient, const State* state, long long count,
                                                          long long stride, long long slots, long long boxed,
                                                          double* sums) {
+    __shared__ __align__(16) __half ahead[GROUP][EIGHT * THREADS];  // what a thread reads next, while it adds up
     __shared__ double warps[WARPS][2 * GROUP];
     const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
+    const long long step = EIGHT * (long long)gridDim.x * THREADS;
     const float unit = state->unit;
     float sum[GROUP][2] = {};
-#pragma unroll 1  // for the sake of registers
-    for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
-         i += EIGHT * (long long)gridDim.x * THREADS) {
-        Eight x[GROUP] = {};  // all on their way before the first is used; without conditions for each
-        if (first < rows)
+    const auto ask = [&](long long i) {
+        if (i < count && first < rows)
 #pragma unroll
-            for (int r = 0; r < GROUP; ++r)
-                x[r] = fetch(history + (first + r < rows ? first + r : rows - 1) * stride + i);
+            for (int r = 0; r < GROUP; ++r) {
+                const int row = first + r < rows ? first + r : rows - 1;
+                copy_later(ahead[r] + EIGHT * threadIdx.x, history + row * stride + i, true);
+            }
+        end_group();
+    };
+    long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x);
+    ask(i);
+#pragma unroll 1  // for the sake of registers
+    for (; i < count; i += step) {
         const int there = remaining(count, i);
         float y[EIGHT], g[EIGHT], pixels[EIGHT];
         fetch(y, before + i, rows ? there : 0);
@@ -99,12 +106,20 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, 
             g[e] = boxed && held(pixels[e], g[e]) ? 0.f : unit * g[e];
             y[e] = rows ? to_float(narrowed(g[e] - y[e], CHANGES)) / CHANGES : 0.f;
         }
+        Eight x[GROUP] = {};
+        wait_for_groups<0>();
+        if (first < rows)
+#pragma unroll
+            for (int r = 0; r < GROUP; ++r) x[r] = fetch(ahead[r] + EIGHT * threadIdx.x);
+        ask(i + step);
 #pragma unroll
         for (int r = 0; r < GROUP; ++r)
 #pragma unroll
             for (int e = 0; e < EIGHT; ++e) {
-                const float kept = to_float(x[r].element[e]);
-                const float own = first + r == CHANGE ? y[e] : first + r == GRADIENT ? g[e] : kept;
+                static_assert(CHANGE % GROUP == GROUP - 2 && GRADIENT % GROUP == GROUP - 1);
+                float own = to_float(x[r].element[e]);
+                if (r == GROUP - 2 && first + r == CHANGE) own = y[e];
+                if (r == GROUP - 1 && first + r == GRADIENT) own = g[e];
                 sum[r][0] += own * y[e];
                 sum[r][1] += own * g[e];
             }
@@ -158,9 +173,11 @@ __device__ inline void two_loops(State& state, const double (*products)[SLOTS], 
     if (lane == 0) state.of_gradient = -gamma;
 }
 
-// One block. sums (ROWS, 2, chunks) from lbfgs_dots over `count` elements.
-__global__ void lbfgs_plan(State* shared_state, const float* loss, const double* sums, long long chunks,
-                           long long count, long long slots, float diverged, long long halvings) {
+// One block. sums (ROWS, 2, chunks) from lbfgs_dots over `count` elements. made_steps and losses, which may be null, are
+// those of a trail.
+__global__ void lbfgs_plan(State* shared_state, const float* loss, unsigned* made_steps, float* losses,
+                           const double* sums, long long chunks, long long count, long long slots, float diverged,
+                           long long halvings) {
     __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
     State& state = *shared_state;
     const int lane = threadIdx.x % 32;
@@ -195,6 +212,8 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
         state.squares[lane][made] = state.squares[made][lane] = squares[lane][made] = squares[made][lane] = across;
     }
     if (lane == 0) {
+        if (losses) losses[*made_steps] = *loss;
+        *made_steps += 1;
         state.improved = improved;
         if (improved) state.lowest = *loss;
         state.action = step ? STEP : halve ? HALVE : restart ? RESTART : HALT;
@@ -222,12 +241,14 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, const double*
     if (step && moved) two_loops(state, products, squares, dots, pairs, slots, made);
 }
 
-// Does what the plan says, with no element moved by more than `largest`; image, gradient, best, before (count,), history
-// (2 slots, stride). A boxed image stays in [0, 1].
-__global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const float* gradient, float* best,
-                                                         __half* history, float* before, const State* state,
-                                                         long long count, long long stride, long long slots,
-                                                         long long boxed, float largest) {
+// Does what the plan says, with no element moved by more than `largest`; image, gradient, before (count,), history
+// (2 slots, stride). A boxed image stays in [0, 1]. bests (kept, best_stride) and *made_steps, this one counted, are those
+// of a trail.
+__global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const float* gradient, __half* history,
+                                                         float* before, const State* state, long long count,
+                                                         long long stride, long long slots, long long boxed,
+                                                         float largest, float* bests, long long best_stride,
+                                                         long long kept, const unsigned* made_steps) {
     __shared__ float of_history[2 * SLOTS];
     if (threadIdx.x < 2 * SLOTS)
         of_history[threadIdx.x] = state->of_history[threadIdx.x] / (threadIdx.x % 2 ? CHANGES : MOVES);
@@ -236,13 +257,20 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
     const bool improved = state->improved, accepted = state->accepted;
     const float unit = state->unit, of_gradient = state->of_gradient;
     const int rows = rows_in_use(*state, slots);
+    float* best = best_of(bests, *made_steps - 1, best_stride, kept);
+    const float* best_before = best_of(bests, *made_steps + kept - 2, best_stride, kept);
     __half *made = history + 2 * (long long)state->from * stride, *next = history + 2 * (long long)state->to * stride;
     for (long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x); i < count;
          i += EIGHT * (long long)gridDim.x * THREADS) {
         const int there = remaining(count, i);
         float x[EIGHT], g[EIGHT], move[EIGHT];
         fetch(x, image + i, there);
-        if (improved) keep(best + i, x, there);
+        if (improved) {
+            keep(best + i, x, there);
+        } else {
+            fetch(g, best_before + i, there);
+            keep(best + i, g, there);
+        }
         if (action == STEP) {
             bool stays[EIGHT];
             fetch(g, gradient + i, there);

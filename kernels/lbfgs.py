@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _cuda
+from .trail import Trail
 
 HISTORY = 50  # pairs on a CPU: 1.2 kB a pixel, where torch's default of 100 takes 2.4 kB
 GPU_HISTORY = 20  # pairs on a GPU, at most: a warp plans the step, and a lane of it holds one pair
@@ -163,14 +164,20 @@ class Lbfgs:
     """Moves `image` by what `gradient` and `loss` hold after each evaluation.
 
     Image and gradient are fp32 of one shape, contiguous, the loss is a 0-dim fp32 tensor; all are kept and used again.
-    `best` is the image of the lowest loss so far, in memory of its own. `history` pairs are kept, see `pairs`. With
-    `boxed` the image, which has to start in [0, 1], stays there.
+    Each step leaves its loss and the best image in the `trail`. `history` pairs are kept, see `pairs`. With `boxed` the
+    image, which has to start in [0, 1], stays there.
     """
 
     def __init__(
-        self, image: Tensor, gradient: Tensor, loss: Tensor, history: int | str = "auto", boxed: bool = False
+        self,
+        image: Tensor,
+        gradient: Tensor,
+        loss: Tensor,
+        trail: Trail,
+        history: int | str = "auto",
+        boxed: bool = False,
     ) -> None:
-        self.best = image.clone()
+        self._trail = trail
         self._slots, self._boxed = pairs(history, image.is_cuda) + 1, boxed
         self._image, self._gradient, self._loss = image, gradient, loss
         self._count = image.numel()
@@ -205,7 +212,7 @@ class Lbfgs:
         state = self._state
         if self._image.is_cuda:
             state = self._device_state.cpu().numpy().view(state.dtype)[0]
-        saved = {"image": self._image, "best": self.best, "history": self._history[: rows_in_use(state, self._slots)]}
+        saved = {"image": self._image, "best": self._trail.best, "history": self._history[: rows_in_use(state, self._slots)]}
         if self._image.is_cuda:
             saved["before"] = self._before
         saved = {name: tensor.cpu() for name, tensor in saved.items()}
@@ -217,7 +224,7 @@ class Lbfgs:
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Go on where another optimiser of this shape and device was when `saved` was its `save`."""
         self._image.copy_(saved["image"])
-        self.best.copy_(saved["best"])
+        self._trail.best.copy_(saved["best"])
         self._history[: len(saved["history"])].copy_(saved["history"])
         if self._image.is_cuda:
             self._before.copy_(saved["before"])
@@ -233,17 +240,17 @@ class Lbfgs:
         grid = (chunks, _GPU_ROWS // _GROUP)
         _cuda.launch("lbfgs", "lbfgs_dots", grid, history, self._before, image, gradient, state, *size, self._sums)
         sums = (self._sums, chunks, count, self._slots)
-        _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *sums, DIVERGED, HALVINGS)
-        vectors = (image, gradient, self.best, history, self._before)
+        trail = self._trail.arguments
+        _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *trail[3:], *sums, DIVERGED, HALVINGS)
+        vectors = (image, gradient, history, self._before)
         blocks = _cuda.blocks(history.shape[1] // _AT_ONCE)
-        _cuda.launch("lbfgs", "lbfgs_move", (blocks,), *vectors, state, *size, LARGEST_MOVE)
+        _cuda.launch("lbfgs", "lbfgs_move", (blocks,), *vectors, state, *size, LARGEST_MOVE, *trail[:4])
 
     def _step_cpu(self, loss: float) -> None:
         state, rows = self._state, self._rows
         image = self._image.view(-1)
         action, made = decide(state, loss), int(state["to"])
-        if state["improved"]:
-            self.best.copy_(self._image)
+        self._trail.leave(self._image, loss, bool(state["improved"]))
         if self._boxed:
             gradient = self._gradient.view(-1)
             self._held = ((image <= 0) & (gradient > 0)) | ((image >= 1) & (gradient < 0))
@@ -266,7 +273,7 @@ class Lbfgs:
             if self._boxed:
                 image.clamp_(0, 1)
         elif action == RESTART:
-            self._image.copy_(self.best)
+            self._image.copy_(self._trail.best)
 
     def _unit_gradient(self) -> Tensor:
         return torch.mul(self._gradient.view(-1), float(self._state["unit"]), out=self._newest)

@@ -1,5 +1,6 @@
 // What stands between the convolutions of a network: the frame around the image, pooling, and on the way back the masks
-// of the ReLUs. Activations are (height, width, channels); but for the image, channels are multiples of EIGHT.
+// of the ReLUs; and the first convolution. Activations are (height, width, channels); but for the image, channels are
+// multiples of EIGHT.
 
 #include "layers.cuh"
 
@@ -27,7 +28,7 @@ __device__ inline void add(float (&sum)[EIGHT], const T* from) {
 }
 
 // The row or column that stands at `place`, -1 for a zero.
-__device__ inline long long inside(long long place, long long length, long long padding) {
+__device__ inline int inside(int place, int length, int padding) {
     if (0 <= place && place < length) return place;
     if (padding == CIRCULAR) return place < 0 ? place + length : place - length;
     if (padding == REPLICATE) return place < 0 ? 0 : length - 1;
@@ -53,6 +54,69 @@ __global__ void network_image(const float* image, const float* means, T* out, lo
         store(found.element + c, there ? image[(c * height + row) * width + column] - means[c] : 0.f);
     }
     reinterpret_cast<Vector<T, COLOURS>*>(out)[i] = found;
+}
+
+constexpr int POSITIONS = 64, CHANNELS = 64;  // of the product that a block computes at a time, as in network.py
+constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first convolution: places and colours; with zeros
+
+// image (3, height, width), means (3,), kernel (CHANNELS, FILLED) by place and colour, bias (CHANNELS,) -> out (height,
+// width, CHANNELS): the first convolution of the image minus its means, and the ReLU of that if `rectified`.
+//
+// Every lane collects what one position sees, and the warp multiplies that with the kernel. Channels are dealt to the
+// columns of the products in such a way that a lane gets eight neighbouring ones of a position, and then eight more.
+template <typename H>
+__global__ void __launch_bounds__(THREADS, 3) network_convolution(const float* image, const float* means,
+                                                                  const H* kernel, const H* bias, H* out,
+                                                                  long long height, long long width,
+                                                                  long long padding, long long rectified) {
+    constexpr int LINE = FILLED + 8, PIECES = FILLED / EIGHT;  // eight rows lie in different banks
+    __shared__ __align__(16) H seen[THREADS * LINE], kernels[CHANNELS * LINE];
+    static_assert(THREADS == CHANNELS * PIECES);
+    const unsigned lane = threadIdx.x % 32, positions = height * width, i = item(), first = i - lane;
+    const unsigned c = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * EIGHT;
+    const unsigned line = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
+    *reinterpret_cast<Vector<H, EIGHT>*>(kernels + line * LINE + piece) = load(kernel + c * FILLED + piece);
+    Vector<H, EIGHT> found[PIECES] = {};
+    const int y = i / static_cast<unsigned>(width), x = i - y * static_cast<unsigned>(width);
+#pragma unroll
+    for (int place = 0; place < TAPS / 3; ++place) {
+        const int row = inside(y + place / 3 - 1, height, padding), column = inside(x + place % 3 - 1, width, padding);
+        const bool there = i < positions && row >= 0 && column >= 0;
+        const float* from = image + (there ? row * width + column : 0);
+#pragma unroll
+        for (int colour = 0; colour < 3; ++colour) {
+            const int tap = 3 * place + colour;
+            const float value = there ? from[colour * height * width] - means[colour] : 0.f;
+            store(found[tap / EIGHT].element + tap % EIGHT, value);
+        }
+    }
+    for (int k = 0; k < PIECES; ++k)
+        *reinterpret_cast<Vector<H, EIGHT>*>(seen + threadIdx.x * LINE + k * EIGHT) = found[k];
+    __syncthreads();
+    for (int m = 0; m < 2; ++m) {
+        unsigned p[2][4];
+        for (int k = 0; k < 2; ++k)
+            load_matrices<false>(p[k], seen + (threadIdx.x / 32 * 32 + 16 * m + lane % 16) * LINE + lane / 16 * 8 + 16 * k);
+        for (int own = 0; own < 2; ++own) {  // eight of the channels of this lane
+            const unsigned channel = own * 32 + lane % 4 * EIGHT;
+            const Vector<H, EIGHT> offsets = load(bias + channel);
+            float sum[2][EIGHT];  // of two positions
+            for (int j = 0; j < 4; ++j) {
+                unsigned q[4];
+                load_matrices<false>(q, kernels + (8 * (4 * own + j) + lane % 8) * LINE + lane / 8 * 8);
+                const float even = to_float(offsets.element[2 * j]), odd = to_float(offsets.element[2 * j + 1]);
+                float product[4] = {even, odd, even, odd};
+                mma<H>(product, p[0], q[0], q[1]);
+                mma<H>(product, p[1], q[2], q[3]);
+                for (int e = 0; e < 4; ++e)
+                    sum[e / 2][2 * j + e % 2] = rectified ? fmaxf(product[e], 0.f) : product[e];
+            }
+            for (int half = 0; half < 2; ++half) {
+                const unsigned position = first + 16 * m + 8 * half + lane / 4;
+                if (position < positions) put(out + (long long)position * CHANNELS + channel, sum[half]);
+            }
+        }
+    }
 }
 
 // in (height, width, channels) -> out (height + 2, width + 2, channels), whose frame is the other side.
@@ -104,14 +168,15 @@ __device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsi
 }
 
 // What comes down to a convolution, all (height, width, channels):
-//     out = (features > 0) (spread(incoming) + own) + behind
+//     out = (features > 0) (spread(incoming) + own + factors[CONTENT] (features - content)) + behind
 // incoming comes from above, for AVERAGE and LARGEST (height / 2, width / 2, channels) from above the pooling: each of its
 // values goes to all four features that it pools, or to the first of the largest. own is the losses' share at the ReLU,
-// behind that at the convolution behind it, on the way back. All but features and out may be null. Items are eight channels
-// of a position.
+// content what the content loss wants there, behind the losses' share at the convolution behind it, on the way back. All
+// but features and out may be null. Items are eight channels of a position.
 template <typename T>
 struct Descent {
-    const T *incoming, *own, *behind, *features;
+    const T *incoming, *own, *behind, *features, *content;
+    const float* factors;
     unsigned height, width, channels;
     long long way;
 
@@ -126,6 +191,11 @@ struct Descent {
         const unsigned groups = channels / EIGHT, position = i / groups;
         const long long place = (long long)i * EIGHT;
         if (own) add(sum, own + place);
+        if (content) {
+            const Vector<T, EIGHT> wanted = load(content + place);
+            const float factor = factors[CONTENT];
+            for (int e = 0; e < EIGHT; ++e) sum[e] += factor * (to_float(passed.element[e]) - to_float(wanted.element[e]));
+        }
         if (incoming && way == SAME)
             for (int e = 0; e < EIGHT; ++e) sum[e] += to_float(arrived.element[e]);
         if (incoming && way != SAME) {
@@ -148,19 +218,17 @@ struct Descent {
 };
 
 template <typename T>
-__global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, T* out,
-                             long long height, long long width, long long channels, long long way) {
-    const unsigned i = item();
-    if (i >= height * width * (channels / EIGHT)) return;
-    const Descent<T> descent{incoming, own, behind, features, unsigned(height), unsigned(width), unsigned(channels), way};
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 5) network_mask(const T* incoming, const T* own, const T* behind, const T* features, const T* content,
+                             const float* factors, T* out, long long height, long long width, long long channels,
+                             long long way) {
+    const unsigned i = item(), high = height, broad = width, deep = channels;
+    if (i >= high * broad * (deep / EIGHT)) return;
+    const Descent<T> descent{incoming, own, behind, features, content, factors, high, broad, deep, way};
     const Vector<T, EIGHT> passed = load(features + (long long)i * EIGHT);
     float sum[EIGHT] = {};
     descent.finish(i, passed, descent.arriving(i), sum);
     put(out + (long long)i * EIGHT, sum);
 }
-
-constexpr int POSITIONS = 64, CHANNELS = 64;  // of the product that a block computes at a time, as in network.py
-constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first convolution: places and colours; with zeros
 
 // As network_mask where nothing is pooled, with a further share of the style loss at the ReLU: STYLE F lifted, where lifted
 // (C, C) = LIFT (G - A) is symmetric, or null; C is the number of channels. At the first convolution, which has 64, `out`
@@ -169,7 +237,7 @@ constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first 
 // A block goes through the positions tile by tile, while the next one is on its way; its part of lifted stays in registers.
 // Warps lie 2 x 4 in a tile, each with 32 positions and 16 channels, or 8 taps.
 template <typename H, int C>
-__global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, const H* own, const H* behind,
+__global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const H* incoming, const H* own, const H* behind,
                                                             const H* features, H* out, long long height,
                                                             long long width, const float* factors, const H* lifted,
                                                             const H* taps, long long plane) {
@@ -179,7 +247,8 @@ __global__ void __launch_bounds__(THREADS, 2) network_style(const H* incoming, c
     __shared__ __align__(16) H tiles[2][POSITIONS * LINE], shares[POSITIONS * WIDE], products[FIRST ? FILLED * TALL : 1];
     const unsigned positions = height * width, across = C / CHANNELS, step = gridDim.x / across;
     const unsigned column0 = blockIdx.x % across * CHANNELS, count = (positions + POSITIONS - 1) / POSITIONS;
-    const Descent<H> descent{incoming, own, behind, features, unsigned(height), unsigned(width), unsigned(C), SAME};
+    const unsigned high = height, broad = width;
+    const Descent<H> descent{incoming, own, behind, features, nullptr, nullptr, high, broad, C, SAME};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 4 * 32, column = warp % 4 * 16;
     const float factor = lifted ? factors[STYLE] : 0;
     const auto word = [](const H* from) { return *reinterpret_cast<const unsigned*>(from); };

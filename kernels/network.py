@@ -1,4 +1,4 @@
-"""What stands between the convolutions of VGG-19 on a GPU, one launch each.
+"""What stands between the convolutions of VGG-19 on a GPU, and the first of them, one launch each.
 
 Activations are (1, C, H, W) fp32, fp16 or bf16 in NHWC order, C a multiple of 8; the image is (1, 3, H, W) fp32. Sums
 are fp32. `nhwc` has the same steps for a CPU.
@@ -16,15 +16,27 @@ COLOURS = 4  # channels of the image as the first convolution reads it; the last
 EIGHT = 8  # channels of the gradient as the last convolution writes it in fp32; three are of use
 _WAYS = ("", "avg", "max")
 CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
-TAPS, FILLED = 27, 32  # products of a position with the first convolution: its places and colours; with zeros
+TAPS, FILLED = 27, 32  # what a position sees in the first convolution: places and colours; with zeros
 _POSITIONS, _CHANNELS = 64, 64  # of a tile of that share, as in network.cu
-_RESIDENT = 2  # blocks on a multiprocessor that make it, likewise
+_RESIDENT = {64: 3, 128: 2}  # blocks on a multiprocessor that make it, by channels, likewise
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
     """Write the image minus means (3,) into `out` (1, COLOURS, H + 2 f, W + 2 f), with a frame of f lines, 0 or 1."""
     size = image.shape[2:]
     _launch("image", out, out.shape[2] * out.shape[3], image, means, out, *size, *_frame(out, size), _index(padding))
+
+
+def convolve(
+    image: Tensor, means: Tensor, kernel: Tensor, bias: Tensor, out: Tensor, padding: str, rectified: bool
+) -> None:
+    """Write the first convolution of the image minus means (3,) into `out` (1, 64, H, W) of 16 bits, with its ReLU or not.
+
+    `kernel` (64, FILLED) is by channel, place and colour, filled up with zeros; `bias` has 64 elements.
+    """
+    size = image.shape[2:]
+    given = (image, means, kernel, bias, out, *size, _index(padding), int(rectified))
+    _launch("convolution", out, size[0] * size[1], *given)
 
 
 def wrap(source: Tensor, out: Tensor) -> None:
@@ -53,16 +65,18 @@ def mask(
     `incoming` has come from above, (1, C, H, W) or with `pooling` (1, C, H / 2, W / 2). With avg each of its values
     goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
     weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
-    `out` may be `incoming` if nothing is pooled. `term` is what the style loss adds at the ReLU, not made yet, for
-    16-bit features with CHAINED channels where nothing is pooled.
+    `out` may be `incoming` if nothing is pooled. `term` is what a style or a content loss adds at the ReLU and nobody has
+    made yet; that of a style for 16-bit features with CHAINED channels where nothing is pooled.
     """
     if term is not None and term.lifted is not None:
         assert not pooling
+        assert term.content is None
         _style(incoming, own, behind, features, out, term, None)
         return
     _, channels, height, width = features.shape
+    content, factors = (term.content, term.factors) if term else (None, None)
     size = (height, width, channels, _WAYS.index(pooling))
-    _launch("mask", out, out.numel() // EIGHT, incoming, own, behind, features, out, *size)
+    _launch("mask", out, out.numel() // EIGHT, incoming, own, behind, features, content, factors, out, *size)
 
 
 def first(
@@ -93,7 +107,7 @@ def _style(
 ) -> None:
     _, channels, height, width = features.shape
     across = channels // _CHANNELS
-    columns = min(_RESIDENT * _cuda.processors(out.device) // across, -(-height * width // _POSITIONS))
+    columns = min(_RESIDENT[channels] * _cuda.processors(out.device) // across, -(-height * width // _POSITIONS))
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
     factors, lifted = (term.factors, term.lifted) if term else (None, None)
     given = (incoming, own, behind, features, out, height, width, factors, lifted, taps)

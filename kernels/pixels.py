@@ -30,6 +30,7 @@ from torch import Tensor
 from . import _cuda
 
 FORMS = ("mean", "sum", "block", "nine-point")
+_RUN = 4  # rows that a thread takes, as in pixels.cu
 
 
 def total_variation_reference(
@@ -127,7 +128,7 @@ def _shifted(length: int, shift: int, wrap: bool) -> list[tuple[slice, slice]]:
 
 
 class Pixels:
-    """Finishes loss and gradient at `pixels` (1, 3, H, W) fp32, H, W >= 2, with total variation of this weight.
+    """Finishes loss and gradient at pixels (1, 3, H, W) fp32, H, W >= 2, with total variation of this weight.
 
     `power`, `wrap` and `form` are those of the formula. `vjp`, like the pixels, is the gradient of the other terms
     times `scale`, a 0-dim fp32 tensor; `terms` is what `Layers.losses` writes. All are kept, and used again at each
@@ -136,7 +137,6 @@ class Pixels:
 
     def __init__(
         self,
-        pixels: Tensor,
         vjp: Tensor,
         scale: Tensor,
         weight: float,
@@ -145,36 +145,36 @@ class Pixels:
         wrap: bool = False,
         form: str = "mean",
     ) -> None:
-        self._pixels, self._vjp, self._scale, self._weight, self._terms = pixels, vjp, scale, float(weight), terms
+        self._vjp, self._scale, self._weight, self._terms = vjp, scale, float(weight), terms
         self._power, self._wrap = float(power), wrap
-        height, width = pixels.shape[2:]
+        height, width = vjp.shape[2:]
         self._stencil = Stencil.of(form, height, width, wrap)
         self._pairs = self._stencil.pairs(height, width, wrap)
-        self._blocks = _cuda.blocks(pixels.numel())
-        self._sums = torch.empty((self._blocks, 2), dtype=torch.float64, device=pixels.device)
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=pixels.device)
+        self._blocks = _cuda.blocks(3 * -(-height // _RUN) * width)
+        self._sums = torch.empty(self._blocks, dtype=torch.float64, device=vjp.device)
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=vjp.device)
 
-    def finish(self, gradient: Tensor | None) -> None:
+    def finish(self, pixels: Tensor, gradient: Tensor | None) -> None:
         """Put L in its place among the terms and add it to the total; write the gradient of the total if wanted.
 
-        The total becomes NaN if an element of the gradient is not finite.
+        L and the total become NaN if an element of the gradient is not finite.
         """
-        if not self._pixels.is_cuda:
-            self._finish_cpu(gradient)
+        if not pixels.is_cuda:
+            self._finish_cpu(pixels, gradient)
             return
-        height, width = self._pixels.shape[2:]
-        vectors = (self._pixels, self._vjp, gradient, self._scale)
+        height, width = pixels.shape[2:]
+        vectors = (pixels, self._vjp, gradient, self._scale)
         scratch = (self._sums, self._arrived)
         size = (height, width, self._weight, self._power, int(self._wrap))
         weights = (*self._stencil.across, *self._stencil.down, self._stencil.diagonal)
         _cuda.launch("pixels", "pixel_gradient", (self._blocks,), *vectors, *size, *weights, *scratch, self._terms)
 
-    def _finish_cpu(self, gradient: Tensor | None) -> None:
+    def _finish_cpu(self, pixels: Tensor, gradient: Tensor | None) -> None:
         if gradient is not None:
             torch.div(self._vjp, self._scale, out=gradient)
         loss = 0.0
         for right, left, weight in self._pairs:
-            difference = self._pixels[:, :, *right] - self._pixels[:, :, *left]
+            difference = pixels[:, :, *right] - pixels[:, :, *left]
             sharp = difference  # |d|^p / d
             if self._power != 2:
                 sharp = difference.sign() * difference.abs().pow_(self._power - 1)
@@ -183,7 +183,7 @@ class Pixels:
                 slope = self._power * self._weight * weight
                 gradient[:, :, *right].add_(sharp, alpha=slope)
                 gradient[:, :, *left].sub_(sharp, alpha=slope)
+        if gradient is not None and not torch.isfinite(gradient).all():
+            loss = math.nan
         self._terms[2] = loss
         self._terms[0] += self._weight * loss
-        if gradient is not None and not torch.isfinite(gradient).all():
-            self._terms[0] = math.nan

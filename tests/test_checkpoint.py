@@ -114,7 +114,7 @@ def test_every_cut_of_a_minimisation(function, optimizer, monkeypatch):
     decide = kernels.lbfgs.decide
     monkeypatch.setattr(kernels.lbfgs, "decide", lambda *a: (actions.append(decide(*a)), actions[-1])[1])
     start, count = torch.full((1, 3, 2, 2), -0.2), 40
-    whole = [(each.loss, each.best) for each in minimise(function, start, optimizer, count, State(), history=20)]
+    whole = [(each.loss, each.best.clone()) for each in minimise(function, start, optimizer, count, State(), history=20)]
     if optimizer == "lbfgs" and function is cliff:
         assert {kernels.lbfgs.HALVE, kernels.lbfgs.RESTART} <= set(actions)
     for cut in range(1, count):
@@ -130,7 +130,7 @@ def test_every_cut_of_a_minimisation(function, optimizer, monkeypatch):
 def test_iterations_that_a_gpu_was_given_come_first():
     """What a GPU had computed ahead of the iterate that was saved is handed out before anything is evaluated."""
     start, count = torch.full((1, 3, 2, 2), -0.2), 8
-    whole = [(each.loss, each.best) for each in minimise(rosenbrock, start, "lbfgs", count, State())]
+    whole = [(each.loss, each.best.clone()) for each in minimise(rosenbrock, start, "lbfgs", count, State())]
     iterates = minimise(rosenbrock, start, "lbfgs", count, State())
     saved = [{n: t.clone() for n, t in next(iterates).save().items()} for _ in range(5)][-1]
     saved["queued.losses"] = torch.tensor([loss for loss, _ in whole[3:5]])

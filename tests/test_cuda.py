@@ -19,9 +19,10 @@ from engine.kernels import _cuda, lbfgs, network
 from engine.kernels import layers as layers_module
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
-from engine.kernels.layers import Layer, Layers
+from engine.kernels.layers import Layer, Layers, Term
 from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.trail import Trail
 from engine.kernels.wasserstein import Wasserstein
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -361,10 +362,28 @@ def test_the_image_gets_its_frame_and_the_gradient_comes_back_through_it(host, d
     assert error(gradient, numbers(truth)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("padding", network.PADDINGS)
+@pytest.mark.parametrize(("size", "rectified"), [((2, 3), True), ((33, 47), False), ((16, 16), True)])
+def test_the_first_convolution(host, dtype, padding, size, rectified):
+    """Against torch's convolution of the framed image, rounded as that of cuDNN is given it."""
+    image, means, framed = image_of(padding, size)
+    kernel, bias = random(64, 3, 3, 3, dtype=dtype), random(64, seed=1, dtype=dtype)
+    rounded = framed.detach().float().to(dtype).double()
+    truth = torch.nn.functional.conv2d(rounded, kernel.double(), bias.double(), padding=int(padding == "zero"))
+    truth = truth.relu() if rectified else truth
+    out = channels_last(torch.full((1, 64, *size), torch.nan), dtype)
+    taps = torch.nn.functional.pad(kernel.permute(0, 2, 3, 1).flatten(1), (0, network.FILLED - network.TAPS))
+    network.convolve(image.detach().float(), means.float(), taps, bias, out, padding, rectified)
+    assert error(out, numbers(truth)) < ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
 @pytest.mark.parametrize("size", [(2, 2), (9, 12)])
 @pytest.mark.parametrize("pooling", ["", "avg", "max"])
-@pytest.mark.parametrize("shares", ["incoming", "incoming own", "incoming own behind", "own", "own behind"])
+@pytest.mark.parametrize(
+    "shares", ["incoming", "incoming own", "incoming own behind", "own", "own behind", "incoming content", "content"]
+)
 def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, shares):
     """Against autograd of torch's own ReLU and pooling; few values, so that maxima are ties."""
     channels = 24
@@ -385,9 +404,14 @@ def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, share
     given = {name: channels_last(random(*shape, seed=7), dtype) for name, shape in shapes.items() if name in shares}
     at = {"incoming": above, "own": relu, "behind": before}
     total = sum((at[name] * given[name].double()).sum() for name in given)
+    term = None
+    if "content" in shares:
+        wanted = channels_last(random(*relu.shape, seed=8), dtype)
+        term = Term(torch.tensor([torch.nan, torch.nan, 0.75]), content=wanted.flatten(2)[0])
+        total = total + (relu * 0.75 * (features.double() - wanted.double())).sum()
     (truth,) = torch.autograd.grad(total, before)
     out = channels_last(torch.full(relu.shape, torch.nan), dtype)
-    network.mask(*map(given.get, shapes), features, out, pooling)
+    network.mask(*map(given.get, shapes), features, out, pooling, term)
     assert error(out, numbers(truth)) < max(1e-6, ROUNDING[dtype])
 
 
@@ -402,12 +426,12 @@ def test_the_style_joins_the_cotangent_on_its_way(host, dtype, channels, size, s
     relu = channels_last(random(*shape).relu(), dtype)
     flat = relu.flatten(2)[0]
     gram = torch.from_numpy(gram_reference(numbers(random(channels, 40, seed=2)))).float()
+    names = ("incoming", "own", "behind")
+    given = {name: channels_last(random(*shape, seed=3 + i), dtype) for i, name in enumerate(shares.split())}
     layers = Layers({"only": Layer(flat, None, None, gram)}, 0.0, 300.0)
     layers.losses()
     layers.gradients()
     term = layers.term("only") if style else None
-    names = ("incoming", "own", "behind")
-    given = {name: channels_last(random(*shape, seed=3 + i), dtype) for i, name in enumerate(shares.split())}
     exact, scale = numbers(flat), float(layers.scale)
     cotangent = 300 * scale * style * style_gradient_reference(exact, gram_reference(exact), numbers(gram))
     own = torch.from_numpy(cotangent).float().view(shape)
@@ -458,16 +482,16 @@ VARIATIONS += [(power, wrap, form) for form in FORMS[1:] for power, wrap in ((1,
 
 
 @pytest.mark.parametrize(("power", "wrap", "form"), VARIATIONS)
-@pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31)])
+@pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31), (8, 5)])
 def test_pixels(host, size, power, wrap, form):
     pixels, vjp = random(1, 3, *size), random(1, 3, *size, seed=1)
     truth, slope = total_variation_reference(numbers(pixels[0]), power, wrap, form)
     terms, gradient = torch.tensor([5.0, 1.0, 0.0, 2.0]), torch.full_like(pixels, torch.nan)
-    finish = Pixels(pixels, vjp, torch.tensor(8.0), 7, terms, power, wrap, form)
-    finish.finish(gradient)
+    finish = Pixels(vjp, torch.tensor(8.0), 7, terms, power, wrap, form)
+    finish.finish(pixels, gradient)
     assert numbers(terms) == pytest.approx([5 + 7 * truth, 1, truth, 2], rel=1e-6)
     assert error(gradient[0], numbers(vjp[0]) / 8 + 7 * slope) < 1e-6
-    finish.finish(None)
+    finish.finish(pixels, None)
     assert numbers(terms)[0] == pytest.approx(5 + 14 * truth, rel=1e-6)
 
 
@@ -475,24 +499,31 @@ def test_pixels(host, size, power, wrap, form):
 def test_a_gradient_that_is_not_finite_makes_the_loss_nan(host, value):
     vjp, terms = random(1, 3, 20, 30), torch.ones(3)
     vjp[0, 2, 19, 29] = value
-    Pixels(random(1, 3, 20, 30), vjp, torch.tensor(1.0), 0, terms).finish(torch.empty_like(vjp))
-    assert torch.isnan(terms[0])
+    Pixels(vjp, torch.tensor(1.0), 0, terms).finish(random(1, 3, 20, 30), torch.empty_like(vjp))
+    assert terms.isnan().tolist() == [True, False, True]
 
 
 def optimisers(make, losses, count=700, gradients=None):
-    """A run on a CPU and one of the CUDA source, fed the same losses and gradients: images and best after each step."""
+    """A run on a CPU and one of the CUDA source, fed the same losses and gradients: images and best after each step.
+
+    The losses, and the best images of the last three steps, are those of the trail.
+    """
     found = []
     for cuda in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", property(lambda self, cuda=cuda: cuda))
             image, gradient, loss = random(count), torch.empty(count), torch.zeros(())
-            runner, trace = make(image, gradient, loss), []
+            trail, trace = Trail(image, len(losses) + 2, 3, first=2), []
+            runner = make(image, gradient, loss, trail)
             for i, value in enumerate(losses):
                 # of a quadratic with its own curvature for each element
                 gradient.copy_((1 + torch.arange(count) / count * 5) * image * 100 + random(count, seed=i))
                 loss.fill_(value)
                 runner.step()
-                trace.append((image.clone(), runner.best.clone()))
+                trace.append((image.clone(), trail.image(2 + i).clone()))
+                for back in range(min(3, len(trace))):
+                    assert torch.equal(trail.image(2 + i - back), trace[-1 - back][1])
+            np.testing.assert_array_equal(numbers(trail.losses[2:]), np.float32(losses))
         found.append(trace)
     return found
 
@@ -542,7 +573,7 @@ def test_lbfgs_goes_on_from_what_it_saved(host, cut):
 
     def fresh():
         image, gradient, loss = random(count), torch.empty(count), torch.zeros(())
-        return lbfgs.Lbfgs(image, gradient, loss, 3), image, gradient, loss
+        return lbfgs.Lbfgs(image, gradient, loss, Trail(image), 3), image, gradient, loss
 
     whole, again = fresh(), fresh()
     steps(*whole, range(cut))
@@ -552,14 +583,14 @@ def test_lbfgs_goes_on_from_what_it_saved(host, cut):
     for each in (whole, again):
         steps(*each, range(cut, cut + 3))
     assert torch.equal(again[1], whole[1])
-    assert torch.equal(again[0].best, whole[0].best)
+    assert torch.equal(again[0].save()["best"], whole[0].save()["best"])
 
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
 def test_lbfgs_in_a_box_with_a_short_history_does_what_it_does_on_a_cpu(host, losses):
-    def make(image, gradient, loss):
+    def make(image, gradient, loss, trail):
         image.clamp_(0, 1)  # half of the elements start on the lower bound
-        return Lbfgs(image, gradient, loss, 3, boxed=True)
+        return Lbfgs(image, gradient, loss, trail, 3, boxed=True)
 
     on_cpu, on_cuda = optimisers(make, losses)
     for (image, best), (cuda_image, cuda_best) in zip(on_cpu, on_cuda, strict=True):

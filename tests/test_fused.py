@@ -124,7 +124,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     monkeypatch.setattr(kernels, "Recorded", Counted)
     spec = vgg.Spec(40, 33, layers, precision=precision)
     own = objective(fused.Features(spec, fused.Network(net)), content, style, config, held)
-    assert set(own.network.cotangents) == ({"relu3_1", "relu3_2"} if precision != "fp32" else set(layers))
+    assert set(own.network.cotangents) == ({"relu3_1"} if precision != "fp32" else {"relu1_1", "relu3_1"})
     runs.clear()
     gradient, other = torch.empty(2, *pixels.shape)
     found = [float(own.write(pixels, each)) for each in (gradient, gradient, other, gradient)]
@@ -321,13 +321,19 @@ def test_kernels_are_filled_up_with_zeros(net, monkeypatch):
     own = fused.Network(net)
     made = own.parameters(spec)
     assert own.parameters(spec) is made
-    assert made["conv1_1.weight"].shape == (64, 4, 3, 3)
-    assert not made["conv1_1.weight"][:, 3].any()
+    assert made["conv1_1.weight"].shape == (64, 32)
+    assert not made["conv1_1.weight"][:, 27:].any()
     assert made["conv1_1.vjp"].shape == (32, 64)
     assert not made["conv1_1.vjp"][27:].any()
-    exact = own.parameters(vgg.Spec(32, 32, ("relu2_1",)))["conv1_1.vjp"]
+    single = own.parameters(vgg.Spec(32, 32, ("relu2_1",)))
+    assert single["conv1_1.weight"].shape == (64, 4, 3, 3)
+    assert not single["conv1_1.weight"][:, 3].any()
+    exact = single["conv1_1.vjp"]
     assert exact.shape == (8, 64, 3, 3)
     assert not exact[3:].any()
+    torch.testing.assert_close(
+        made["conv1_1.weight"][:, 3 * 5 + 1].float(), single["conv1_1.weight"][:, 1, 1, 2], rtol=1e-3, atol=1e-6
+    )
     torch.testing.assert_close(made["conv1_1.vjp"][3 * 5 + 1].float(), exact[1, :, 1, 2], rtol=1e-3, atol=1e-6)
     assert made["conv2_1.bias"].stride() == (128, 1, 128, 128)
     assert all(each.dtype == torch.float16 for name, each in made.items() if name != "mean")
