@@ -235,7 +235,10 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
-        "L-BFGS": (kernels.Lbfgs(image, gradient, loss, kernels.Trail(image)), 2 * GPU_HISTORY + 12),  # those of the history are half as long
+        "L-BFGS": (
+            kernels.Lbfgs(image, gradient, loss, kernels.Trail(image)),
+            2 * GPU_HISTORY + 12,
+        ),  # those of the history are half as long
         "Adam": (kernels.Adam(image, gradient, loss, kernels.Trail(image)), 7),
     }
     for name, (runner, vectors) in runners.items():

@@ -69,9 +69,9 @@ class Features(Protocol):
         """image -> features; `pixels`, where they are given, take the place of what is in `image`.
 
         They are contiguous, with its shape and dtype and on its device; the runtime may read them where they are, or
-        copy them. Each loss layer is handed to `read`, with others or alone, from the shallowest to the deepest, once its features
-        are there. What `read` queues on a GPU may run beside the layers that follow, and is done before what comes
-        after the forward pass.
+        copy them. Each loss layer is handed to `read`, with others or alone, from the shallowest to the deepest, once
+        its features are there. What `read` queues on a GPU may run beside the layers that follow, and is done before
+        what comes after the forward pass.
         """
 
     def chains(self, name: str, *, style: bool, content: bool) -> bool:

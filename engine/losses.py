@@ -46,8 +46,8 @@ class Objective:
     `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
     features P (1, C, H, W) of the content image at the content layers; empty, there is no content loss, and without
     regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
-    (1, 1, H, W), is zero. If `write` makes the same launches on a GPU each time, it leaves the loss in `recorded`, which
-    is None else.
+    (1, 1, H, W), is zero. If `write` makes the same launches on a GPU each time, it leaves the loss in `recorded`,
+    which is None else.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Objective:
     def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:
         """Total loss of pixels (1, 3, H, W), 0-dim fp32, and its gradient into `gradient` if wanted.
 
-        Both are contiguous fp32 on the device of the network. The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On a GPU all
-        of it is queued on the current stream of `network.use`, and the host waits for nothing, but for Wasserstein
-        distances.
+        Both are contiguous fp32 on the device of the network. The loss lies in memory that the next call writes again;
+        it is NaN if the gradient is not finite. On a GPU all of it is queued on the current stream of `network.use`,
+        and the host waits for nothing, but for Wasserstein distances.
         """
         with self.network.use():
             if self.recorded is not None and gradient is not None:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 NAMES = ("gram", "losses", "gradients", "pixels", "adam", "lbfgs", "network")
 THREADS = 256  # of every block
 MAX_BLOCKS = 1024  # of a kernel that strides over its input
+_OVERLAPPING = 9, 0  # compute capability from which on a kernel can be brought to the device ahead of its turn
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _CUBLAS_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType, then cuBLAS's own numbers
 _ON_HOST, _ON_DEVICE, _AS_IT_IS, _IN_FP32, _ANY_ALGORITHM = 0, 1, 0, 68, -1
@@ -102,16 +103,6 @@ def _bits(cell: Tensor | float | None) -> int:
     return int(np.float64(cell).view(np.int64)) if isinstance(cell, float) else cell or 0
 
 
-class _Stream:
-    """torch's current stream for CuPy: torch's own object speaks the protocol in its later versions only."""
-
-    def __init__(self, device: int) -> None:
-        self._address = torch.cuda.current_stream(device).cuda_stream
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._address
-
-
 _free_streams: list[torch.cuda.Stream] = []
 _cupys_streams: list[Any] = []  # CuPy's objects, which would take their streams along
 
@@ -141,25 +132,40 @@ def launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: Argument) 
     """Launch `kernel` of `name`.cu with THREADS threads a block; one of the arguments at least is on the device.
 
     A tensor or a table is passed as its address, None as the null pointer, an int as a 64-bit, a float as a 32-bit
-    number.
+    number. Where the device can, the kernel is brought there while the one before it still runs: see `take_turn`.
     """
     import cupy
+    from cuda.bindings import driver
 
     places = (each.tensor if isinstance(each, Table) else each for each in arguments)
     device = next(each.device.index for each in places if isinstance(each, Tensor))
-    stream = cupy.cuda.Stream.from_external(_Stream(device))
-    with cupy.cuda.Device(device), stream:
-        _function(name, kernel, device)(grid, (THREADS,), tuple(_native(argument) for argument in arguments))
+    launching = driver.CUlaunchConfig()
+    launching.gridDimX, launching.gridDimY, launching.gridDimZ = (*grid, 1, 1)[:3]
+    launching.blockDimX, launching.blockDimY, launching.blockDimZ = THREADS, 1, 1
+    launching.hStream = driver.CUstream(init_value=torch.cuda.current_stream(device).cuda_stream)
+    if torch.cuda.get_device_capability(device) >= _OVERLAPPING:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        launching.attrs, launching.numAttrs = [early], 1
+    cells = np.concatenate([_cell(argument) for argument in arguments])
+    addresses = cells.ctypes.data + 8 * np.arange(len(arguments), dtype=np.uint64)
+    with cupy.cuda.Device(device):
+        function = driver.CUfunction(init_value=_function(name, kernel, device).kernel.ptr)
+        (status,) = driver.cuLaunchKernelEx(launching, function, addresses.ctypes.data, 0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"kernel {kernel}: {status.name}")
 
 
-def _native(argument: Argument) -> np.generic:
+def _cell(argument: Argument) -> np.ndarray[Any, Any]:
+    """The eight bytes that hold an argument."""
     if isinstance(argument, Table):
         argument = argument.tensor
     if isinstance(argument, Tensor):
-        return np.uint64(argument.data_ptr())
-    if argument is None:
-        return np.uint64(0)
-    return np.int64(argument) if isinstance(argument, int) else np.float32(argument)
+        return np.array([argument.data_ptr()], np.uint64)
+    if isinstance(argument, float):
+        return np.array([argument, 0], np.float32).view(np.uint64)
+    return np.array([argument or 0], np.int64).view(np.uint64)
 
 
 @functools.cache

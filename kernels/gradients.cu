@@ -2,53 +2,36 @@
 
 #include "tiles.cuh"
 
-// layers (gridDim.y,): `lifted` of style layers, and CONTENT (F - P) as the `cotangent` of content layers. cuBLAS adds
-// STYLE `lifted` F to that; for a layer without a cotangent the VJP does it where it needs it (network.cu).
+// layers (gridDim.y,): CONTENT (F - P) as the `cotangent` of content layers that have one. cuBLAS adds STYLE `lifted` F.
 template <typename T>
-__global__ void lifted_differences(const Layer* layers, const float* factors) {
+__global__ void content_cotangents(const Layer* layers, const float* factors) {
+    take_turn();
+    const Layer layer = layers[blockIdx.y];
+    if (!layer.content || !layer.cotangent) return;
     constexpr int WIDE = 16 / sizeof(T);
     using Wide = Vector<T, WIDE>;
-    const Layer layer = layers[blockIdx.y];
-    const float* own = factors_of(factors, blockIdx.y);
-    const long long first = WIDE * ((long long)blockIdx.x * THREADS + threadIdx.x), step = WIDE * THREADS * gridDim.x;
-    const float lift = own[LIFT], factor = own[CONTENT];
-    if (layer.target) {
-        T* out = static_cast<T*>(layer.lifted);
-        const long long count = layer.channels * layer.channels;
-        for (long long i = first; i < count; i += step) {
-            Wide found;
-            if (i + WIDE <= count) {
-                const auto d = *reinterpret_cast<const Vector<float, WIDE>*>(layer.difference + i);
-                for (int e = 0; e < WIDE; ++e) store(found.element + e, lift * d.element[e]);
-                *reinterpret_cast<Wide*>(out + i) = found;
-            } else {
-                for (long long rest = i; rest < count; ++rest) store(out + rest, lift * layer.difference[rest]);
-            }
-        }
-    }
-    if (!layer.content || !layer.cotangent) return;
+    const long long first = (long long)blockIdx.x * THREADS + threadIdx.x, step = (long long)gridDim.x * THREADS;
+    const float factor = factors_of(factors, blockIdx.y)[CONTENT];
     const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
     T* out = static_cast<T*>(layer.cotangent);
     const long long count = layer.channels * layer.positions;
 #pragma unroll 4
-    for (long long i = first; i < count; i += step) {
+    for (long long i = WIDE * first; i + WIDE <= count; i += WIDE * step) {
+        const Wide f = *reinterpret_cast<const Wide*>(features + i), p = *reinterpret_cast<const Wide*>(content + i);
         Wide found;
-        if (i + WIDE <= count) {
-            const Wide f = *reinterpret_cast<const Wide*>(features + i), p = *reinterpret_cast<const Wide*>(content + i);
-            for (int e = 0; e < WIDE; ++e)
-                store(found.element + e, factor * (to_float(f.element[e]) - to_float(p.element[e])));
-            *reinterpret_cast<Wide*>(out + i) = found;
-        } else {
-            for (long long rest = i; rest < count; ++rest)
-                store(out + rest, factor * (to_float(features[rest]) - to_float(content[rest])));
-        }
+        for (int e = 0; e < WIDE; ++e)
+            store(found.element + e, factor * (to_float(f.element[e]) - to_float(p.element[e])));
+        *reinterpret_cast<Wide*>(out + i) = found;
     }
+    for (long long i = count / WIDE * WIDE + first; i < count; i += step)
+        store(out + i, factor * (to_float(features[i]) - to_float(content[i])));
 }
 
 // layers (count,): writes `cotangent` = STYLE (LIFT (G - A)) F + CONTENT (F - P), with the factors of layers.cuh.
 template <typename T, bool NHWC>
 __global__ void __launch_bounds__(THREADS, 2) layer_gradients(const Layer* layers, long long count,
                                                               const float* factors) {
+    take_turn();
     const int found = locate(layers, count, &Layer::gradient_block, blockIdx.x);
     const Layer& layer = layers[found];
     const float* own = factors_of(factors, found);

@@ -7,6 +7,7 @@
 template <typename T, bool NHWC>
 __global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long long begin, long long count,
                                                    long long start) {
+    take_turn();
     const long long block = start + blockIdx.x;
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::gram_block, block)];
     const long long C = layer.channels, M = layer.positions;

@@ -14,7 +14,7 @@ struct Layer {
     long long span, content_span;  // elements of G and of F that one block of the loss covers
     long long gram_block, loss_block, gradient_block;  // the first block of this layer in each launch
     double content_weight, style_weight;               // its own, beside those of all layers
-    void* lifted;               // LIFT (G - A) (C, C) in the type of the features, for cuBLAS
+    void* lifted;               // LIFT (G - A) (C, C) in the type of the features, for cuBLAS and the VJP
 };
 
 // Index of the layer that a block belongs to; `first` is one of the three columns of first blocks. Of a single layer

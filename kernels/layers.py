@@ -35,7 +35,7 @@ from .wasserstein import Wasserstein
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 16384  # elements of F that one block of the losses covers
-_FULL = 2  # blocks for each multiprocessor and layer that keep memory busy
+_FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
@@ -95,8 +95,8 @@ class Layer:
 class Term:
     """What the cotangent of a layer is made of on a GPU: factors[1] lifted F + factors[2] (F - P), as in layers.cuh.
 
-    `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses` and
-    `Layers.gradients`; `content` is the P of the layer, (C, M). None stands for a loss that it does not have.
+    `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses`;
+    `content` is the P of the layer, (C, M). None stands for a loss that it does not have.
     """
 
     factors: Tensor
@@ -196,10 +196,11 @@ class Layers:
             _cuda.launch("losses", f"layer_losses<{element}>", (stop - start,), *given)
 
     def _launch_factors(self) -> None:
-        """sums -> terms, scale, factors."""
+        """sums -> terms, scale, factors, lifted."""
         sums = (self._table, len(self._layers), self._sums, self._loss_blocks[-1])
-        options = (self._style_weight, self._content_weight, int(self._dtype != torch.float32))
-        _cuda.launch("losses", "layer_factors", (1,), *sums, *options, self.terms, self._factors)
+        given = (*sums, self._style_weight, self._content_weight, self.terms, self._factors)
+        blocks = _cuda.processors(self.terms.device)
+        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (blocks,), *given)
 
     def term(self, name: str) -> Term:
         """What the cotangent of a layer is made of that has no memory for it."""
@@ -212,7 +213,7 @@ class Layers:
             self._gradients_cpu(self.names if names is None else names)
             return
         if any(layer.cotangent is None for layer in self._layers):
-            self._gradients_by_cublas()  # it writes what a `Term` holds
+            self._gradients_by_cublas()  # our kernel would write all of them
             return
         ways = self.ways_to_gradients()
         if not self._way_to_gradients:
@@ -231,8 +232,10 @@ class Layers:
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
 
     def _gradients_by_cublas(self) -> None:
-        element, grid = _cuda.ELEMENTS[self._dtype], (_FULL * _cuda.processors(self.terms.device), len(self._layers))
-        _cuda.launch("gradients", f"lifted_differences<{element}>", grid, self._table, self._factors)
+        if any(layer.content is not None and layer.cotangent is not None for layer in self._layers):
+            kernel = f"content_cotangents<{_cuda.ELEMENTS[self._dtype]}>"
+            grid = _FULL * _cuda.processors(self.terms.device), len(self._layers)
+            _cuda.launch("gradients", kernel, grid, self._table, self._factors)
         for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
             if lifted is not None and layer.cotangent is not None:
                 factor, share = self._factors[2 + _FACTORS * i], self._shares[int(layer.content is not None)]
@@ -266,7 +269,9 @@ class Layers:
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
             share = _share(positions, wanted)
             shares = -(-positions // share)
-            lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)  # that add up one element of G
+            lanes = next(
+                (lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32
+            )  # that add up one element of G
             span = _ROUNDS * _cuda.THREADS // lanes
             products = None
             grams = losses = 0
@@ -312,6 +317,8 @@ class Layers:
                 self.scale.copy_(smaller)
             factors[i, 0] = 16384 * torch.exp2(-norm.log2().floor())
             factors[i, 1] = self.scale * weight / (channels * elements) / factors[i, 0]
+            if (lifted := self._lifted[i]) is not None:
+                lifted.copy_(factors[i, 0] * difference)
 
     def _measure_cpu(self, layer: Layer, difference: Tensor | None) -> tuple[float, float, float]:
         """Content loss, style loss and loudness of a layer; G - A has memory of its own."""

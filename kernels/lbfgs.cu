@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, 
                                                          const float* gradient, const State* state, long long count,
                                                          long long stride, long long slots, long long boxed,
                                                          double* sums) {
+    take_turn();
     __shared__ __align__(16) __half ahead[GROUP][EIGHT * THREADS];  // what a thread reads next, while it adds up
     __shared__ double warps[WARPS][2 * GROUP];
     const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
@@ -178,6 +179,7 @@ __device__ inline void two_loops(State& state, const double (*products)[SLOTS], 
 __global__ void lbfgs_plan(State* shared_state, const float* loss, unsigned* made_steps, float* losses,
                            const double* sums, long long chunks, long long count, long long slots, float diverged,
                            long long halvings) {
+    take_turn();
     __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
     State& state = *shared_state;
     const int lane = threadIdx.x % 32;
@@ -249,6 +251,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
                                                          long long stride, long long slots, long long boxed,
                                                          float largest, float* bests, long long best_stride,
                                                          long long kept, const unsigned* made_steps) {
+    take_turn();
     __shared__ float of_history[2 * SLOTS];
     if (threadIdx.x < 2 * SLOTS)
         of_history[threadIdx.x] = state->of_history[threadIdx.x] / (threadIdx.x % 2 ? CHANGES : MOVES);

@@ -212,7 +212,11 @@ class Lbfgs:
         state = self._state
         if self._image.is_cuda:
             state = self._device_state.cpu().numpy().view(state.dtype)[0]
-        saved = {"image": self._image, "best": self._trail.best, "history": self._history[: rows_in_use(state, self._slots)]}
+        saved = {
+            "image": self._image,
+            "best": self._trail.best,
+            "history": self._history[: rows_in_use(state, self._slots)],
+        }
         if self._image.is_cuda:
             saved["before"] = self._before
         saved = {name: tensor.cpu() for name, tensor in saved.items()}

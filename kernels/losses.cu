@@ -60,6 +60,7 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, long long begin, long long count,
                                                            long long start, double* sums) {
+    take_turn();
     const long long block = start + blockIdx.x;
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
     const long long C = layer.channels, M = layer.positions;
@@ -81,63 +82,88 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
     sums[2 * block + 1] = trace;
 }
 
-// One block. sums (blocks, 2) come from layer_losses. The weights are those of all layers, beside each layer's own.
-// Writes
+// sums (blocks, 2) come from layer_losses. The weights are those of all layers, beside each layer's own. Writes
 //   terms    total without total variation, content by the layers' own weights, 0, then the style loss of each layer
 //            (0 if it is none), unweighted
-//   factors  see layers.cuh; the scale is 1 unless `scaled`, which brings the root mean square of the loudest cotangent
-//            under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no
-//            element can overflow, as it is at most sqrt(C M) < 65504.
+//   factors  see layers.cuh; the scale is 1 for fp32, else it brings the root mean square of the loudest cotangent under a
+//            power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no element
+//            can overflow, as it is at most sqrt(C M) < 65504
+//   lifted   of style layers; the blocks, which all find the same factors, share them out
+template <typename T>
 __global__ void layer_factors(const Layer* layers, long long count, const double* sums, long long blocks,
-                              float style_weight, float content_weight, long long scaled, float* terms,
-                              float* factors) {
-    __shared__ double style[MAX_LAYERS], content[MAX_LAYERS], norm[MAX_LAYERS], loudest[MAX_LAYERS];
+                              float style_weight, float content_weight, float* terms, float* factors) {
+    take_turn();
+    __shared__ double style[MAX_LAYERS], styles[MAX_LAYERS], contents[MAX_LAYERS];  // a loss, and losses with own weights
+    __shared__ double norm[MAX_LAYERS], loudest[MAX_LAYERS], of_style[MAX_LAYERS], of_content[MAX_LAYERS];
+    __shared__ float lifts[MAX_LAYERS];
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < count; i += WARPS) {
         const Layer layer = layers[i];
         const double channels = layer.channels, elements = channels * layer.positions;
         const long long end = i + 1 < count ? layers[i + 1].loss_block : blocks;
-        const long long styles = layer.target ? divide_up(layer.channels * layer.channels, layer.span) : 0;
+        const long long first = layer.target ? divide_up(layer.channels * layer.channels, layer.span) : 0;
         double difference = 0, loudness = 0, distance = 0;
 #pragma unroll 8
         for (long long b = layer.loss_block + lane; b < end; b += 32) {
-            (b - layer.loss_block < styles ? difference : distance) += sums[2 * b];
+            (b - layer.loss_block < first ? difference : distance) += sums[2 * b];
             loudness += sums[2 * b + 1];
         }
         difference = warp_sum(difference);
         loudness = warp_sum(loudness);
         distance = warp_sum(distance);
         if (lane == 0) {
+            const double content = distance / elements;
             norm[i] = sqrt(difference);
             style[i] = difference / (4 * channels * channels);
-            content[i] = distance / elements;
-            loudest[i] =
-                style_weight * layer.style_weight / (channels * elements) * sqrt(difference * loudness / channels) +
-                2 * content_weight * layer.content_weight / elements * sqrt(content[i]);
+            styles[i] = layer.style_weight * style[i];
+            contents[i] = layer.content_weight * content;
+            of_style[i] = style_weight * layer.style_weight / (channels * elements);
+            of_content[i] = 2 * content_weight * layer.content_weight / elements;
+            loudest[i] = of_style[i] * sqrt(difference * loudness / channels) + of_content[i] * sqrt(content);
         }
     }
     __syncthreads();
     double loud = 1e-30;
     for (int i = 0; i < count; ++i) loud = loudest[i] > loud ? loudest[i] : loud;
-    const double scale = scaled ? 1 / power_of_two_below(loud) : 1;
+    const double scale = sizeof(T) == 4 ? 1 : 1 / power_of_two_below(loud);
     for (int i = threadIdx.x; i < count; i += THREADS) {
-        const double channels = layers[i].channels, elements = channels * layers[i].positions;
         // G - A is at most its norm, so it fits fp16 at this size and loses no small elements.
         const double lift = norm[i] > 0 ? 16384 / power_of_two_below(norm[i]) : 1;
+        lifts[i] = lift;
+        if (blockIdx.x > 0) continue;
         float* own = factors_of(factors, i);
         own[LIFT] = lift;
-        own[STYLE] = scale * style_weight * layers[i].style_weight / (channels * elements) / lift;
-        own[CONTENT] = 2 * scale * content_weight * layers[i].content_weight / elements;
+        own[STYLE] = scale * of_style[i] / lift;
+        own[CONTENT] = scale * of_content[i];
         terms[3 + i] = style[i];
     }
-    if (threadIdx.x > 0) return;
-    double styles = 0, contents = 0;
-    for (int i = 0; i < count; ++i) {
-        styles += layers[i].style_weight * style[i];
-        contents += layers[i].content_weight * content[i];
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        double all_styles = 0, all_contents = 0;
+        for (int i = 0; i < count; ++i) {
+            all_styles += styles[i];
+            all_contents += contents[i];
+        }
+        terms[0] = style_weight * all_styles + content_weight * all_contents;
+        terms[1] = all_contents;
+        terms[2] = 0;
+        factors[0] = scale;
     }
-    terms[0] = style_weight * styles + content_weight * contents;
-    terms[1] = contents;
-    terms[2] = 0;
-    factors[0] = scale;
+    __syncthreads();
+    constexpr int WIDE = 16 / sizeof(T);
+    for (int i = 0; i < count; ++i) {
+        const float *difference = layers[i].difference, lift = lifts[i];
+        T* lifted = static_cast<T*>(layers[i].lifted);
+        const long long elements = lifted ? layers[i].channels * layers[i].channels : 0;
+        for (long long k = WIDE * ((long long)blockIdx.x * THREADS + threadIdx.x); k < elements;
+             k += WIDE * THREADS * gridDim.x) {
+            if (k + WIDE <= elements) {
+                const auto d = *reinterpret_cast<const Vector<float, WIDE>*>(difference + k);
+                Vector<T, WIDE> found;
+                for (int e = 0; e < WIDE; ++e) store(found.element + e, lift * d.element[e]);
+                *reinterpret_cast<Vector<T, WIDE>*>(lifted + k) = found;
+            } else {
+                for (long long rest = k; rest < elements; ++rest) store(lifted + rest, lift * difference[rest]);
+            }
+        }
+    }
 }

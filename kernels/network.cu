@@ -44,6 +44,7 @@ __device__ inline unsigned item() { return blockIdx.x * THREADS + threadIdx.x; }
 template <typename T>
 __global__ void network_image(const float* image, const float* means, T* out, long long height, long long width,
                               long long frame, long long padding) {
+    take_turn();
     const unsigned i = item(), across = width + 2 * frame;
     if (i >= (height + 2 * frame) * across) return;
     const long long row = inside(i / across - frame, height, padding);
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(THREADS, 3) network_convolution(const float* i
                                                                   const H* kernel, const H* bias, H* out,
                                                                   long long height, long long width,
                                                                   long long padding, long long rectified) {
+    take_turn();
     constexpr int LINE = FILLED + 8, PIECES = FILLED / EIGHT;  // eight rows lie in different banks
     __shared__ __align__(16) H seen[THREADS * LINE], kernels[CHANNELS * LINE];
     static_assert(THREADS == CHANNELS * PIECES);
@@ -122,6 +124,7 @@ __global__ void __launch_bounds__(THREADS, 3) network_convolution(const float* i
 // in (height, width, channels) -> out (height + 2, width + 2, channels), whose frame is the other side.
 template <typename T>
 __global__ void network_wrap(const T* in, T* out, long long height, long long width, long long channels) {
+    take_turn();
     const unsigned i = item(), groups = channels / EIGHT, across = width + 2, position = i / groups;
     if (i >= (height + 2) * across * groups) return;
     const long long row = inside(position / across - 1ll, height, CIRCULAR);
@@ -133,6 +136,7 @@ __global__ void network_wrap(const T* in, T* out, long long height, long long wi
 // in (height, width, channels) -> out (height / 2, width / 2, channels): means, or maxima if `way` is LARGEST.
 template <typename T>
 __global__ void network_pool(const T* in, T* out, long long height, long long width, long long channels, long long way) {
+    take_turn();
     const unsigned i = item(), groups = channels / EIGHT, across = width / 2, position = i / groups;
     if (i >= height / 2 * across * groups) return;
     const long long row = position / across * 2, column = position % across * 2;
@@ -218,9 +222,10 @@ struct Descent {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 4 : 5) network_mask(const T* incoming, const T* own, const T* behind, const T* features, const T* content,
+__global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, const T* content,
                              const float* factors, T* out, long long height, long long width, long long channels,
                              long long way) {
+    take_turn();
     const unsigned i = item(), high = height, broad = width, deep = channels;
     if (i >= high * broad * (deep / EIGHT)) return;
     const Descent<T> descent{incoming, own, behind, features, content, factors, high, broad, deep, way};
@@ -241,6 +246,7 @@ __global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const 
                                                             const H* features, H* out, long long height,
                                                             long long width, const float* factors, const H* lifted,
                                                             const H* taps, long long plane) {
+    take_turn();
     constexpr bool FIRST = C == 64;
     constexpr int LINE = C + 8, WIDE = CHANNELS + 8, TALL = POSITIONS + 8;  // eight rows lie in different banks
     constexpr int GROUPS = CHANNELS / EIGHT, ROWS = THREADS / GROUPS, ITEMS = POSITIONS / ROWS;  // of a thread in a tile
@@ -338,6 +344,7 @@ __global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const 
 template <typename H>
 __global__ void network_gather(const H* products, long long plane, float* gradient, long long height, long long width,
                                long long padding) {
+    take_turn();
     const int tall = height, across = width, i = item();
     if (i >= tall * across) return;
     const int own_row = i / across, own_column = i % across;
@@ -372,6 +379,7 @@ __global__ void network_gather(const H* products, long long plane, float* gradie
 template <typename T>
 __global__ void network_gradient(const T* in, float* gradient, long long height, long long width, long long frame,
                                  long long padding) {
+    take_turn();
     const unsigned i = item(), across = width, line = i / across, tall = height;
     if (i >= 3 * height * width) return;
     const long long own_row = line % tall, own_column = i % across, c = line / tall, wide = width + 2 * frame;

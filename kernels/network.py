@@ -30,7 +30,7 @@ def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
 def convolve(
     image: Tensor, means: Tensor, kernel: Tensor, bias: Tensor, out: Tensor, padding: str, rectified: bool
 ) -> None:
-    """Write the first convolution of the image minus means (3,) into `out` (1, 64, H, W) of 16 bits, with its ReLU or not.
+    """Write the first convolution of the image minus means (3,), or its ReLU, into `out` (1, 64, H, W) of 16 bits.
 
     `kernel` (64, FILLED) is by channel, place and colour, filled up with zeros; `bias` has 64 elements.
     """
@@ -65,8 +65,8 @@ def mask(
     `incoming` has come from above, (1, C, H, W) or with `pooling` (1, C, H / 2, W / 2). With avg each of its values
     goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
     weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
-    `out` may be `incoming` if nothing is pooled. `term` is what a style or a content loss adds at the ReLU and nobody has
-    made yet; that of a style for 16-bit features with CHAINED channels where nothing is pooled.
+    `out` may be `incoming` if nothing is pooled. `term` is what a style or a content loss adds at the ReLU and nobody
+    has made yet; that of a style for 16-bit features with CHAINED channels where nothing is pooled.
     """
     if term is not None and term.lifted is not None:
         assert not pooling

@@ -18,6 +18,7 @@ __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gra
                                long long height, long long width, float weight, float power, long long wrap,
                                float across, float across_first, float across_last, float down, float down_first,
                                float down_last, float diagonal, double* sums, unsigned* arrived, float* terms) {
+    take_turn();
     const unsigned broad = width, strips = (height + RUN - 1) / RUN;  // 64-bit divisions take their time
     const int high = height;
     const float unscale = 1 / *scale;

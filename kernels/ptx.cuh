@@ -1,10 +1,19 @@
-// The tensor-core instructions, one function each, with the register layouts of the PTX ISA. With g = lane / 4 and
-// t = lane % 4, a 16 x 16 fragment is four registers of two neighbouring elements of a row each,
+// What the language has no words for, one function each. Tensor cores have the register layouts of the PTX ISA: with
+// g = lane / 4 and t = lane % 4, a 16 x 16 fragment is four registers of two neighbouring elements of a row each,
 //     (g, 2t..)  (g + 8, 2t..)  (g, 2t + 8..)  (g + 8, 2t + 8..)
 // and lane's share of a 16 x 8 result is (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+// The first statement of every kernel. It waits until what was queued before is done, so that a kernel may be brought to
+// the device ahead of its turn; and lets that be done with the next one.
+__device__ inline void take_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory: lanes 8i..8i+7 give the addresses of the rows of matrix i,
 // and q[i] holds its elements (g, 2t) and (g, 2t + 1), or (2t, g) and (2t + 1, g) if TRANSPOSED.

@@ -114,7 +114,9 @@ def test_every_cut_of_a_minimisation(function, optimizer, monkeypatch):
     decide = kernels.lbfgs.decide
     monkeypatch.setattr(kernels.lbfgs, "decide", lambda *a: (actions.append(decide(*a)), actions[-1])[1])
     start, count = torch.full((1, 3, 2, 2), -0.2), 40
-    whole = [(each.loss, each.best.clone()) for each in minimise(function, start, optimizer, count, State(), history=20)]
+    whole = [
+        (each.loss, each.best.clone()) for each in minimise(function, start, optimizer, count, State(), history=20)
+    ]
     if optimizer == "lbfgs" and function is cliff:
         assert {kernels.lbfgs.HALVE, kernels.lbfgs.RESTART} <= set(actions)
     for cut in range(1, count):

@@ -5,9 +5,11 @@ The classes of `engine.kernels` run unchanged, with `launch` replaced; so what t
 
 import contextlib
 import functools
+import itertools
 import re
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -612,10 +614,10 @@ def test_the_plan_is_that_of_the_reference(host, slots):
         made = int(state["to"])
         dots[2 * made, 0] = abs(dots[2 * made, 0]) if step != 7 else -1  # one pair is refused
         sums = torch.from_numpy(np.stack([0.25 * dots, 0.75 * dots], axis=-1))
-        loss = 1.0 - step / 100
-        _cuda.launch(
-            "lbfgs", "lbfgs_plan", (1,), device, torch.tensor(loss), sums, 2, 60, slots, lbfgs.DIVERGED, lbfgs.HALVINGS
-        )
+        loss, steps = 1.0 - step / 100, torch.tensor([step], dtype=torch.int32)
+        given = (device, torch.tensor(loss), steps, None, sums, 2, 60, slots, lbfgs.DIVERGED, lbfgs.HALVINGS)
+        _cuda.launch("lbfgs", "lbfgs_plan", (1,), *given)
+        assert int(steps) == step + 1
         if lbfgs.decide(state, float(torch.tensor(loss))) == lbfgs.STEP:
             lbfgs.plan(state, dots, 60, slots)
         found = device.numpy().view(state.dtype)[0]
@@ -656,6 +658,86 @@ def test_bf16_products_without_tensor_cores(programs):
     assert plain.abs().min() > 0
 
 
+class Runtime:
+    """Stands in for `cuda.bindings.runtime`: a graph is a dict of nodes, each with what it clears, and its edges."""
+
+    def __init__(self, cleared, edges):
+        self.cleared, self.edges = dict(cleared), set(edges)
+        self.cudaError_t = SimpleNamespace(cudaSuccess=0)
+        self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeMemset="memset")
+        self.cudaMemsetParams = SimpleNamespace
+
+    def cudaGraph_t(self, init_value):  # noqa: N802
+        return init_value
+
+    def listed(self, nodes, count):
+        return (0, nodes[:count], len(nodes)) if count else (0, [], len(nodes))
+
+    def cudaGraphGetNodes(self, graph, count=0):  # noqa: N802
+        return self.listed(list(self.cleared), count)
+
+    def cudaGraphGetRootNodes(self, graph, count=0):  # noqa: N802
+        return self.listed([node for node in self.cleared if all(node != after for _, after in self.edges)], count)
+
+    def cudaGraphNodeGetDependencies(self, node, count=0):  # noqa: N802
+        found = [before for before, after in self.edges if after == node]
+        return (0, found[:count], [None] * count, len(found)) if count else (0, [], [], len(found))
+
+    def cudaGraphNodeGetDependentNodes(self, node, count=0):  # noqa: N802
+        found = [after for before, after in self.edges if before == node]
+        return (0, found[:count], [None] * count, len(found)) if count else (0, [], [], len(found))
+
+    def cudaGraphNodeGetType(self, node):  # noqa: N802
+        return 0, "kernel" if self.cleared[node] is None else "memset"
+
+    def cudaGraphMemsetNodeGetParams(self, node):  # noqa: N802
+        return 0, SimpleNamespace(dst=self.cleared[node])
+
+    def cudaGraphAddDependencies(self, graph, before, after, data, count):  # noqa: N802
+        self.edges |= set(zip(before, after, strict=True))
+        return (0,)
+
+    def cudaGraphDestroyNode(self, node):  # noqa: N802
+        del self.cleared[node]
+        self.edges = {edge for edge in self.edges if node not in edge}
+        return (0,)
+
+    def cudaGraphAddMemsetNode(self, graph, before, count, parameters):  # noqa: N802
+        assert (before, count) == (None, 0)
+        self.cleared["new"] = parameters
+        return 0, "new"
+
+
+def test_counters_are_cleared_at_once(monkeypatch):
+    """Their nodes go, what stood around them is still in order, and others stay; without counters nothing changes."""
+    import cuda.bindings
+
+    counters = _cuda.Counters(3, torch.device("cpu"))
+    pieces = [counters.take().data_ptr() for _ in range(3)]
+    assert len({*pieces}) == 3
+    assert all(0 <= piece - counters.memory.data_ptr() < counters.memory.nbytes for piece in pieces)
+    nodes = {"a": None, "m1": pieces[0], "b": None, "other": 8, "m2": pieces[1], "c": None}
+    line = set(itertools.pairwise(nodes)) | {("a", "c")}
+    runtime = Runtime(nodes, line)
+    monkeypatch.setattr(cuda.bindings, "runtime", runtime, raising=False)
+    _cuda.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
+    assert list(runtime.cleared) == ["a", "b", "other", "c", "new"]
+    assert runtime.edges == {("a", "b"), ("b", "other"), ("other", "c"), ("a", "c"), ("new", "a")}
+    cleared = runtime.cleared["new"]
+    assert (cleared.dst, cleared.value) == (counters.memory.data_ptr(), 0)
+    assert cleared.elementSize * cleared.width * cleared.height == counters.memory.nbytes
+    monkeypatch.setattr(cuda.bindings, "runtime", plain := Runtime({"a": None, "other": 8}, {("a", "other")}))
+    _cuda.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
+    assert list(plain.cleared) == ["a", "other"]
+
+
+def test_every_kernel_takes_its_turn():
+    """Or it would run beside the one before it."""
+    for name in _cuda.NAMES:
+        text = _cuda.text(f"{name}.cu")
+        assert text.count("__global__ void") == len(re.findall(r"__global__ void [^{]*\{\n    take_turn\(\);", text))
+
+
 @pytest.mark.parametrize("failing", [None, "capture", "replay"])
 def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
     """With a stand-in for CUDA's graphs: two rounds of launches, one that is recorded, then replays.
@@ -665,6 +747,12 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
     seen = []
 
     class Graph:
+        def __init__(self, keep_graph):
+            assert keep_graph
+
+        def instantiate(self):
+            seen.append("ready")
+
         def replay(self):
             if failing == "replay":
                 raise RuntimeError("not on this stream")
@@ -679,6 +767,7 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
             raise RuntimeError("not on this stream")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(_cuda.Counters, "clear_at_once", lambda graph: seen.append("cleared"))
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -689,8 +778,9 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
             seen.clear()
             for _ in range(5):
                 recorded(lambda: seen.append("launch"))
+            made = [] if failing == "capture" else ["cleared", "ready"]
             repeated = "launch" if failing else "replay"
-            assert seen == ["launch", "launch", "capture", *[repeated] * 3]
+            assert seen == ["launch", "launch", "capture", *made, *[repeated] * 3]
     assert [record.message for record in caplog.records] == (
         [f"no CUDA graph, kernels are launched one by one: {failing}: not on this stream"] if failing else []
     )
