@@ -269,9 +269,9 @@ class Features:
                 if others:
                     read(tuple(others))
             _make(self._forward[fork:])
+            read((deepest,))
         finally:  # after an error as well, as memory may be given back
             ours.wait_stream(self._beside)
-        read((deepest,))
 
     def chains(self, name: str, *, style: bool, content: bool) -> bool:
         """A content loss at any ReLU but the first of 16 bits, a style loss at those of 16 bits and few channels."""

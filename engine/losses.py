@@ -98,24 +98,24 @@ class Objective:
             config.tv_form,
         )
 
-    def write(self, pixels: Tensor, gradient: Tensor | None) -> Tensor:
+    def write(self, pixels: Tensor, gradient: Tensor | None, *, measured: bool = False) -> Tensor:
         """Total loss of pixels (1, 3, H, W), 0-dim fp32, and its gradient into `gradient` if wanted.
 
-        Both are contiguous fp32 on the device of the network. The loss lies in memory that the next call writes again;
+        Total variation of weight zero is only computed to be `measured`. Both are contiguous fp32 on the device of the network. The loss lies in memory that the next call writes again;
         it is NaN if the gradient is not finite. On a GPU all of it is queued on the current stream of `network.use`,
         and the host waits for nothing, but for Wasserstein distances.
         """
         with self.network.use():
             if self.recorded is not None and gradient is not None:
-                key = pixels.data_ptr(), *pixels.stride(), gradient.data_ptr(), *gradient.stride()
+                key = pixels.data_ptr(), *pixels.stride(), gradient.data_ptr(), *gradient.stride(), int(measured)
                 if self._recorded is None or self._recorded[0] != key:
                     self._recorded = key, kernels.Recorded(pixels.device)
-                self._recorded[1](lambda: self._write(pixels, gradient))
+                self._recorded[1](lambda: self._write(pixels, gradient, measured))
             else:
-                self._write(pixels, gradient)
+                self._write(pixels, gradient, measured)
         return self._total
 
-    def _write(self, pixels: Tensor, gradient: Tensor | None) -> None:
+    def _write(self, pixels: Tensor, gradient: Tensor | None, measured: bool = False) -> None:
         network = self.network
         with self.stages.stage("forward"):
             network.forward(self._read, pixels)
@@ -125,7 +125,7 @@ class Objective:
             with self.stages.stage("vjp"):
                 network.vjp(self._write_cotangents, self._chained)
         with self.stages.stage("losses"):
-            self._pixels.finish(pixels, gradient)
+            self._pixels.finish(pixels, gradient, measured=measured)
         if gradient is not None and self._frozen is not None:
             gradient.masked_fill_(self._frozen, 0)
 
@@ -144,7 +144,7 @@ class Objective:
         gradient = self._gradient if with_gradient else None
         with self.network.use():
             self.network.image.copy_(pixels)
-            self.write(self.network.image, gradient)
+            self.write(self.network.image, gradient, measured=True)
             total, content, tv, *values = self._layers.terms.clone().unbind()
             gradient = None if gradient is None else gradient.clone()
         style: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ struct Layer {
     float* difference;          // G - A (C, C)
     float* partial;             // (shares, C, C): F F^T of each share of the positions; upper triangle
     long long shares, share;    // number of shares, and positions in each
-    long long span, content_span;  // elements of G and of F that one block of the loss covers
+    long long span, content_span;  // elements of G's upper triangle and of F that one block of the loss covers
     long long gram_block, loss_block, gradient_block;  // the first block of this layer in each launch
     double content_weight, style_weight;               // its own, beside those of all layers
     void* lifted;               // LIFT (G - A) (C, C) in the type of the features, for cuBLAS and the VJP

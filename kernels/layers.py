@@ -279,7 +279,7 @@ class Layers:
             if layer.target is not None:
                 products = torch.empty((shares, channels, channels), device=device)
                 grams = count * shares
-                losses = -(-(channels**2) // span)
+                losses = -(-channels * (channels + 1) // 2 // span)
                 self._gradient_blocks += -(-channels // tile) * -(-positions // tile)
             else:
                 self._gradient_blocks += spans

@@ -5,25 +5,31 @@
 constexpr int ROUNDS = 2;        // as in layers.py
 constexpr int MAX_LAYERS = 256;  // as in layers.py
 
+// Elements of the upper triangle of a matrix, with its diagonal.
+__device__ inline long long triangle(long long rows) { return rows * (rows + 1) / 2; }
+
 __device__ inline double power_of_two_below(double x) { return ldexp(1., ilogb(x)); }
 
-// Style: G of the elements from `begin` to `end`, G - A, its weighted squares and the trace of G.
+// Style: G of the elements from `begin` to `end` of its upper triangle, where each row from above is followed by one from
+// below, so that together they have C + 1; G - A, its weighted squares and the trace of G.
 __device__ inline void style_part(const Layer& layer, long long begin, long long end, double& squares, double& trace) {
     __shared__ float sums[THREADS];
     const long long C = layer.channels;
+    const unsigned both = C + 1;
     const int elements = layer.span / ROUNDS, lanes = THREADS / elements;  // at once, and threads for each
     const int own = threadIdx.x % elements, lane = threadIdx.x / elements;
     for (long long first = begin; first < end; first += elements) {
-        const long long index = first + own;
-        const unsigned row = static_cast<unsigned>(index) / static_cast<unsigned>(C), column = index - row * C;
-        const bool upper = index < end && row <= column;
+        const unsigned place = first + own, pair = place / both, k = place % both;
+        const unsigned row = k < C - pair ? pair : C - 1 - pair, column = k < C - pair ? pair + k : k - 1;
+        const bool there = place < end;
+        const long long index = row * C + column;
         float sum = 0;
-        if (upper)
+        if (there)
 #pragma unroll 8
             for (long long s = lane; s < layer.shares; s += lanes) sum += layer.partial[s * C * C + index];
         sums[threadIdx.x] = sum;
         __syncthreads();
-        if (lane == 0 && upper) {
+        if (lane == 0 && there) {
             for (int other = 1; other < lanes; ++other) sum += sums[other * elements + own];
             const float gram = sum / layer.positions, d = gram - layer.target[index];
             layer.difference[index] = layer.difference[column * C + row] = d;
@@ -65,10 +71,10 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
     const long long C = layer.channels, M = layer.positions;
     const long long local = block - layer.loss_block;
-    const long long style_blocks = layer.target ? divide_up(C * C, layer.span) : 0;
+    const long long style_blocks = layer.target ? divide_up(triangle(C), layer.span) : 0;
     double squares = 0, trace = 0;
     if (local < style_blocks) {
-        style_part(layer, local * layer.span, smaller((local + 1) * layer.span, C * C), squares, trace);
+        style_part(layer, local * layer.span, smaller((local + 1) * layer.span, triangle(C)), squares, trace);
     } else {
         const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
         const long long from = (local - style_blocks) * layer.content_span;
@@ -101,7 +107,7 @@ __global__ void layer_factors(const Layer* layers, long long count, const double
         const Layer layer = layers[i];
         const double channels = layer.channels, elements = channels * layer.positions;
         const long long end = i + 1 < count ? layers[i + 1].loss_block : blocks;
-        const long long first = layer.target ? divide_up(layer.channels * layer.channels, layer.span) : 0;
+        const long long first = layer.target ? divide_up(triangle(layer.channels), layer.span) : 0;
         double difference = 0, loudness = 0, distance = 0;
 #pragma unroll 8
         for (long long b = layer.loss_block + lane; b < end; b += 32) {

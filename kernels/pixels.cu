@@ -12,18 +12,28 @@ constexpr int RUN = 4;  // rows that a thread takes, as in pixels.py
 // pixels (3, height, width), whose last column and row have the first as neighbours if wrap. Writes gradient = vjp /
 // *scale + weight * dTV/dx unless it is null, adds to the terms of layer_losses: terms[2] = TV, terms[0] += weight *
 // TV, which both become NaN if the gradient is not finite. across are the weights of the differences across, in inner
-// rows, in the first and in the last one; down the same by columns; diagonal is that of diagonal ones.
-// sums (gridDim.x,) are scratch.
+// rows, in the first and in the last one; down the same by columns; diagonal is that of diagonal ones. Unless it is
+// `measured`, TV counts as zero, and pixels are not read. sums (gridDim.x,) are scratch.
 __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gradient, const float* scale,
                                long long height, long long width, float weight, float power, long long wrap,
                                float across, float across_first, float across_last, float down, float down_first,
-                               float down_last, float diagonal, double* sums, unsigned* arrived, float* terms) {
+                               float down_last, float diagonal, long long measured, double* sums, unsigned* arrived,
+                               float* terms) {
     take_turn();
     const unsigned broad = width, strips = (height + RUN - 1) / RUN;  // 64-bit divisions take their time
     const int high = height;
     const float unscale = 1 / *scale;
     double value = 0;
-    for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < 3 * strips * broad; i += gridDim.x * THREADS) {
+    const unsigned count = 3 * high * broad, step = gridDim.x * THREADS;
+    for (unsigned i = blockIdx.x * THREADS + threadIdx.x; !measured && i < count; i += RUN * step) {
+        float incoming[RUN];
+        for (int r = 0; r < RUN; ++r) incoming[r] = i + r * step < count ? unscale * vjp[i + r * step] : 0.f;
+        for (int r = 0; r < RUN; ++r) {
+            if (i + r * step < count) gradient[i + r * step] = incoming[r];
+            if (!isfinite(incoming[r])) value = nan("");
+        }
+    }
+    for (unsigned i = blockIdx.x * THREADS + threadIdx.x; measured && i < 3 * strips * broad; i += step) {
         const unsigned column = i % broad, strip = i / broad;
         const int top = strip % strips * RUN;
         const long long plane = strip / strips * height * width;

@@ -154,26 +154,29 @@ class Pixels:
         self._sums = torch.empty(self._blocks, dtype=torch.float64, device=vjp.device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=vjp.device)
 
-    def finish(self, pixels: Tensor, gradient: Tensor | None) -> None:
+    def finish(self, pixels: Tensor, gradient: Tensor | None, *, measured: bool = True) -> None:
         """Put L in its place among the terms and add it to the total; write the gradient of the total if wanted.
 
-        L and the total become NaN if an element of the gradient is not finite.
+        L and the total become NaN if an element of the gradient is not finite. An L of weight zero need not be
+        `measured`, and counts as zero then.
         """
+        measured = measured or self._weight != 0 or gradient is None
         if not pixels.is_cuda:
-            self._finish_cpu(pixels, gradient)
+            self._finish_cpu(pixels, gradient, measured)
             return
         height, width = pixels.shape[2:]
         vectors = (pixels, self._vjp, gradient, self._scale)
         scratch = (self._sums, self._arrived)
         size = (height, width, self._weight, self._power, int(self._wrap))
         weights = (*self._stencil.across, *self._stencil.down, self._stencil.diagonal)
-        _cuda.launch("pixels", "pixel_gradient", (self._blocks,), *vectors, *size, *weights, *scratch, self._terms)
+        given = (*size, *weights, int(measured))
+        _cuda.launch("pixels", "pixel_gradient", (self._blocks,), *vectors, *given, *scratch, self._terms)
 
-    def _finish_cpu(self, pixels: Tensor, gradient: Tensor | None) -> None:
+    def _finish_cpu(self, pixels: Tensor, gradient: Tensor | None, measured: bool) -> None:
         if gradient is not None:
             torch.div(self._vjp, self._scale, out=gradient)
         loss = 0.0
-        for right, left, weight in self._pairs:
+        for right, left, weight in self._pairs if measured else ():
             difference = pixels[:, :, *right] - pixels[:, :, *left]
             sharp = difference  # |d|^p / d
             if self._power != 2:

@@ -495,14 +495,23 @@ def test_pixels(host, size, power, wrap, form):
     assert error(gradient[0], numbers(vjp[0]) / 8 + 7 * slope) < 1e-6
     finish.finish(pixels, None)
     assert numbers(terms)[0] == pytest.approx(5 + 14 * truth, rel=1e-6)
+    free = Pixels(vjp, torch.tensor(8.0), 0, terms, power, wrap, form)
+    free.finish(torch.full_like(pixels, torch.nan), gradient, measured=False)
+    assert error(gradient, numbers(vjp) / 8) < 1e-6
+    assert numbers(terms)[[0, 2]] == pytest.approx([5 + 14 * truth, 0], rel=1e-6)
+    finish.finish(pixels, gradient, measured=False)  # it has a weight
+    assert numbers(terms)[2] == pytest.approx(truth, rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_makes_the_loss_nan(host, value):
     vjp, terms = random(1, 3, 20, 30), torch.ones(3)
     vjp[0, 2, 19, 29] = value
-    Pixels(vjp, torch.tensor(1.0), 0, terms).finish(random(1, 3, 20, 30), torch.empty_like(vjp))
-    assert terms.isnan().tolist() == [True, False, True]
+    for measured in (True, False):
+        terms = torch.ones(3)
+        finish = Pixels(vjp, torch.tensor(1.0), 0, terms)
+        finish.finish(random(1, 3, 20, 30), torch.empty_like(vjp), measured=measured)
+        assert terms.isnan().tolist() == [True, False, True]
 
 
 def optimisers(make, losses, count=700, gradients=None):

@@ -172,6 +172,10 @@ def test_pixels(size, power, wrap, form):
     Pixels(incoming, torch.tensor(4.0), 7, terms, power, wrap, form).finish(pixels, gradient)
     assert terms.tolist() == pytest.approx([5 + 7 * truth, 1, truth], rel=1e-6)
     assert error(gradient[0], vjp / 4 + 7 * slope) < 1e-6
+    free = Pixels(incoming, torch.tensor(4.0), 0, terms, power, wrap, form)
+    free.finish(pixels, gradient, measured=False)
+    assert error(gradient[0], vjp / 4) < 1e-6
+    assert float(terms[2]) == 0
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
