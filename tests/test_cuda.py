@@ -571,6 +571,38 @@ def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
         assert error(cuda_best, numbers(best)) < limit
 
 
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize(("count", "chunks", "pairs"), [(1, 1, 3), (129, 2, 20), (700, 1, 0), (5003, 3, 40)])
+def test_lbfgs_dot_products(host, count, chunks, pairs, boxed):
+    """Of gradients from 1e-7 to 3000 times their first root mean square, in float64, with y as it is kept."""
+    slots, width = 21, -(-count // 8) * 8
+    state = lbfgs.initial_state(slots)
+    state["unit"], state["pairs"], state["moved"] = 0.25, pairs, pairs > 0
+    used = 2 * min(pairs + 1, slots) if pairs else 0
+    history = torch.full((2 * slots, width), torch.nan, dtype=HALF)
+    history[:used] = random(used, width, seed=1).clamp(-3, 3) * 20000
+    history[1:used:2] = random(len(history[1:used:2]), width, seed=2)
+    history[:, count:] = 0
+    before, image = random(count, seed=3), random(count, seed=4)
+    gradient = random(count, seed=5) * 10.0 ** torch.linspace(-7, 1, count)
+    gradient[count // 2] = 12000
+    sums = torch.full((2 * slots + 2, 2, chunks), torch.nan, dtype=torch.float64)
+    device = torch.from_numpy(state.reshape(1).view("f8"))
+    given = (history, before, image, gradient, device, count, width, slots, int(boxed), sums)
+    _cuda.launch("lbfgs", "lbfgs_dots", (chunks,), *given)
+    held = ((image <= 0) & (gradient > 0)) | ((image >= 1) & (gradient < 0))
+    g = torch.where(held & boxed, 0, gradient / 4)
+    y = ((g - before) * 64).clamp(-65504, 65504).half().double() / 64 if pairs else torch.zeros(count).double()
+    scales = torch.tensor([2.0**19, 2.0**6], dtype=torch.float64).repeat(slots)[:, None]
+    rows = torch.zeros(2 * slots + 2, count, dtype=torch.float64)
+    rows[:used] = (history[:used, :count].double()) / scales[:used]
+    rows[-2], rows[-1] = y, g.double()
+    truth, size = rows @ torch.stack([y, g.double()], 1), rows.abs() @ torch.stack([y, g.double()], 1).abs()
+    found = sums.sum(2)
+    assert ((found - truth).abs() <= 1e-6 * size + 1e-12).all()
+    assert torch.equal(found[used:-2], torch.zeros(2 * slots - used, 2))
+
+
 @pytest.mark.parametrize("cut", [1, 9])
 def test_lbfgs_goes_on_from_what_it_saved(host, cut):
     """With the rounded rows and the gradient before, bit for bit: before and after the short history is full."""
