@@ -33,7 +33,7 @@ from .style import style_gradient_blas
 from .wasserstein import Wasserstein
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
-_WAVES = 2  # blocks of the Gram launch for each multiprocessor
+_WAVES = 2  # blocks of the Gram launch, and of that of the factors, for each multiprocessor
 _SPAN = 16384  # elements of F that one block of the losses covers
 _FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
@@ -199,7 +199,7 @@ class Layers:
         """sums -> terms, scale, factors, lifted."""
         sums = (self._table, len(self._layers), self._sums, self._loss_blocks[-1])
         given = (*sums, self._style_weight, self._content_weight, self.terms, self._factors)
-        blocks = _cuda.processors(self.terms.device)
+        blocks = _WAVES * _cuda.processors(self.terms.device)
         _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (blocks,), *given)
 
     def term(self, name: str) -> Term:

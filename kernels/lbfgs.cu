@@ -204,6 +204,20 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, unsigned* mad
     __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
     State& state = *shared_state;
     const int lane = threadIdx.x % 32;
+    // All that is read of memory is on its way before the first of it is used.
+    const int made = state.to;
+    const float total = *loss;
+    const double lowest = state.lowest, known_pairs = state.pairs, half_steps = state.halvings;
+    const bool moved = state.moved;
+    constexpr int EACH = (SLOTS * SLOTS + THREADS - 1) / THREADS;
+    double product[EACH] = {}, square[EACH] = {};
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+        const int i = threadIdx.x + e * THREADS;
+        if (i >= SLOTS * SLOTS) break;
+        product[e] = state.products[i / SLOTS][i % SLOTS];
+        square[e] = state.squares[i / SLOTS][i % SLOTS];
+    }
     static_assert(2 * ROWS % WARPS == 0);
     double own[2 * ROWS / WARPS] = {};  // each warp adds up some of the dot products, all of them at once
     for (long long chunk = lane; chunk < chunks; chunk += 32)
@@ -215,18 +229,20 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, unsigned* mad
         const double sum = warp_sum(own[i]);
         if (lane == 0) dots[v / 2][v % 2] = sum;
     }
-    for (int i = threadIdx.x; i < SLOTS * SLOTS; i += THREADS) {
-        products[i / SLOTS][i % SLOTS] = state.products[i / SLOTS][i % SLOTS];
-        squares[i / SLOTS][i % SLOTS] = state.squares[i / SLOTS][i % SLOTS];
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+        const int i = threadIdx.x + e * THREADS;
+        if (i >= SLOTS * SLOTS) break;
+        products[i / SLOTS][i % SLOTS] = product[e];
+        squares[i / SLOTS][i % SLOTS] = square[e];
     }
     __syncthreads();
     if (threadIdx.x >= 32) return;
-    const int made = state.to;
-    const bool finite = isfinite(*loss), improved = finite && *loss < state.lowest, moved = state.moved;
-    const bool far = finite && !improved && *loss > diverged * state.lowest;
-    const bool halve = far && state.halvings < halvings, restart = far && !halve, step = finite && !far;
+    const bool finite = isfinite(total), improved = finite && total < lowest;
+    const bool far = finite && !improved && total > diverged * lowest;
+    const bool halve = far && half_steps < halvings, restart = far && !halve, step = finite && !far;
     const bool accepted = step && moved && dots[2 * made][0] > 1e-10;
-    const long long pairs = accepted ? state.pairs + 1 : state.pairs;
+    const long long pairs = accepted ? known_pairs + 1 : known_pairs;
     __syncwarp();  // all lanes have read the state
     for (int row = lane; row < 2 * SLOTS; row += 32) state.of_history[row] = 0;
     if (accepted && lane < SLOTS) {
@@ -235,10 +251,10 @@ __global__ void lbfgs_plan(State* shared_state, const float* loss, unsigned* mad
         state.squares[lane][made] = state.squares[made][lane] = squares[lane][made] = squares[made][lane] = across;
     }
     if (lane == 0) {
-        if (losses) losses[*made_steps] = *loss;
+        if (losses) losses[*made_steps] = total;
         *made_steps += 1;
         state.improved = improved;
-        if (improved) state.lowest = *loss;
+        if (improved) state.lowest = total;
         state.action = step ? STEP : halve ? HALVE : restart ? RESTART : HALT;
         state.accepted = accepted;
         state.from = made;

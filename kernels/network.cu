@@ -57,7 +57,8 @@ __global__ void network_image(const float* image, const float* means, T* out, lo
     reinterpret_cast<Vector<T, COLOURS>*>(out)[i] = found;
 }
 
-constexpr int POSITIONS = 64, CHANNELS = 64;  // of the product that a block computes at a time, as in network.py
+constexpr int CHANNELS = 64;  // of the first convolution
+constexpr int RESIDENT = 2;   // blocks on a multiprocessor that make the share of the style loss, as in network.py
 constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first convolution: places and colours; with zeros
 
 // image (3, height, width), means (3,), kernel (CHANNELS, FILLED) by place and colour, bias (CHANNELS,) -> out (height,
@@ -239,103 +240,83 @@ __global__ void network_mask(const T* incoming, const T* own, const T* behind, c
 // (C, C) = LIFT (G - A) is symmetric, or null; C is the number of channels. At the first convolution, which has 64, `out`
 // is not what comes down to it but out (TAPS, plane), its products with taps (FILLED, C): see network_gather.
 //
-// A block goes through the positions tile by tile, while the next one is on its way; its part of lifted stays in registers.
-// Warps lie 2 x 4 in a tile, each with 32 positions and 16 channels, or 8 taps.
+// A warp takes 16 positions. Channels are dealt to the rows and columns of the products in such a way that a lane reads
+// and gets eight neighbouring ones of each 32, at its two positions: what it reads is an operand as it is, and what it
+// gets joins what it has read, and is an operand of the second product.
 template <typename H, int C>
-__global__ void __launch_bounds__(THREADS, C == 64 ? 3 : 2) network_style(const H* incoming, const H* own, const H* behind,
-                                                            const H* features, H* out, long long height,
-                                                            long long width, const float* factors, const H* lifted,
-                                                            const H* taps, long long plane) {
+__global__ void __launch_bounds__(THREADS, RESIDENT) network_style(const H* incoming, const H* own, const H* behind,
+                                                                   const H* features, H* out, long long height,
+                                                                   long long width, const float* factors,
+                                                                   const H* lifted, const H* taps, long long plane) {
     take_turn();
+    using Piece = Vector<H, EIGHT>;
     constexpr bool FIRST = C == 64;
-    constexpr int LINE = C + 8, WIDE = CHANNELS + 8, TALL = POSITIONS + 8;  // eight rows lie in different banks
-    constexpr int GROUPS = CHANNELS / EIGHT, ROWS = THREADS / GROUPS, ITEMS = POSITIONS / ROWS;  // of a thread in a tile
-    __shared__ __align__(16) H tiles[2][POSITIONS * LINE], shares[POSITIONS * WIDE], products[FIRST ? FILLED * TALL : 1];
-    const unsigned positions = height * width, across = C / CHANNELS, step = gridDim.x / across;
-    const unsigned column0 = blockIdx.x % across * CHANNELS, count = (positions + POSITIONS - 1) / POSITIONS;
-    const unsigned high = height, broad = width;
+    constexpr int LINE = C + 32, PARTS = C / 32;  // neighbouring rows lie in different banks
+    __shared__ __align__(16) H matrix[C * LINE], kernel[FIRST ? FILLED * LINE : EIGHT];
+    const unsigned positions = height * width, lane = threadIdx.x % 32, high = height, broad = width;
     const Descent<H> descent{incoming, own, behind, features, nullptr, nullptr, high, broad, C, SAME};
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp / 4 * 32, column = warp % 4 * 16;
+    for (int v = threadIdx.x; v < C * C / EIGHT && lifted; v += THREADS) {
+        const int c = v / (C / EIGHT), line = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
+        *reinterpret_cast<Piece*>(matrix + line * LINE + v % (C / EIGHT) * EIGHT) = load(lifted + v * EIGHT);
+    }
+    for (int v = threadIdx.x; v < FILLED * C / EIGHT && FIRST; v += THREADS)
+        *reinterpret_cast<Piece*>(kernel + v / (C / EIGHT) * LINE + v % (C / EIGHT) * EIGHT) = load(taps + v * EIGHT);
+    __syncthreads();
     const float factor = lifted ? factors[STYLE] : 0;
-    const auto word = [](const H* from) { return *reinterpret_cast<const unsigned*>(from); };
-    unsigned q[C / 16][4] = {}, w[FIRST ? C / 16 : 1][2] = {};  // the warp's columns of lifted, and of the taps
-    for (int k = 0; k < C / 16 && lifted; ++k)
-        for (int e = 0; e < 4; ++e) {
-            const int line = column0 + column + e % 2 * 8 + lane / 4;
-            q[k][e] = word(lifted + line * C + 16 * k + e / 2 * 8 + lane % 4 * 2);
+    const auto word = [](const Piece& piece, int i) { return reinterpret_cast<const unsigned*>(&piece)[i]; };
+    const auto row = [&](const H* rows, int line, int part) { return load(rows + line * LINE + 32 * part + lane % 4 * EIGHT); };
+    // Two products of depth 16: of the pieces of two rows with one of a column.
+    const auto multiply = [&](float (&sum)[4], const Piece& upper, const Piece& lower, const Piece& column) {
+        for (int i = 0; i < 4; i += 2) {
+            const unsigned left[4] = {word(upper, i), word(lower, i), word(upper, i + 1), word(lower, i + 1)};
+            mma<H>(sum, left, word(column, i), word(column, i + 1));
         }
-    for (int k = 0; k < C / 16 && FIRST; ++k)
-        for (int e = 0; e < 2; ++e)
-            w[k][e] = word(taps + (column / 2 + lane / 4) * C + 16 * k + 8 * e + lane % 4 * 2);
-    const unsigned r0 = threadIdx.x / GROUPS, c = column0 + threadIdx.x % GROUPS * EIGHT;
-    const auto position = [&](unsigned tile, int v) { return tile * POSITIONS + r0 + v * ROWS; };
-    const auto item_of = [&](unsigned tile, int v) { return position(tile, v) * (C / EIGHT) + c / EIGHT; };
-    const auto fetch = [&](unsigned tile, int stage) {
-        for (int i = threadIdx.x; i < POSITIONS * C / EIGHT; i += THREADS) {
-            const unsigned r = i / (C / EIGHT), k = i % (C / EIGHT) * EIGHT, place = tile * POSITIONS + r;
-            const bool there = place < positions;
-            copy_later(tiles[stage] + r * LINE + k, features + (there ? (long long)place * C + k : 0), there);
-        }
-        end_group();
     };
-    Vector<H, EIGHT> arrived[ITEMS] = {};
-    const auto arrive = [&](unsigned tile) {
-        for (int v = 0; v < ITEMS; ++v)
-            if (position(tile, v) < positions) arrived[v] = descent.arriving(item_of(tile, v));
-    };
-    int stage = 0;
-    fetch(blockIdx.x / across, stage);
-    arrive(blockIdx.x / across);
-    for (unsigned tile = blockIdx.x / across; tile < count; tile += step, stage ^= 1) {
-        H* here = tiles[stage];
-        wait_for_groups<0>();
-        __syncthreads();  // and nobody reads the other stage any more, nor the shares
-        if (tile + step < count) fetch(tile + step, stage ^ 1);
-        float sum[2][2][4] = {};  // 16 x 8 pieces, down and across; then the elements of a lane
-        for (int k = 0; k < C / 16 && lifted; ++k) {
-            unsigned p[2][4];
-            for (int i = 0; i < 2; ++i)
-                load_matrices<false>(p[i], here + (row + 16 * i + lane % 16) * LINE + lane / 16 * 8 + 16 * k);
-            for (int i = 0; i < 2; ++i)
-                for (int j = 0; j < 2; ++j) mma<H>(sum[i][j], p[i], q[k][j], q[k][j + 2]);
-        }
-        // Through shared memory, so that each thread gets eight channels of a position.
-        for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j)
-                for (int half = 0; half < 2; ++half) {
-                    H* to = shares + (row + 16 * i + 8 * half + lane / 4) * WIDE + column + 8 * j + lane % 4 * 2;
-                    store(to, factor * sum[i][j][2 * half]);
-                    store(to + 1, factor * sum[i][j][2 * half + 1]);
+    for (unsigned first = 16 * (blockIdx.x * WARPS + threadIdx.x / 32); first < positions; first += 16 * WARPS * gridDim.x) {
+        const auto position = [&](int half) { return first + 8 * half + lane / 4; };
+        const auto item_of = [&](int half, int part) { return position(half) * (C / EIGHT) + 4 * part + lane % 4; };
+        Piece passed[PARTS][2] = {}, arrived[PARTS][2] = {}, found[FIRST ? PARTS : 1][2] = {};
+        for (int part = 0; part < PARTS; ++part)
+            for (int half = 0; half < 2; ++half)
+                if (position(half) < positions) {
+                    passed[part][half] = load(features + (long long)item_of(half, part) * EIGHT);
+                    arrived[part][half] = descent.arriving(item_of(half, part));
                 }
-        __syncthreads();
-        for (int v = 0; v < ITEMS; ++v) {
-            if (position(tile, v) >= positions) break;
-            H* place = shares + (r0 + v * ROWS) * WIDE + c - column0;
-            float share[EIGHT] = {};
-            add(share, place);
-            descent.finish(item_of(tile, v), load(here + (r0 + v * ROWS) * LINE + c), arrived[v], share);
-            put(FIRST ? place : out + (long long)item_of(tile, v) * EIGHT, share);
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            float sum[2][EIGHT] = {};
+            for (int i = 0; i < 4 && lifted; ++i) {
+                float product[4] = {};
+                for (int p = 0; p < PARTS; ++p)
+                    multiply(product, passed[p][0], passed[p][1], row(matrix, 32 * part + 8 * i + lane / 4, p));
+                for (int e = 0; e < 4; ++e) sum[e / 2][2 * i + e % 2] = factor * product[e];
+            }
+            for (int half = 0; half < 2; ++half) {
+                if (position(half) >= positions) continue;
+                descent.finish(item_of(half, part), passed[part][half], arrived[part][half], sum[half]);
+                if constexpr (FIRST)
+                    for (int e = 0; e < EIGHT; ++e) store(found[part][half].element + e, sum[half][e]);
+                else
+                    put(out + (long long)item_of(half, part) * EIGHT, sum[half]);
+            }
         }
-        arrive(tile + step);
-        if constexpr (FIRST) {
-            __syncthreads();
-            float products_of_lane[2][4] = {};
-            for (int k = 0; k < C / 16; ++k)
-                for (int i = 0; i < 2; ++i) {
-                    unsigned p[4];
-                    load_matrices<false>(p, shares + (row + 16 * i + lane % 16) * WIDE + lane / 16 * 8 + 16 * k);
-                    mma<H>(products_of_lane[i], p, w[k][0], w[k][1]);
+        if constexpr (FIRST)
+            for (int m = 0; m < FILLED / 16; ++m)
+                for (int half = 0; half < 2; ++half) {  // taps by positions: two neighbouring ones of these in a lane
+                    float product[4] = {};
+                    for (int p = 0; p < PARTS; ++p) {
+                        const Piece upper = row(kernel, 16 * m + lane / 4, p), lower = row(kernel, 16 * m + 8 + lane / 4, p);
+                        multiply(product, upper, lower, found[p][half]);
+                    }
+                    const unsigned place = first + 8 * half + lane % 4 * 2;
+                    for (int e = 0; e < 2; ++e) {
+                        const unsigned tap = 16 * m + 8 * e + lane / 4;
+                        if (tap >= TAPS || place >= positions) continue;
+                        Vector<H, 2> pair;
+                        for (int i = 0; i < 2; ++i) store(pair.element + i, product[2 * e + i]);
+                        *reinterpret_cast<Vector<H, 2>*>(out + tap * plane + place) = pair;
+                    }
                 }
-            for (int i = 0; i < 2; ++i)
-                for (int e = 0; e < 4; ++e)
-                    store(products + (column / 2 + lane % 4 * 2 + e % 2) * TALL + row + 16 * i + e / 2 * 8 + lane / 4,
-                          products_of_lane[i][e]);
-            __syncthreads();
-            const unsigned tap = threadIdx.x / (POSITIONS / EIGHT), r = threadIdx.x % (POSITIONS / EIGHT) * EIGHT;
-            if (tap < TAPS && tile * POSITIONS + r < positions)
-                *reinterpret_cast<Vector<H, EIGHT>*>(out + tap * plane + tile * POSITIONS + r) =
-                    load(products + tap * TALL + r);
-        }
     }
 }
 

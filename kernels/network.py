@@ -17,8 +17,8 @@ EIGHT = 8  # channels of the gradient as the last convolution writes it in fp32;
 _WAYS = ("", "avg", "max")
 CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
 TAPS, FILLED = 27, 32  # what a position sees in the first convolution: places and colours; with zeros
-_POSITIONS, _CHANNELS = 64, 64  # of a tile of that share, as in network.cu
-_RESIDENT = {64: 3, 128: 2}  # blocks on a multiprocessor that make it, by channels, likewise
+_POSITIONS = 128  # that a block takes at a time for that
+_RESIDENT = 2  # blocks on a multiprocessor that make it, as in network.cu
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -106,12 +106,11 @@ def _style(
     taps: Tensor | None,
 ) -> None:
     _, channels, height, width = features.shape
-    across = channels // _CHANNELS
-    columns = min(_RESIDENT[channels] * _cuda.processors(out.device) // across, -(-height * width // _POSITIONS))
+    blocks = min(_RESIDENT * _cuda.processors(out.device), -(-height * width // _POSITIONS))
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
     factors, lifted = (term.factors, term.lifted) if term else (None, None)
     given = (incoming, own, behind, features, out, height, width, factors, lifted, taps)
-    _cuda.launch("network", kernel, (across * columns,), *given, 0 if taps is None else out.shape[1])
+    _cuda.launch("network", kernel, (blocks,), *given, 0 if taps is None else out.shape[1])
 
 
 def gather(products: Tensor, gradient: Tensor, padding: str) -> None:
