@@ -274,9 +274,10 @@ class Features:
             ours.wait_stream(self._beside)
 
     def chains(self, name: str, *, style: bool, content: bool) -> bool:
-        """A content loss at any ReLU but the first of 16 bits, a style loss at those of 16 bits and few channels."""
-        first = name == vgg.LAYERS[0] and self.spec.precision != "fp32"
-        return not content and name in self._styled if style else name in vgg.LAYERS and not first
+        """In 16 bits, a content loss at any ReLU but the first, and a style loss at those of few channels."""
+        if style:
+            return name in self._styled and not content
+        return self.spec.precision != "fp32" and name in vgg.LAYERS[1:]
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents that have no term are written at once."""
@@ -378,8 +379,7 @@ class _Cotangents(dict[str, Tensor]):
         self._features = {name: features[name] for name in layers}
 
     def __missing__(self, name: str) -> Tensor:
-        self[name] = torch.zeros_like(self._features[name])
-        return self[name]
+        return self.setdefault(name, torch.zeros_like(self._features[name]))  # another thread may have been faster
 
     def of(self, name: str) -> Tensor | None:
         """None unless it is a loss layer."""

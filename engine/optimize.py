@@ -112,13 +112,13 @@ def minimise(
     Raises FloatingPointError when a loss is not finite, on a GPU when the host comes to know it; the image has not
     moved since then, and what was yielded before stays good.
     """
-    image = start.detach().clone()
+    image = start.detach().clone(memory_format=torch.contiguous_format)
     if clamp:
         image.clamp_(0, 1)
     stages = stages or Stages(measures=not image.is_cuda)
     gradient, loss = torch.empty_like(image), image.new_zeros(()) if recorded is None else recorded
     known = saved["queued.losses"][:iterations] if saved else torch.empty(0)
-    trail = kernels.Trail(image, iterations, _KEPT, first=len(known))
+    trail = kernels.Trail(image, iterations, 1 if average else _KEPT, first=len(known))
     if optimizer == "lbfgs":
         runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, trail, history, clamp)
     else:
@@ -167,28 +167,37 @@ def minimise(
     graph = kernels.Recorded(image.device) if recorded is not None and optimizer == "lbfgs" else None
     step = partial(graph, advance) if graph else advance
     lent: deque[weakref.ref[Iterate]] = deque()  # those whose images lie in the trail
-    for i in range(len(queued), iterations):
-        if len(lent) == _KEPT and (oldest := lent.popleft()()):
-            oldest.best = oldest.best.clone()  # somebody keeps it
-        step()
-        arrival = torch.cuda.current_stream(image.device).record_event() if image.is_cuda else None
-        if isinstance(runner, kernels.Adam):
-            state.steps, state.moments = runner.steps, tuple(runner.moments)
-        with stages.stage("optimiser"):
-            result = trail.image(i) if mean is None else mean.value.clone()
-        late = _Late(trail.losses[i], arrival)
-        queued.append(Iterate(result, late, stages.take()))
-        if mean is None:
-            lent.append(weakref.ref(queued[-1]))
-        unchecked.append((i + 1, late))
-        while unchecked and unchecked[0][1].arrived:
-            _check(*unchecked.popleft())
-        if not image.is_cuda or i >= AHEAD:
+    stream = torch.cuda.current_stream(image.device) if image.is_cuda else None
+    try:
+        for i in range(len(queued), iterations):
+            if len(lent) == _KEPT and (oldest := lent.popleft()()):
+                oldest.best = oldest.best.clone()  # somebody keeps it
+            step()
+            arrival = stream.record_event() if stream else None
+            if isinstance(runner, kernels.Adam):
+                state.steps, state.moments = runner.steps, tuple(runner.moments)
+            with stages.stage("optimiser"):
+                result = trail.image(i) if mean is None else mean.value.clone()
+            late = _Late(trail.losses[i], arrival)
+            queued.append(Iterate(result, late, stages.take()))
+            if mean is None:
+                lent.append(weakref.ref(queued[-1]))
+            unchecked.append((i + 1, late))
+            while unchecked and unchecked[0][1].arrived:
+                _check(*unchecked.popleft())
+            if not image.is_cuda or i >= AHEAD:
+                yield from hand_out()
+        for each in unchecked:
+            _check(*each)
+        while queued:
             yield from hand_out()
-    for each in unchecked:
-        _check(*each)
-    while queued:
-        yield from hand_out()
+    finally:  # of a run that is given up as well, in the middle of anything
+        with torch.cuda.stream(stream):
+            trail.hold()
+            for iterate in filter(None, (each() for each in lent)):
+                iterate.best = iterate.best.clone()  # nobody has to keep all of them
+        if stream:
+            torch.cuda.current_stream(image.device).wait_stream(stream)
 
 
 class Stall:

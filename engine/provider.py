@@ -95,8 +95,9 @@ def check(device: str) -> None:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendError(f"device {device}: the NVIDIA driver (libcuda.so.1) is missing; then {line}") from error
-    if importlib.util.find_spec("cupy") is None:
-        raise BackendError(f"device {device}: cupy is missing: {line}")
+    for package, module in (("cupy", "cupy"), ("cuda-bindings", "cuda")):
+        if importlib.util.find_spec(module) is None:
+            raise BackendError(f"device {device}: {package} is missing: {line}")
     import torch  # before preload_dlls: it brings most of the CUDA libraries
 
     if not torch.cuda.is_available():

@@ -52,8 +52,8 @@ class Step:
 
     `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one as far as
     is known: a scale that stops early makes it smaller. `loss`, that of this iteration, and `image`, the best picture
-    of this scale so far (the average of its pictures with `Config.average`), are converted when they are asked for: a
-    GPU works ahead, and asking waits for it.
+    of this scale so far (the average of its pictures with `Config.average`), are converted when they are asked for, by
+    the thread that takes the steps: a GPU works ahead, and asking waits for it.
     """
 
     scale: int

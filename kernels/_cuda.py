@@ -129,7 +129,7 @@ Argument = Tensor | Table | int | float | None
 
 
 def launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: Argument) -> None:
-    """Launch `kernel` of `name`.cu with THREADS threads a block; one of the arguments at least is on the device.
+    """Launch `kernel` of `name`.cu with THREADS threads a block, on the device of the first tensor.
 
     A tensor or a table is passed as its address, None as the null pointer, an int as a 64-bit, a float as a 32-bit
     number. Where the device can, the kernel is brought there while the one before it still runs: see `take_turn`.
@@ -290,9 +290,10 @@ class Counters:
         for node in listed(runtime.cudaGraphGetNodes, graph):
             if made(runtime.cudaGraphNodeGetType(node)) != memset:
                 continue
-            target = int(made(runtime.cudaGraphMemsetNodeGetParams(node)).dst)
-            owner = next((each for each in cls._all if 0 <= target - each.memory.data_ptr() < each.memory.nbytes), None)
-            if owner is None:
+            given = made(runtime.cudaGraphMemsetNodeGetParams(node))
+            places = ((each, int(given.dst) - each.memory.data_ptr()) for each in cls._all)
+            owner = next((each for each, place in places if 0 <= place < each.memory.nbytes), None)
+            if owner is None or given.value != 0:
                 continue
             for before in listed(runtime.cudaGraphNodeGetDependencies, node):
                 for after in listed(runtime.cudaGraphNodeGetDependentNodes, node):

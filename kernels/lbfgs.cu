@@ -70,6 +70,7 @@ __device__ inline bool held(float x, float gradient) { return (x <= 0 && gradien
 
 constexpr int TILE = 128, STAGES = 4;  // elements of a row at a time, and tiles on their way; TILE as in lbfgs.py
 constexpr int LINE = TILE + 8;         // eight rows lie in different banks
+constexpr int SHORT = 16;              // products that a tensor core adds up
 constexpr float FINER = 1 << 11;       // what g loses in 16 bits is kept as 16 bits more, times this
 
 // sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g - before and g = unit * gradient; the blocks
@@ -104,7 +105,7 @@ __global__ void lbfgs_dots(const __half* history, const float* before, const flo
     };
     for (int stage = 0; stage < STAGES - 1; ++stage) ask(begin + stage * step, stage);
     look(begin);
-    float sum[3][4] = {};
+    float sum[3][4] = {}, total[3][4] = {};  // tensor cores cut sums off: the long ones are made without them
     double squares[3] = {};  // y y, y g, g g
     int turn = 0;
     for (long long at = begin; at < count; at += step, ++turn) {
@@ -134,8 +135,14 @@ __global__ void lbfgs_dots(const __half* history, const float* before, const flo
             unsigned left[4];
             load_matrices<false>(left, &tiles[turn % STAGES][row < CHANGE ? row : 0][16 * warp + lane / 16 * 8]);
             mma<__half>(sum[m], left, low, high);
+            for (int e = 0; e < 4 && turn % SHORT == SHORT - 1; ++e) {
+                total[m][e] += sum[m][e];
+                sum[m][e] = 0;
+            }
         }
     }
+    for (int m = 0; m < 3; ++m)
+        for (int e = 0; e < 4; ++e) sum[m][e] += total[m][e];
     wait_for_groups<0>();
     __syncthreads();
     double(*found)[2 * ROWS] = reinterpret_cast<double(*)[2 * ROWS]>(tiles);  // of each warp

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, 3) network_convolution(const float* i
                 mma<H>(product, p[0], q[0], q[1]);
                 mma<H>(product, p[1], q[2], q[3]);
                 for (int e = 0; e < 4; ++e)
-                    sum[e / 2][2 * j + e % 2] = rectified ? fmaxf(product[e], 0.f) : product[e];
+                    sum[e / 2][2 * j + e % 2] = rectified && product[e] < 0 ? 0.f : product[e];
             }
             for (int half = 0; half < 2; ++half) {
                 const unsigned position = first + 16 * m + 8 * half + lane / 4;

@@ -12,13 +12,13 @@ from . import _cuda
 from .layers import Term
 
 PADDINGS = ("zero", "reflect", "replicate", "circular")  # what a convolution sees beyond the border
-COLOURS = 4  # channels of the image as the first convolution reads it; the last one is zero
+COLOURS = 4  # channels of the image as cuDNN's first convolution reads it, in fp32; the last one is zero
 EIGHT = 8  # channels of the gradient as the last convolution writes it in fp32; three are of use
 _WAYS = ("", "avg", "max")
 CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
 TAPS, FILLED = 27, 32  # what a position sees in the first convolution: places and colours; with zeros
-_POSITIONS = 128  # that a block takes at a time for that
-_RESIDENT = 2  # blocks on a multiprocessor that make it, as in network.cu
+_POSITIONS = 128  # that a block takes at a time to make that share
+_RESIDENT = 2  # blocks on a multiprocessor that do so, as in network.cu
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -70,7 +70,6 @@ def mask(
     """
     if term is not None and term.lifted is not None:
         assert not pooling
-        assert term.content is None
         _style(incoming, own, behind, features, out, term, None)
         return
     _, channels, height, width = features.shape
@@ -108,6 +107,7 @@ def _style(
     _, channels, height, width = features.shape
     blocks = min(_RESIDENT * _cuda.processors(out.device), -(-height * width // _POSITIONS))
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
+    assert term is None or term.content is None
     factors, lifted = (term.factors, term.lifted) if term else (None, None)
     given = (incoming, own, behind, features, out, height, width, factors, lifted, taps)
     _cuda.launch("network", kernel, (blocks,), *given, 0 if taps is None else out.shape[1])

@@ -6,8 +6,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// The first statement of every kernel. It waits until what was queued before is done, so that a kernel may be brought to
-// the device ahead of its turn; and lets that be done with the next one.
+// The first statement of every kernel, which may be brought to the device ahead of its turn. It waits until all that was
+// queued before is done; from then on the next kernel may be brought there, to wait for this one: so, in this order, each
+// waits for all before it.
 __device__ inline void take_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_AT_ONCE = 4  # elements; rows of images are that far from each other
+_AT_ONCE = 4  # elements; rows of images begin at multiples of it
 
 
 class Trail:
@@ -37,6 +37,14 @@ class Trail:
         """bests (kept, stride), stride, kept, made and losses of a kernel; no losses are a null pointer."""
         kept, stride = self.images.shape
         return self.images, stride, kept, self.made, self.losses if len(self.losses) else None
+
+    def hold(self) -> None:
+        """Keep the host memory from others until what is queued on the current stream of a GPU is done.
+
+        torch gives pinned memory that is let go to the next one at once, but for what it knows to be copied.
+        """
+        if self.images.device.type == "cuda" and len(self.losses):
+            self.losses[:1].to(self.images.device, non_blocking=True)
 
     def leave(self, image: Tensor, loss: float, improved: bool) -> None:
         """Add a step on a CPU: the loss of an image, and whether it is the lowest one."""

@@ -703,7 +703,7 @@ class Runtime:
     """Stands in for `cuda.bindings.runtime`: a graph is a dict of nodes, each with what it clears, and its edges."""
 
     def __init__(self, cleared, edges):
-        self.cleared, self.edges = dict(cleared), set(edges)
+        self.cleared, self.edges, self.value = dict(cleared), set(edges), 0
         self.cudaError_t = SimpleNamespace(cudaSuccess=0)
         self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeMemset="memset")
         self.cudaMemsetParams = SimpleNamespace
@@ -732,7 +732,7 @@ class Runtime:
         return 0, "kernel" if self.cleared[node] is None else "memset"
 
     def cudaGraphMemsetNodeGetParams(self, node):  # noqa: N802
-        return 0, SimpleNamespace(dst=self.cleared[node])
+        return 0, SimpleNamespace(dst=self.cleared[node], value=self.value)
 
     def cudaGraphAddDependencies(self, graph, before, after, data, count):  # noqa: N802
         self.edges |= set(zip(before, after, strict=True))
@@ -767,9 +767,11 @@ def test_counters_are_cleared_at_once(monkeypatch):
     cleared = runtime.cleared["new"]
     assert (cleared.dst, cleared.value) == (counters.memory.data_ptr(), 0)
     assert cleared.elementSize * cleared.width * cleared.height == counters.memory.nbytes
-    monkeypatch.setattr(cuda.bindings, "runtime", plain := Runtime({"a": None, "other": 8}, {("a", "other")}))
+    plain = Runtime({"a": None, "other": 8, "preset": pieces[2]}, {("a", "other"), ("other", "preset")})
+    plain.value = 1
+    monkeypatch.setattr(cuda.bindings, "runtime", plain)
     _cuda.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
-    assert list(plain.cleared) == ["a", "other"]
+    assert list(plain.cleared) == ["a", "other", "preset"]
 
 
 def test_every_kernel_takes_its_turn():

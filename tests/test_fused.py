@@ -4,7 +4,9 @@ import contextlib
 import gc
 import itertools
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,7 +126,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     monkeypatch.setattr(kernels, "Recorded", Counted)
     spec = vgg.Spec(40, 33, layers, precision=precision)
     own = objective(fused.Features(spec, fused.Network(net)), content, style, config, held)
-    assert set(own.network.cotangents) == ({"relu3_1"} if precision != "fp32" else {"relu1_1", "relu3_1"})
+    assert set(own.network.cotangents) == ({"relu3_1"} if precision != "fp32" else set(layers))
     runs.clear()
     gradient, other = torch.empty(2, *pixels.shape)
     found = [float(own.write(pixels, each)) for each in (gradient, gradient, other, gradient)]
@@ -165,6 +167,16 @@ def test_a_network_that_is_dropped_is_gone_at_once(on_cpu, net):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_two_threads_get_the_same_cotangents(monkeypatch):
+    meeting, zeros_like = threading.Barrier(2), torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda x: (meeting.wait(10), zeros_like(x))[1])
+    cotangents = fused._Cotangents({"relu3_1": torch.ones(1, 2, 3, 4)}, ["relu3_1"])
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(cotangents.__getitem__, ["relu3_1"] * 2)
+    assert one is other is cotangents.of("relu3_1")
+    assert cotangents.of("conv3_1") is None
 
 
 def test_a_style_needs_no_way_back(on_cpu, net):

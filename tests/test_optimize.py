@@ -80,6 +80,29 @@ def test_best_is_the_image_of_the_lowest_loss(optimizer):
         assert float(loss(step.best)) == pytest.approx(lowest, rel=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+@pytest.mark.parametrize("given_up", [False, True])
+def test_iterates_that_are_kept_keep_their_image(optimizer, given_up):
+    """The memory of the others is used again, and nobody holds it at the end."""
+    loss, _ = quadratic()
+    start = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    whole = [step.best.clone() for step in minimise(loss, start, optimizer, 20, State())]
+    steps, kept, places = minimise(loss, start, optimizer, 20, State()), [], set()
+    for i, step in enumerate(steps):
+        places.add(step.best.data_ptr())
+        if i % 5 == 1:
+            kept.append((i, step))
+        if given_up and i == 16:
+            break
+    steps.close()
+    assert len(places) == 4
+    assert len(kept) == 4
+    assert all(torch.equal(step.best, whole[i]) for i, step in kept)
+    assert all(step.best.untyped_storage().nbytes() == step.best.nbytes for _, step in kept)
+
+
 def test_lbfgs_recovers_from_steps_that_diverge(monkeypatch):
     """Rosenbrock's curved valley: full quasi-Newton steps leave it again and again."""
 

@@ -62,6 +62,14 @@ def test_a_gpu_that_is_not_there(device, monkeypatch):
             Stylizer(device=device)
 
 
+@pytest.mark.parametrize(("module", "named"), [("cupy", "cupy"), ("cuda", "cuda-bindings")])
+def test_a_package_that_a_gpu_needs_is_named(module, named, monkeypatch):
+    monkeypatch.setattr(provider.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(provider.importlib.util, "find_spec", lambda name: None if name == module else name)
+    with pytest.raises(BackendError, match=rf"device cudnn: {named} is missing: pip install 'gatys-engine\[cudnn"):
+        Stylizer(device="cudnn")
+
+
 def _has_driver():
     import ctypes
 
