@@ -7,6 +7,7 @@ constexpr int SLOTS = 21;               // most pairs of the history, and one be
 constexpr int CHANGE = 2 * SLOTS;       // row of y among the dot products
 constexpr int GRADIENT = CHANGE + 1;    // and of g
 constexpr int ROWS = GRADIENT + 1;
+constexpr int GROUP = 11;               // rows that one block multiplies
 enum { HALT, STEP, HALVE, RESTART };
 
 struct State {
@@ -68,104 +69,75 @@ __device__ inline int remaining(long long count, long long i) { return count - i
 // Whether x lies on a bound of [0, 1], and its gradient points out.
 __device__ inline bool held(float x, float gradient) { return (x <= 0 && gradient > 0) || (x >= 1 && gradient < 0); }
 
-constexpr int TILE = 128, STAGES = 4;  // elements of a row at a time, and tiles on their way; TILE as in lbfgs.py
-constexpr int LINE = TILE + 8;         // eight rows lie in different banks
-constexpr int SHORT = 16;              // products that a tensor core adds up
-constexpr float FINER = 1 << 11;       // what g loses in 16 bits is kept as 16 bits more, times this
-
-// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g - before and g = unit * gradient; the blocks
-// share out the elements. history (2 slots, stride), of which `count` elements a row are in use; stride is a multiple of
-// EIGHT, and all addresses are of 16 bytes. Where the image is boxed and held, g is 0. y is rounded as it will be kept.
-//
-// The products with the history are one of matrices, (CHANGE, elements) (elements, 3): of y, of g in 16 bits and of what
-// that leaves. Each warp takes 16 elements of a tile.
-__global__ void lbfgs_dots(const __half* history, const float* before, const float* image, const float* gradient,
-                           const State* state, long long count, long long stride, long long slots, long long boxed,
-                           double* sums) {
+// sums (ROWS, 2, gridDim.x): shares of the dot products of each row with y = g - before and g = unit * gradient. The
+// blocks of a column share out the elements, those of a row the rows. history (2 slots, stride), of which `count` elements
+// a row are in use; stride is a multiple of EIGHT, and so are all addresses of 16 bytes. Where the image is boxed and held,
+// g is 0. y is rounded as it will be kept.
+__global__ void __launch_bounds__(THREADS, 2) lbfgs_dots(const __half* history, const float* before, const float* image,
+                                                         const float* gradient, const State* state, long long count,
+                                                         long long stride, long long slots, long long boxed,
+                                                         double* sums) {
     take_turn();
-    static_assert(TILE == 16 * WARPS);
-    __shared__ __align__(16) __half tiles[STAGES][CHANGE][LINE], vectors[2][3][LINE];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = threadIdx.x, rows = rows_in_use(*state, slots);
-    const long long step = TILE * (long long)gridDim.x, begin = TILE * (long long)blockIdx.x;
+    __shared__ __align__(16) __half ahead[GROUP][EIGHT * THREADS];  // what a thread reads next, while it adds up
+    __shared__ double warps[WARPS][2 * GROUP];
+    const int first = blockIdx.y * GROUP, rows = rows_in_use(*state, slots);
+    const long long step = EIGHT * (long long)gridDim.x * THREADS;
     const float unit = state->unit;
-    const auto ask = [&](long long at, int stage) {
-        for (int piece = threadIdx.x; piece < rows * (TILE / EIGHT) && at < count; piece += THREADS) {
-            const int row = piece / (TILE / EIGHT), place = piece % (TILE / EIGHT) * EIGHT;
-            const bool there = at + place < stride;
-            copy_later(&tiles[stage][row][place], history + (there ? row * stride + at + place : 0), there);
-        }
+    float sum[GROUP][2] = {};
+    const auto ask = [&](long long i) {
+        if (i < count && first < rows)
+#pragma unroll
+            for (int r = 0; r < GROUP; ++r) {
+                const int row = first + r < rows ? first + r : rows - 1;
+                copy_later(ahead[r] + EIGHT * threadIdx.x, history + row * stride + i, true);
+            }
         end_group();
     };
-    float next_g = 0, next_before = 0, next_pixel = 0;  // of the element that this thread prepares
-    const auto look = [&](long long at) {
-        const bool there = own < TILE && at + own < count;
-        next_g = there ? gradient[at + own] : 0.f;
-        next_before = there && rows ? before[at + own] : 0.f;
-        next_pixel = there && boxed ? image[at + own] : 0.f;
-    };
-    for (int stage = 0; stage < STAGES - 1; ++stage) ask(begin + stage * step, stage);
-    look(begin);
-    float sum[3][4] = {}, total[3][4] = {};  // tensor cores cut sums off: the long ones are made without them
-    double squares[3] = {};  // y y, y g, g g
-    int turn = 0;
-    for (long long at = begin; at < count; at += step, ++turn) {
-        if (own < TILE) {
-            const float g = boxed && held(next_pixel, next_g) ? 0.f : unit * next_g;
-            const __half y = narrowed(rows ? g - next_before : 0.f, CHANGES), coarse = narrowed(g, 1);
-            vectors[turn % 2][0][own] = y;
-            vectors[turn % 2][1][own] = coarse;
-            vectors[turn % 2][2][own] = narrowed(g - to_float(coarse), FINER);
-            const float change = to_float(y) / CHANGES;
-            squares[0] += change * change;
-            squares[1] += change * g;
-            squares[2] += static_cast<double>(g) * g;
+    long long i = EIGHT * ((long long)blockIdx.x * THREADS + threadIdx.x);
+    ask(i);
+#pragma unroll 1  // for the sake of registers
+    for (; i < count; i += step) {
+        const int there = remaining(count, i);
+        float y[EIGHT], g[EIGHT], pixels[EIGHT];
+        fetch(y, before + i, rows ? there : 0);
+        fetch(g, gradient + i, there);
+        fetch(pixels, image + i, boxed ? there : 0);
+#pragma unroll
+        for (int e = 0; e < EIGHT; ++e) {
+            g[e] = boxed && held(pixels[e], g[e]) ? 0.f : unit * g[e];
+            y[e] = rows ? to_float(narrowed(g[e] - y[e], CHANGES)) / CHANGES : 0.f;
         }
-        wait_for_groups<STAGES - 2>();
-        __syncthreads();  // and nobody reads the tile before this one any more
-        ask(at + (STAGES - 1) * step, (turn + STAGES - 1) % STAGES);
-        look(at + step);
-        const int column = lane / 4, k = 16 * warp + lane % 4 * 2;
-        const auto pair = [&](int first) {
-            const __half* from = &vectors[turn % 2][column < 3 ? column : 0][first];
-            return column < 3 ? *reinterpret_cast<const unsigned*>(from) : 0u;
-        };
-        const unsigned low = pair(k), high = pair(k + 8);
-        for (int m = 0; m < 3; ++m) {
-            const int row = 16 * m + lane % 16;
-            unsigned left[4];
-            load_matrices<false>(left, &tiles[turn % STAGES][row < CHANGE ? row : 0][16 * warp + lane / 16 * 8]);
-            mma<__half>(sum[m], left, low, high);
-            for (int e = 0; e < 4 && turn % SHORT == SHORT - 1; ++e) {
-                total[m][e] += sum[m][e];
-                sum[m][e] = 0;
+        Eight x[GROUP] = {};
+        wait_for_groups<0>();
+        if (first < rows)
+#pragma unroll
+            for (int r = 0; r < GROUP; ++r) x[r] = fetch(ahead[r] + EIGHT * threadIdx.x);
+        ask(i + step);
+#pragma unroll
+        for (int r = 0; r < GROUP; ++r)
+#pragma unroll
+            for (int e = 0; e < EIGHT; ++e) {
+                static_assert(CHANGE % GROUP == GROUP - 2 && GRADIENT % GROUP == GROUP - 1);
+                float own = to_float(x[r].element[e]);
+                if (r == GROUP - 2 && first + r == CHANGE) own = y[e];
+                if (r == GROUP - 1 && first + r == GRADIENT) own = g[e];
+                sum[r][0] += own * y[e];
+                sum[r][1] += own * g[e];
             }
-        }
     }
-    for (int m = 0; m < 3; ++m)
-        for (int e = 0; e < 4; ++e) sum[m][e] += total[m][e];
-    wait_for_groups<0>();
-    __syncthreads();
-    double(*found)[2 * ROWS] = reinterpret_cast<double(*)[2 * ROWS]>(tiles);  // of each warp
-    for (int m = 0; m < 3; ++m)
-        for (int half = 0; half < 2; ++half) {
-            const float fine = __shfl_sync(0xffffffffu, sum[m][2 * half], lane + 1 & 31);  // column 2 is the next lane's
-            const int row = 16 * m + 8 * half + lane / 4;
-            if (lane % 4 > 0 || row >= CHANGE) continue;
-            const float size = row % 2 ? CHANGES : MOVES;
-            found[warp][2 * row] = row < rows ? sum[m][2 * half] / size / CHANGES : 0;
-            found[warp][2 * row + 1] = row < rows ? (sum[m][2 * half + 1] + fine / FINER) / size : 0;
-        }
-    for (double& square : squares) square = warp_sum(square);
-    if (lane == 0) {
-        found[warp][2 * CHANGE] = squares[0];
-        found[warp][2 * CHANGE + 1] = found[warp][2 * GRADIENT] = squares[1];
-        found[warp][2 * GRADIENT + 1] = squares[2];
+#pragma unroll
+    for (int v = 0; v < 2 * GROUP; ++v) {
+        const int row = first + v / 2;
+        const float size = row >= CHANGE ? 1.f : row >= rows ? 0.f : row % 2 ? 1 / CHANGES : 1 / MOVES;
+        const double value = size * warp_sum(sum[v / 2][v % 2]);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][v] = value;
     }
     __syncthreads();
-    if (threadIdx.x >= 2 * ROWS) return;
-    double value = 0;
-    for (int w = 0; w < WARPS; ++w) value += found[w][threadIdx.x];
-    sums[threadIdx.x * (long long)gridDim.x + blockIdx.x] = value;
+    if (threadIdx.x < 2 * GROUP) {
+        double value = 0;
+        for (int warp = 0; warp < WARPS; ++warp) value += warps[warp][threadIdx.x];
+        sums[(2ll * first + threadIdx.x) * gridDim.x + blockIdx.x] = value;
+    }
 }
 
 // -H g as coefficients of the history, by the two loops on dot products: lane i holds the i-th oldest pair. products and

@@ -589,7 +589,7 @@ def test_lbfgs_dot_products(host, count, chunks, pairs, boxed):
     sums = torch.full((2 * slots + 2, 2, chunks), torch.nan, dtype=torch.float64)
     device = torch.from_numpy(state.reshape(1).view("f8"))
     given = (history, before, image, gradient, device, count, width, slots, int(boxed), sums)
-    _cuda.launch("lbfgs", "lbfgs_dots", (chunks,), *given)
+    _cuda.launch("lbfgs", "lbfgs_dots", (chunks, 4), *given)
     held = ((image <= 0) & (gradient > 0)) | ((image >= 1) & (gradient < 0))
     g = torch.where(held & boxed, 0, gradient / 4)
     y = ((g - before) * 64).clamp(-65504, 65504).half().double() / 64 if pairs else torch.zeros(count).double()
