@@ -39,6 +39,7 @@ PLACE = torch.device("cuda:0")
 PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 REPLAYS = 5  # of one round of timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
+LIBRARIES = 88 << 20  # bytes of workspaces and of shares of Gram matrices, as a run on an H200 took them
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
 _timing = threading.Lock()  # what runs beside it would spoil it
 _free_handles: list[int] = []
@@ -208,7 +209,6 @@ class Features:
 
     def __init__(self, spec: vgg.Spec, weights: Network, *, forward_only: bool = False) -> None:
         self.spec = spec
-        low = spec.precision != "fp32"
         self.products: kernels.Products | None = None
         self._parameters = weights.parameters(spec)
         self._lock = threading.RLock()
@@ -216,14 +216,8 @@ class Features:
         self._dtype = DTYPES[spec.precision]
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=PLACE)
         self.features = {name: nhwc_zeros(shape, self._dtype, PLACE) for name, shape in spec.shapes.items()}
-        # Two tensors of the largest layer: the passes go to and fro between them. A third where layers have a frame.
-        largest = spec.convs[0].out_channels * (spec.height + 2) * (spec.width + 2)
-        count = 3 if spec.padding == "circular" else 2
-        self._rooms = torch.zeros(count, largest, dtype=self._dtype, device=PLACE)
+        self._rooms = torch.zeros(_rooms(spec), dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
-        pooled = [below.relu for below, conv in itertools.pairwise(spec.convs) if conv.after_pool]
-        fitting = [conv.relu for conv in spec.convs if conv.in_channels == 3 or conv.out_channels == network.CHAINED]
-        self._styled = [name for name in fitting if name not in pooled] if low else []
         self._terms: dict[str, kernels.Term] = {}  # while the VJP is queued
         self._recorded: dict[str, weakref.ref[kernels.Term]] = {}  # of the VJP that can be replayed
         if not forward_only:
@@ -274,10 +268,8 @@ class Features:
             ours.wait_stream(self._beside)
 
     def chains(self, name: str, *, style: bool, content: bool) -> bool:
-        """In 16 bits, a content loss at any ReLU but the first, and a style loss at those of few channels."""
-        if style:
-            return name in self._styled and not content
-        return self.spec.precision != "fp32" and name in vgg.LAYERS[1:]
+        """See the function of that name."""
+        return chains(self.spec, name, style=style, content=content)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; all cotangents that have no term are written at once."""
@@ -370,6 +362,35 @@ class Features:
         assert incoming is not None
         steps.append(partial(network.uncentre, incoming, self.gradient, spec.padding))
         return steps
+
+
+def chains(spec: vgg.Spec, name: str, *, style: bool, content: bool) -> bool:
+    """Whether the VJP at a spec makes the cotangent of a loss layer itself.
+
+    In 16 bits it does for a content loss at any ReLU but the first, and for a style loss at those of few channels.
+    """
+    if spec.precision == "fp32" or (style and content):
+        return False
+    if not style:
+        return name in vgg.LAYERS[1:]
+    pooled = [below.relu for below, conv in itertools.pairwise(spec.convs) if conv.after_pool]
+    fitting = [conv.relu for conv in spec.convs if conv.in_channels == 3 or conv.out_channels == network.CHAINED]
+    return name in fitting and name not in pooled
+
+
+def memory(spec: vgg.Spec, made: Collection[str]) -> int:
+    """Bytes of the tensors of `Features` at a spec, and of its weights; the VJP makes the cotangents `made` itself."""
+    element, image = DTYPES[spec.precision].itemsize, 2 * 3 * 4 * spec.height * spec.width
+    features = {name: math.prod(shape) for name, shape in spec.shapes.items()}
+    cotangents = sum(features[name] for name in spec.layers if name not in made)
+    weights = sum(2 * 9 * conv.in_channels * conv.out_channels for conv in spec.convs)
+    return image + element * (sum(features.values()) + cotangents + weights + math.prod(_rooms(spec)))
+
+
+def _rooms(spec: vgg.Spec) -> tuple[int, int]:
+    """Two tensors of the largest layer, between which the passes go to and fro; a third where layers have a frame."""
+    largest = spec.convs[0].out_channels * (spec.height + 2) * (spec.width + 2)
+    return 3 if spec.padding == "circular" else 2, largest
 
 
 class _Cotangents(dict[str, Tensor]):

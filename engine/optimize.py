@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import kernels
+from .config import Config
 from .stages import Stages
 
 WINDOW = 20  # evaluations over which a stalled loss is told
@@ -198,6 +199,14 @@ def minimise(
                 iterate.best = iterate.best.clone()  # nobody has to keep all of them
         if stream:
             torch.cuda.current_stream(image.device).wait_stream(stream)
+
+
+def memory(count: int, config: Config, steps: int, gpu: bool) -> int:
+    """Bytes that `minimise` takes for an image of `count` elements: the optimiser, and images."""
+    moments = 2 * 4 * count
+    own = kernels.lbfgs.memory(count, config.history, gpu, steps) if config.optimizer == "lbfgs" else moments
+    images = 2 + (_KEPT if not config.average else 2 + AHEAD * gpu)  # with the gradient, and those of the iterates
+    return own + images * 4 * count
 
 
 class Stall:

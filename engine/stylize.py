@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--trace", metavar="FILE", help="write options, losses and times of every iteration as JSON")
     group.add_argument("--plot", metavar="FILE", help="draw the losses into a picture (extra plot)")
     group.add_argument("--progress", metavar="X", default="auto", help=f"{_PROGRESS} (default auto)")
+    group.add_argument("--forecast", action="store_true", help="say how much memory the run will take, and stop")
     group.add_argument("--save-every", metavar="N", type=int, help="also write OUT-00N.. every N iterations")
     group.add_argument("--save-targets", metavar="FILE", help="also keep what is used of the STYLE, as .safetensors")
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -161,7 +162,8 @@ def _run(given: argparse.Namespace) -> int:
         jobs = product(given.contents, given.style_list, given.out)
         status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given, _line)
         return _fail(status, message) if status else 0
-    image.check_output(given.out, given.overwrite)
+    if not given.forecast:
+        image.check_output(given.out, given.overwrite)
     if given.replay:
         from . import manifest, replay
 
@@ -178,6 +180,11 @@ def _run(given: argparse.Namespace) -> int:
     grid = sheet.axes(given.grid, _parse) if given.grid else []
     cells = sheet.configs(config, grid)  # its mistakes are told before the weights are read
     stylizer = Stylizer(given.weights, given.device, given.precision)
+    if given.forecast:
+        from .forecast import forecast
+
+        print(forecast(stylizer, job.content, list(job.styles), config, masks=job.masks or None))  # noqa: T201
+        return 0
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if record:
@@ -197,7 +204,7 @@ def _check(given: argparse.Namespace) -> None:
     if listed and (given.content is not None or given.demo):
         raise ValueError("--contents and --styles name the pictures: leave CONTENT, STYLE and --demo out")
     single = {"--trace": given.trace, "--plot": given.plot, "--checkpoint": given.checkpoint, "--resume": given.resume}
-    single |= {"--replay": given.replay, "--grid": given.grid}
+    single |= {"--replay": given.replay, "--grid": given.grid, "--forecast": given.forecast}
     single |= {"--mask": given.mask, "--freeze": given.freeze, "--save-targets": given.save_targets}
     for flag, value in single.items():
         if listed and value:
@@ -294,7 +301,7 @@ def _sources(given: argparse.Namespace) -> list[Any]:
             raise ValueError(f"{given.content} is no picture: style targets take the place of a STYLE")
         if sources.count("-") > 1:
             raise ValueError("only one picture can come from standard input")
-    if given.out is None:
+    if given.out is None and not given.forecast:
         raise ValueError("give the picture to write with -o OUT")
     if given.save_every is not None and given.save_every < 1:
         raise ValueError(f"--save-every {given.save_every}: give a number from 1")

@@ -12,7 +12,8 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ class Network:
         return self.arrays[name].ctypes.data
 
 
+_HOST, _NOWHERE = torch.device("cpu"), torch.device("meta")
+
+
 class Features:
     """The forward program and the VJP program of one `spec`, with the memory they work in.
 
@@ -67,10 +71,12 @@ class Features:
 
     recordable = False
 
-    def __init__(self, spec: vgg.Spec, network: Network, *, forward_only: bool = False) -> None:
+    def __init__(
+        self, spec: vgg.Spec, network: Network, *, forward_only: bool = False, place: torch.device = _HOST
+    ) -> None:
         self.spec, self.products = spec, network.threads
         self._network, self._lock = network, threading.RLock()
-        self.image = torch.zeros(1, 3, spec.height, spec.width)
+        self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
         self._sizes: dict[str, int] = {}
         forward = self._forward_steps()
         parts: list[tuple[tuple[str, ...], list[Step]]] = []
@@ -80,14 +86,14 @@ class Features:
         kept = spec.layers if forward_only else ()
         steps = [*forward, *(step for _, part in parts for step in part)]
         places, floats = program.layout(steps, self._sizes, kept)
-        self._memory = torch.zeros(floats)
+        self._memory = torch.zeros(floats, device=place)
         self.features = {name: _nhwc(self._memory[places[name] :], spec.shapes[name]) for name in spec.layers}
         self.cotangents = self.features
         addresses = {name: self._memory.data_ptr() + 4 * place for name, place in places.items()}
         self._forward = program.table(forward, addresses)
         self._vjp = [(layers, program.table(part, addresses)) for layers, part in parts]
         floats = max(program.scratch_size(table) for table in (self._forward, *(table for _, table in self._vjp)))
-        self._scratch = [torch.zeros(floats) for _ in range(network.threads.count)]
+        self._scratch = [torch.zeros(floats, device=place) for _ in range(network.threads.count)]
 
     @property
     def memory(self) -> list[Tensor]:
@@ -235,6 +241,22 @@ class Features:
         while blocks * groups < 2 * self.products.count and channels % (2 * groups * vector.BLOCK) == 0:
             groups *= 2
         return {"tasks": blocks * groups, "groups": groups}
+
+
+class _Unopened:
+    """Stands in for the `Network` of programs that are laid out and never run."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = SimpleNamespace(count=threads)
+
+    def address(self, name: str) -> int:
+        return 0
+
+
+def memory(spec: vgg.Spec, threads: int) -> int:
+    """Bytes of the tensors of `Features` at a spec, of which none is allocated."""
+    network = cast(Network, _Unopened(threads))
+    return sum(each.nbytes for each in Features(spec, network, place=_NOWHERE).memory)
 
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.

@@ -69,6 +69,14 @@ def pairs(history: int | str, gpu: bool) -> int:
     return count
 
 
+def memory(count: int, history: int | str, gpu: bool, steps: int) -> int:
+    """Bytes that `Lbfgs` takes for `count` elements; on a CPU the history is memory once it is written."""
+    slots = pairs(history, gpu) + 1
+    if gpu:
+        return count * (2 * slots * 2 + 4)
+    return count * (2 * min(slots, steps) * 4 + 4 + 1)
+
+
 def state_type(slots: int) -> np.dtype[np.void]:
     """The type of the state for `slots` places in the ring, one more than pairs; all fp64.
 

@@ -32,16 +32,40 @@ ALLOWED = {
     "stages": set(),
     "losses": {"config", "features", "kernels", "regions", "stages", "targets"},
     "autograd": {"losses"},
-    "optimize": {"kernels", "stages"},
+    "optimize": {"config", "kernels", "stages"},
     "checkpoint": set(),
     "start": {"config", "image"},
     "stylizer": (
         {"cache", "checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider"}
         | {"regions", "start", "targets", "export", "kernels"}
     ),
+    "forecast": {
+        "config",
+        "features",
+        "fused",
+        "goal",
+        "image",
+        "optimize",
+        "stylizer",
+        "winograd",
+        "export",
+        "kernels",
+    },
     "batch": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "stylize": (
-        {"batches", "config", "image", "jobs", "manifest", "painting", "presets", "provider", "replay", "sheet"}
+        {
+            "batches",
+            "config",
+            "forecast",
+            "image",
+            "jobs",
+            "manifest",
+            "painting",
+            "presets",
+            "provider",
+            "replay",
+            "sheet",
+        }
         | {"stylizer", "__version__"}
     ),
     "__init__": {"config", "presets", "stylizer", "targets", "export"},

@@ -1,0 +1,135 @@
+"""Memory forecasts, against what objects hold and what a process takes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import Config, Stylizer, fused, stylize, winograd
+from engine.export import vgg, weights
+from engine.forecast import forecast
+
+LAYERS = ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
+SPECS = [
+    vgg.Spec(33, 47, LAYERS),
+    vgg.Spec(64, 48, LAYERS, "max"),
+    vgg.Spec(48, 64, LAYERS, padding="circular"),
+    vgg.Spec(40, 40, ("relu1_1", "conv2_2"), padding="reflect"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_program_of_a_cpu(spec, threads):
+    network = winograd.Network(weights.load("embedded", LAYERS), LAYERS, threads, with_max=spec.pooling == "max")
+    found = winograd.Features(spec, network)
+    assert winograd.memory(spec, threads) == sum(each.nbytes for each in found.memory)
+
+
+@pytest.fixture(scope="module")
+def stylizer():
+    return Stylizer(weights="embedded", device="cpu")
+
+
+def test_the_size_is_that_of_the_run(stylizer, pictures):
+    content, style = pictures["content"], pictures["style"]
+    config = Config(size=96, iterations=3)
+    found = forecast(stylizer, content, style, config)
+    assert found.size == stylizer(content, style, config).image.size
+    assert (found.device, found.precision) == ("cpu", "fp32")
+    assert found.total == sum(found.parts.values())
+    assert str(found).startswith(f"cpu, fp32, 96 x {found.size[1]}: ")
+    texture = forecast(stylizer, None, style, Config(size=(64, 48)))
+    assert texture.size == (64, 48)
+    assert forecast(stylizer, content, None, config).parts["targets"] < found.parts["targets"]
+
+
+def test_what_takes_more_is_forecast_to_take_more(stylizer, pictures):
+    def total(**options):
+        return forecast(stylizer, pictures["content"], pictures["style"], Config(size=256, **options)).total
+
+    usual = total()
+    assert total(history=10) < usual
+    assert total(optimizer="adam") < total(history=10)
+    assert total(iterations=5, scales=1) < usual  # the history is not full
+    assert total(style_loss="wasserstein") > usual
+    assert total(pooling="max") > usual
+    assert 3.5 < forecast(stylizer, pictures["content"], pictures["style"], Config(size=512)).total / usual < 4.5
+
+
+def test_on_a_gpu_it_is_what_was_measured_there(stylizer, monkeypatch):
+    """Peaks of the bundled pair on an H200, MiB (benchmarks/results/nvidia-h200-16c-gpu.json)."""
+    monkeypatch.setattr(stylizer, "device", "cudnn")
+    monkeypatch.setattr(stylizer, "precision", "fp16")
+    pair = [np.zeros((height, width, 3), np.uint8) for height, width in ((1024, 1536), (1024, 1024))]
+    for size, seen in ((256, 195.9), (512, 364.4), (1024, 1045.5)):
+        assert forecast(stylizer, *pair, Config(size=size)).total / 2**20 == pytest.approx(seen, rel=0.05)
+    single = forecast(stylizer, *pair, Config(size=512)).total
+    monkeypatch.setattr(stylizer, "precision", "fp32")
+    assert forecast(stylizer, *pair, Config(size=512)).total > 1.5 * single
+
+
+def test_other_devices_are_refused(stylizer, monkeypatch, pictures):
+    monkeypatch.setattr(stylizer, "device", "cuda")
+    with pytest.raises(ValueError, match="device cuda: memory is forecast for cpu and cudnn only"):
+        forecast(stylizer, pictures["content"], pictures["style"])
+
+
+RUN = """
+import gc, sys
+from importlib import resources
+from engine import Config, Stylizer
+from engine import image as images
+from engine.forecast import forecast
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+samples = resources.files("engine.samples")
+pair = [images.load((samples / name).read_bytes()) for name in ("content.jpg", "style.jpg")]
+stylizer = Stylizer(weights="embedded", device="cpu", threads=2)
+stylizer(*pair, Config(size=64, iterations=2, scales=1))  # it is compiled
+config = Config(size=320, iterations=24, scales=1)
+gc.collect()
+told, before = forecast(stylizer, *pair, config), status("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+stylizer(*pair, config)
+print(told.total / (status("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_takes_what_was_forecast():
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
+    assert 0.85 < float(done.stdout) < 1.25
+
+
+def test_the_command_line(pictures, tmp_path, capsys):
+    paths = [str(tmp_path / f"{name}.png") for name in ("content", "style")]
+    for path, name in zip(paths, ("content", "style"), strict=True):
+        Image.fromarray(pictures[name]).save(path)
+    own = ["--weights", "embedded", "--device", "cpu", "--size", "64"]
+    assert stylize.main([*paths, *own, "--forecast"]) == 0
+    assert capsys.readouterr().out.startswith("cpu, fp32, 64 x ")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert stylize.main(["--contents", *paths[:1], "--styles", paths[1], "-o", str(tmp_path), "--forecast"]) == 2
+    assert "--forecast is for one picture" in capsys.readouterr().err
+
+
+def test_the_network_of_a_gpu_has_the_tensors_it_was_forecast(monkeypatch):
+    """Shapes and types only: nothing is allocated."""
+    monkeypatch.setattr(fused, "PLACE", torch.device("meta"))
+    spec = vgg.Spec(96, 80, LAYERS, precision="fp16", padding="circular")
+    features = {name: fused.nhwc_zeros(shape, torch.float16, fused.PLACE) for name, shape in spec.shapes.items()}
+    made = [name for name in LAYERS if fused.chains(spec, name, style=name != "relu2_2", content=name == "relu2_2")]
+    assert made == ["relu1_1", "relu2_1", "relu2_2"]
+    cotangents = fused._Cotangents(features, [name for name in LAYERS if name not in made])
+    own = [*features.values(), *(cotangents[name] for name in LAYERS if name not in made)]
+    kernels = sum(2 * 9 * conv.in_channels * conv.out_channels * 2 for conv in spec.convs)
+    rooms = 3 * 64 * 98 * 82 * 2
+    assert fused.memory(spec, made) == sum(each.nbytes for each in own) + kernels + rooms + 24 * 96 * 80
