@@ -5,7 +5,8 @@ current stream and without a host synchronisation. `<operation>_reference` is th
 of its input, and serves as the oracle.
 """
 
-from ._cuda import Counters, Recorded, announce_no_graph, own_stream, seconds
+from ._cuda import own_stream
+from ._graphs import Counters, Recorded, announce_no_graph, seconds
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, Term, gram
 from .lbfgs import DIVERGED, Lbfgs, pairs

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import _cuda
+from . import _cuda, _graphs
 from .content import content_gradient_blas, content_loss_blas
 from .gram import gram_blas, products_cublas
 from .style import style_gradient_blas
@@ -243,7 +243,7 @@ class Layers:
 
     def _fastest(self, ways: Mapping[str, Callable[[], None]]) -> str:
         shapes = tuple((tuple(a.features.shape), a.target is not None) for a in self._layers)
-        return _cuda.fastest(ways, self.terms.device, (str(self._dtype), self._nhwc, shapes))
+        return _graphs.fastest(ways, self.terms.device, (str(self._dtype), self._nhwc, shapes))
 
     def _plan_launches(self, device: torch.device) -> None:
         """The table of layers.cuh, and the number of blocks of each launch."""

@@ -42,7 +42,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import _cuda
+from . import _cuda, _graphs
 from .trail import Trail
 
 HISTORY = 50  # pairs on a CPU: 1.2 kB a pixel, where torch's default of 100 takes 2.4 kB
@@ -200,7 +200,7 @@ class Lbfgs:
             wave = max(1, _RESIDENT * _cuda.processors(image.device) * _GROUP // _GPU_ROWS)
             chunks = min(-(-self._count // (_RUN * _cuda.THREADS)), wave)
             self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
-            self._recorded = _cuda.Recorded(image.device)
+            self._recorded = _graphs.Recorded(image.device)
         else:
             self._history = image.new_empty((rows, self._count))
             self._rows = list(self._history)

@@ -9,7 +9,7 @@ from cuda_host import Host
 from oracle import random_state
 
 from engine import Config, Stylizer
-from engine.kernels import _cuda
+from engine.kernels import _cuda, _graphs
 
 TINY = Config(size=48, iterations=3, scales=1)
 
@@ -73,6 +73,6 @@ def host(programs: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(_cuda, "launch", programs.launch)
     monkeypatch.setattr(_cuda, "multiply", multiply)
     monkeypatch.setattr(_cuda, "processors", lambda device: 3)
-    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: next(iter(ways)))
+    monkeypatch.setattr(_graphs, "fastest", lambda ways, device, key: next(iter(ways)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     return programs

@@ -17,7 +17,7 @@ import torch
 from cuda_host import Shifted
 
 from engine import kernels
-from engine.kernels import _cuda, lbfgs, network
+from engine.kernels import _cuda, _graphs, lbfgs, network
 from engine.kernels import layers as layers_module
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
@@ -96,7 +96,7 @@ def cublas(host, monkeypatch):
     monkeypatch.setattr(torch, "bmm", product(torch.bmm))
     monkeypatch.setattr(torch, "mm", product(torch.mm))
 
-    monkeypatch.setattr(_cuda, "fastest", lambda ways, device, key: list(ways)[-1])
+    monkeypatch.setattr(_graphs, "fastest", lambda ways, device, key: list(ways)[-1])
 
 
 def random(*shape, seed=0, dtype=SINGLE):
@@ -206,17 +206,17 @@ def test_the_faster_way_is_chosen_once(monkeypatch, caplog):
     seconds = {"a": 2.0, "b": 1.9, "c": 1.0, "d": 9.0}
     ways = {name: (lambda name=name: name) for name in seconds} | {"e": broken}
     timed = []
-    monkeypatch.setattr(_cuda, "seconds", lambda way, device: (timed.append(way), seconds[way()])[1])
-    monkeypatch.setattr(_cuda, "_fastest", {})
+    monkeypatch.setattr(_graphs, "seconds", lambda way, device: (timed.append(way), seconds[way()])[1])
+    monkeypatch.setattr(_graphs, "_fastest", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
     with caplog.at_level("INFO", logger="engine"):
-        assert _cuda.fastest(ways, torch.device("cuda"), "shapes") == "c"
+        assert _graphs.fastest(ways, torch.device("cuda"), "shapes") == "c"
     assert "e: not possible here: not here" in caplog.text
-    assert _cuda.fastest(ways, torch.device("cuda"), "shapes") == "c"
+    assert _graphs.fastest(ways, torch.device("cuda"), "shapes") == "c"
     assert len(timed) == 5
-    assert _cuda.fastest({"a": ways["a"], "b": ways["b"]}, torch.device("cuda"), "shapes") == "a"
+    assert _graphs.fastest({"a": ways["a"], "b": ways["b"]}, torch.device("cuda"), "shapes") == "a"
     with pytest.raises(RuntimeError, match="none of e works on GPU A"):
-        _cuda.fastest({"e": broken}, torch.device("cuda"), "shapes")
+        _graphs.fastest({"e": broken}, torch.device("cuda"), "shapes")
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -753,7 +753,7 @@ def test_counters_are_cleared_at_once(monkeypatch):
     """Their nodes go, what stood around them is still in order, and others stay; without counters nothing changes."""
     import cuda.bindings
 
-    counters = _cuda.Counters(3, torch.device("cpu"))
+    counters = _graphs.Counters(3, torch.device("cpu"))
     pieces = [counters.take().data_ptr() for _ in range(3)]
     assert len({*pieces}) == 3
     assert all(0 <= piece - counters.memory.data_ptr() < counters.memory.nbytes for piece in pieces)
@@ -761,7 +761,7 @@ def test_counters_are_cleared_at_once(monkeypatch):
     line = set(itertools.pairwise(nodes)) | {("a", "c")}
     runtime = Runtime(nodes, line)
     monkeypatch.setattr(cuda.bindings, "runtime", runtime, raising=False)
-    _cuda.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
+    _graphs.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
     assert list(runtime.cleared) == ["a", "b", "other", "c", "new"]
     assert runtime.edges == {("a", "b"), ("b", "other"), ("other", "c"), ("a", "c"), ("new", "a")}
     cleared = runtime.cleared["new"]
@@ -770,7 +770,7 @@ def test_counters_are_cleared_at_once(monkeypatch):
     plain = Runtime({"a": None, "other": 8, "preset": pieces[2]}, {("a", "other"), ("other", "preset")})
     plain.value = 1
     monkeypatch.setattr(cuda.bindings, "runtime", plain)
-    _cuda.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
+    _graphs.Counters.clear_at_once(SimpleNamespace(raw_cuda_graph=lambda: "graph"))
     assert list(plain.cleared) == ["a", "other", "preset"]
 
 
@@ -810,7 +810,7 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
             raise RuntimeError("not on this stream")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(_cuda.Counters, "clear_at_once", lambda graph: seen.append("cleared"))
+    monkeypatch.setattr(_graphs.Counters, "clear_at_once", lambda graph: seen.append("cleared"))
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
