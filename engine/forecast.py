@@ -6,24 +6,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from . import optimize
+from . import image as images
+from . import kernels, optimize
 from .config import Config
 from .export import vgg
 from .features import DTYPES
-from .goal import canvas
+from .goal import Goal, canvas, style_size
 from .goal import load as load_goal
-from .image import Picture
 from .stylizer import Stylizer
 
 DEVICES = ("cpu", "cudnn")  # where all memory is ours; what ONNX Runtime and TensorRT take is theirs to know
+_RECOLOURED = 8 * 12  # bytes of a pixel of the pictures while their colours are changed
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The bytes that a run takes at its peak, at its last scale of `size` (width, height), by what takes them.
+    """The bytes that a run takes at its peak, by what takes them; `size` (width, height) is that of the picture.
 
     On `cpu` they come on top of what the process holds that has opened the weights and read the pictures; on `cudnn`
-    they are all of the GPU's memory that it takes, and the host is not counted.
+    they are memory of the GPU beside the context of CUDA, and the host is not counted.
     """
 
     size: tuple[int, int]
@@ -43,48 +44,92 @@ class Forecast:
 
 
 def forecast(
-    stylizer: Stylizer, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
+    stylizer: Stylizer, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
 ) -> Forecast:
-    """What the same call of the stylizer will take.
+    """What the same call of the stylizer will take, at whichever scale it takes the most.
 
-    Raises ValueError, TypeError or OSError as the run would, and ValueError for a device that is not one of DEVICES.
+    Raises ValueError, TypeError or OSError as the call would, and ValueError for a device that is not one of DEVICES.
     """
     if stylizer.device not in DEVICES:
         raise ValueError(f"device {stylizer.device}: memory is forecast for {' and '.join(DEVICES)} only")
-    goal = load_goal(content, style, config or Config(), masks, None)
+    goal = load_goal(content, style, config or Config(), masks, freeze)
     config, picture = goal.config, goal.content or canvas(goal.config)
-    side, steps = config.schedule(picture.aspect)[-1]
-    size = config.whole(picture.fit(side))
-    padding = "circular" if config.tile else config.padding
-    spec = vgg.Spec(size[1], size[0], goal.layers, config.pooling, stylizer.precision, padding=padding)
-    element = DTYPES[stylizer.precision].itemsize
-    count, gpu = 3 * math.prod(size), stylizer.device == "cudnn"
+    kernels.pairs(config.history, stylizer.device == "cudnn")
+    if config.init not in ("content", "noise", "style"):
+        images.load(config.init)
+    phases, kept = list[dict[str, int]](), list[int]()
+    for side, steps in config.schedule(picture.aspect):
+        size = config.whole(picture.fit(side))
+        phases += [_style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)]
+        if stylizer.device == "cudnn":  # which keeps the networks of the scales before
+            limit, network = stylizer._cache.limit, phases[-1]["network"]
+            phases[-1]["other networks"] = min(sum(kept), limit - network if network <= limit else limit)
+            kept.append(network)
+    if stylizer.device == "cpu" and config.colour not in ("none", "keep-after"):
+        sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
+        phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
+    most = max(phases, key=lambda parts: sum(parts.values()))
+    return Forecast(size, stylizer.device, stylizer.precision, {name: value for name, value in most.items() if value})
+
+
+def _spec(stylizer: Stylizer, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
+    return vgg.Spec(size[1], size[0], layers, config.pooling, stylizer.precision, padding=padding)
+
+
+def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
+    """While the statistics of a style are taken: the network at its size."""
+    config, most = goal.config, 0
+    for style in goal.styles:
+        if isinstance(style, images.Picture):
+            size = style_size(style, side, config)
+            spec = _spec(stylizer, size, tuple(config.style_layer_weights), config, config.padding)
+            most = max(most, _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size))
+    return {"network of the style": most}
+
+
+def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
+    """While one scale is optimised."""
+    config, gpu, count = goal.config, stylizer.device == "cudnn", 3 * math.prod(size)
+    spec = _spec(stylizer, size, goal.layers, config, "circular" if config.tile else config.padding)
+    own, made = _losses(goal, spec, gpu)
+    return {
+        "network": _network(stylizer, spec, made),
+        "optimiser": optimize.memory(count, config, steps, gpu),
+        "targets": own,
+        "pictures": 0 if gpu else 3 * 4 * count,
+    }
+
+
+def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]]:
+    """Bytes of what the losses compare with and work in; layers whose cotangent the VJP makes itself."""
+    config, element = goal.config, DTYPES[spec.precision].itemsize
+    features = {name: element * math.prod(shape) for name, shape in spec.shapes.items()}
     contents = [name for name in config.content_layer_weights if goal.content is not None]
     styles = [name for name in config.style_layer_weights if goal.styles]
-    plain = config.style_loss == "gram" and not goal.masks
-    parts = {"network": 0, "optimiser": optimize.memory(count, config, steps, gpu), "targets": 0}
+    regions, views = (len(goal.styles) if goal.masks else 1), bool(goal.masks) or config.style_loss != "gram"
+    total = sum(features[name] for name in contents)
+    total += 3 * 4 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)  # G, A and their difference
+    if views and styles:  # each region has a view of the features and its cotangent, made by way of others
+        total += 2 * regions * sum(features[name] for name in styles)
+        total += (2 if goal.masks else 1) * max(features[name] for name in styles)
     if gpu:
         from . import fused
 
-        made = [name for name in styles if plain and fused.chains(spec, name, style=True, content=name in contents)]
-        made += [
-            name for name in contents if name not in styles and fused.chains(spec, name, style=False, content=True)
-        ]
-        parts["network"] = fused.memory(spec, made) + fused.LIBRARIES
-    else:
-        from . import winograd
+        asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
+        made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]
+        return total, tuple(made)
+    # Where both losses look at a layer, the cotangent takes the place of features that are still to be read.
+    return total + max((features[name] for name in contents if name in styles), default=0), ()
 
-        parts["network"] = winograd.memory(spec, stylizer._threads)
-        sources = [each for each in (picture, *goal.styles) if isinstance(each, Picture)]
-        parts["pictures"] = 12 * sum(math.prod(each.size) for each in sources) + 3 * 4 * count
-    features = {name: math.prod(shape) for name, shape in spec.shapes.items()}
-    matrices = sum(spec.shapes[name][1] ** 2 for name in styles)
-    regions = 1 if not goal.masks else len(goal.styles)
-    parts["targets"] = element * sum(features[name] for name in contents) + 12 * regions * matrices
-    if not plain and styles:  # each region has a view of the features and its cotangent, made by way of others
-        parts["targets"] += 2 * element * regions * sum(features[name] for name in styles)
-        parts["targets"] += (2 if goal.masks else 1) * element * max(features[name] for name in styles)
-    return Forecast(size, stylizer.device, stylizer.precision, parts)
+
+def _network(stylizer: Stylizer, spec: vgg.Spec, made: tuple[str, ...], *, forward_only: bool = False) -> int:
+    if stylizer.device == "cudnn":
+        from . import fused
+
+        return fused.memory(spec, made, forward_only=forward_only) + fused.LIBRARIES
+    from . import winograd
+
+    return winograd.memory(spec, stylizer._threads, forward_only=forward_only)
 
 
 def _short(value: int) -> str:

@@ -378,11 +378,11 @@ def chains(spec: vgg.Spec, name: str, *, style: bool, content: bool) -> bool:
     return name in fitting and name not in pooled
 
 
-def memory(spec: vgg.Spec, made: Collection[str]) -> int:
+def memory(spec: vgg.Spec, made: Collection[str], *, forward_only: bool = False) -> int:
     """Bytes of the tensors of `Features` at a spec, and of its weights; the VJP makes the cotangents `made` itself."""
-    element, image = DTYPES[spec.precision].itemsize, 2 * 3 * 4 * spec.height * spec.width
+    element, image = DTYPES[spec.precision].itemsize, 3 * 4 * spec.height * spec.width * (1 if forward_only else 2)
     features = {name: math.prod(shape) for name, shape in spec.shapes.items()}
-    cotangents = sum(features[name] for name in spec.layers if name not in made)
+    cotangents = 0 if forward_only else sum(features[name] for name in spec.layers if name not in made)
     weights = sum(2 * 9 * conv.in_channels * conv.out_channels for conv in spec.convs)
     return image + element * (sum(features.values()) + cotangents + weights + math.prod(_rooms(spec)))
 

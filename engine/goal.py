@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from . import colour
 from . import image as images
-from .config import LAYERS, Config
+from .config import LAYERS, MIN_SIDE, Config
 from .regions import Mask, fitted, load_mask, report_coverage
 from .targets import Targets, is_targets
 
@@ -126,6 +127,14 @@ def _load_masks(
         pairs.append((plane, part))
     report_coverage([plane for plane, _ in pairs])
     return tuple(pairs)
+
+
+def style_size(style: images.Picture, side: int, config: Config) -> tuple[int, int]:
+    """(width, height) at which a style is looked at for an image with this long side.
+
+    The style's long side follows the image's, and is longer where its short side needs it.
+    """
+    return style.fit(max(config.style_side(side), math.ceil(MIN_SIDE * style.aspect)))
 
 
 def canvas(config: Config) -> images.Picture:

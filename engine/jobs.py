@@ -25,6 +25,11 @@ class Job:
     masks: list[Any] | None = None
     freeze: Any = None
 
+    @property
+    def style(self) -> list[Any] | None:
+        """The styles as `Stylizer.steps` takes them: None is no style."""
+        return None if self.styles == (None,) else list(self.styles)
+
 
 def product(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """A job for each content with each style, in a fixed order.

@@ -53,8 +53,7 @@ def loaded(job: Job) -> Job:
 
 def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = None) -> Iterator[Step]:
     """The steps of a job whose sources are loaded."""
-    styles = None if job.styles == (None,) else list(job.styles)
-    return stylizer.steps(job.content, styles, config, masks=job.masks, freeze=job.freeze, resume=resume)
+    return stylizer.steps(job.content, job.style, config, masks=job.masks, freeze=job.freeze, resume=resume)
 
 
 def paint(

@@ -180,15 +180,15 @@ def _run(given: argparse.Namespace) -> int:
     grid = sheet.axes(given.grid, _parse) if given.grid else []
     cells = sheet.configs(config, grid)  # its mistakes are told before the weights are read
     stylizer = Stylizer(given.weights, given.device, given.precision)
+    if record:
+        replay.check_engine(record, stylizer, config)
     if given.forecast:
         from .forecast import forecast
 
-        print(forecast(stylizer, job.content, list(job.styles), config, masks=job.masks or None))  # noqa: T201
+        print(forecast(stylizer, job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
-    if record:
-        replay.check_engine(record, stylizer, config)
     if grid:
         sheet.make(stylizer, job, cells, len(grid[-1][1]), given)
         return 0

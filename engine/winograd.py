@@ -12,8 +12,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ class Features:
         self, spec: vgg.Spec, network: Network, *, forward_only: bool = False, place: torch.device = _HOST
     ) -> None:
         self.spec, self.products = spec, network.threads
-        self._network, self._lock = network, threading.RLock()
+        self._network, self._lock, self._forward_only = network, threading.RLock(), forward_only
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
         self._sizes: dict[str, int] = {}
         forward = self._forward_steps()
@@ -98,7 +97,7 @@ class Features:
     @property
     def memory(self) -> list[Tensor]:
         """The tensors that it works in."""
-        return [self.image, self.gradient, self._memory, *self._scratch]
+        return [self.image, *([] if self._forward_only else [self.gradient]), self._memory, *self._scratch]
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -243,20 +242,21 @@ class Features:
         return {"tasks": blocks * groups, "groups": groups}
 
 
-class _Unopened:
-    """Stands in for the `Network` of programs that are laid out and never run."""
+class _Unopened(Network):
+    """Without weights, for programs that are laid out and never run."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = SimpleNamespace(count=threads)
+        self.threads = program.Threads(threads)
 
     def address(self, name: str) -> int:
+        """Nowhere."""
         return 0
 
 
-def memory(spec: vgg.Spec, threads: int) -> int:
+def memory(spec: vgg.Spec, threads: int, *, forward_only: bool = False) -> int:
     """Bytes of the tensors of `Features` at a spec, of which none is allocated."""
-    network = cast(Network, _Unopened(threads))
-    return sum(each.nbytes for each in Features(spec, network, place=_NOWHERE).memory)
+    found = Features(spec, _Unopened(threads), forward_only=forward_only, place=_NOWHERE)
+    return sum(each.nbytes for each in found.memory)
 
 
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.

@@ -64,12 +64,19 @@ def test_on_a_gpu_it_is_what_was_measured_there(stylizer, monkeypatch):
     """Peaks of the bundled pair on an H200, MiB (benchmarks/results/nvidia-h200-16c-gpu.json)."""
     monkeypatch.setattr(stylizer, "device", "cudnn")
     monkeypatch.setattr(stylizer, "precision", "fp16")
+    monkeypatch.setattr(stylizer._cache, "limit", 2**32)  # as on a GPU
     pair = [np.zeros((height, width, 3), np.uint8) for height, width in ((1024, 1536), (1024, 1024))]
     for size, seen in ((256, 195.9), (512, 364.4), (1024, 1045.5)):
-        assert forecast(stylizer, *pair, Config(size=size)).total / 2**20 == pytest.approx(seen, rel=0.05)
-    single = forecast(stylizer, *pair, Config(size=512)).total
+        found = forecast(stylizer, *pair, Config(size=size, scales=1))
+        assert found.total / 2**20 == pytest.approx(seen, rel=0.05)
+    both, large = (forecast(stylizer, *pair, Config(size=side, scales=count)) for side, count in ((512, 2), (8192, 1)))
+    single = forecast(stylizer, *pair, Config(size=512, scales=1))
+    assert both.parts["other networks"] > 0.4 * single.parts["network"]  # kept for the next run
+    assert forecast(stylizer, *pair, Config(size=8192)).total - large.total == pytest.approx(
+        2**32, rel=0.3
+    )  # the limit
     monkeypatch.setattr(stylizer, "precision", "fp32")
-    assert forecast(stylizer, *pair, Config(size=512)).total > 1.5 * single
+    assert forecast(stylizer, *pair, Config(size=512, scales=1)).total > 1.5 * single.total
 
 
 def test_other_devices_are_refused(stylizer, monkeypatch, pictures):
@@ -93,7 +100,7 @@ samples = resources.files("engine.samples")
 pair = [images.load((samples / name).read_bytes()) for name in ("content.jpg", "style.jpg")]
 stylizer = Stylizer(weights="embedded", device="cpu", threads=2)
 stylizer(*pair, Config(size=64, iterations=2, scales=1))  # it is compiled
-config = Config(size=320, iterations=24, scales=1)
+config = Config(**({"size": 320, "iterations": 24, "scales": 1} | eval(sys.argv[1])))
 gc.collect()
 told, before = forecast(stylizer, *pair, config), status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
@@ -104,8 +111,18 @@ print(told.total / (status("VmHWM") - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_run_takes_what_was_forecast():
-    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"style_size": 800, "optimizer": "adam", "iterations": 3},  # the style's network is larger than the picture's
+        {"content_layers": ("relu1_1",), "style_layers": ("relu1_1", "relu2_1"), "iterations": 6},
+        {"scales": 2, "iterations": (50, 2)},  # the history is longer at the coarser scale
+    ],
+    ids=lambda options: ", ".join(options) or "default",
+)
+def test_a_run_takes_what_was_forecast(options):
+    done = subprocess.run([sys.executable, "-c", RUN, repr(options)], capture_output=True, text=True, check=True)
     assert 0.85 < float(done.stdout) < 1.25
 
 
@@ -116,6 +133,10 @@ def test_the_command_line(pictures, tmp_path, capsys):
     own = ["--weights", "embedded", "--device", "cpu", "--size", "64"]
     assert stylize.main([*paths, *own, "--forecast"]) == 0
     assert capsys.readouterr().out.startswith("cpu, fp32, 64 x ")
+    assert stylize.main([paths[0], "none", *own, "--forecast"]) == 0
+    assert capsys.readouterr().out.startswith("cpu, fp32, 64 x ")
+    assert stylize.main([*paths, *own, "--freeze", str(tmp_path / "missing.png"), "--forecast"]) == 2
+    assert "missing.png" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 2
     assert stylize.main(["--contents", *paths[:1], "--styles", paths[1], "-o", str(tmp_path), "--forecast"]) == 2
     assert "--forecast is for one picture" in capsys.readouterr().err
