@@ -24,7 +24,8 @@ class Forecast:
     """The bytes that a run takes at its peak, by what takes them; `size` (width, height) is that of the picture.
 
     On `cpu` they come on top of what the process holds that has opened the weights and read the pictures; on `cudnn`
-    they are memory of the GPU beside the context of CUDA, and the host is not counted.
+    they are memory of the GPU beside the context of CUDA, and the host is not counted. What it takes to change the
+    colours of big pictures is known roughly only.
     """
 
     size: tuple[int, int]
