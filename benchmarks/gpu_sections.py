@@ -235,12 +235,11 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             timed("chosen cotangents", layers.gradients, torchs_gradients, 2 * moved)
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
     gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
-    runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {  # and the vectors that a step reads and writes
-        "L-BFGS": (
-            kernels.Lbfgs(image, gradient, loss, kernels.Trail(image)),
-            2 * GPU_HISTORY + 12,
-        ),  # those of the history are half as long
-        "Adam": (kernels.Adam(image, gradient, loss, kernels.Trail(image)), 9),
+    trail = kernels.Trail(image)
+    # And the vectors that a step reads and writes; those of the history are half as long.
+    runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {
+        "L-BFGS": (kernels.Lbfgs(image, gradient, loss, trail), 2 * GPU_HISTORY + 12),
+        "Adam": (kernels.Adam(image, gradient, loss, trail), 9),
     }
     for name, (runner, vectors) in runners.items():
         for _ in range(GPU_HISTORY + 2):  # a full history

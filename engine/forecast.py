@@ -58,14 +58,18 @@ def forecast(
     kernels.pairs(config.history, stylizer.device == "cudnn")
     if config.init not in ("content", "noise", "style"):
         images.load(config.init)
-    phases, kept = list[dict[str, int]](), list[int]()
+    phases, kept, limit = list[dict[str, int]](), list[int](), stylizer._cache.limit
     for side, steps in config.schedule(picture.aspect):
         size = config.whole(picture.fit(side))
-        phases += [_style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)]
+        style_phase, run_phase = _style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)
         if stylizer.device == "cudnn":  # which keeps the networks of the scales before
-            limit, network = stylizer._cache.limit, phases[-1]["network"]
-            phases[-1]["other networks"] = min(sum(kept), limit - network if network <= limit else limit)
-            kept.append(network)
+            style_phase["other networks"] = sum(kept)
+            if run_phase["network"] <= limit:
+                kept.append(run_phase["network"])
+            while sum(kept) > limit:
+                kept.pop(0)
+            run_phase["other networks"] = sum(kept) - (run_phase["network"] if run_phase["network"] <= limit else 0)
+        phases += [style_phase, run_phase]
     if stylizer.device == "cpu" and config.colour not in ("none", "keep-after"):
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
         phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
@@ -73,28 +77,25 @@ def forecast(
     return Forecast(size, stylizer.device, stylizer.precision, {name: value for name, value in most.items() if value})
 
 
-def _spec(stylizer: Stylizer, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
-    return vgg.Spec(size[1], size[0], layers, config.pooling, stylizer.precision, padding=padding)
-
-
 def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
     """While the statistics of a style are taken: the network at its size."""
-    config, most = goal.config, 0
+    config, most, spec = goal.config, 0, None
     for style in goal.styles:
         if isinstance(style, images.Picture):
             size = style_size(style, side, config)
-            spec = _spec(stylizer, size, tuple(config.style_layer_weights), config, config.padding)
+            spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding)
             most = max(most, _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size))
-    return {"network of the style": most}
+    return {"network of the style": most, **(_beside(stylizer, spec) if spec else {})}
 
 
 def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
     """While one scale is optimised."""
     config, gpu, count = goal.config, stylizer.device == "cudnn", 3 * math.prod(size)
-    spec = _spec(stylizer, size, goal.layers, config, "circular" if config.tile else config.padding)
+    spec = stylizer._spec(size, goal.layers, config, "circular" if config.tile else config.padding)
     own, made = _losses(goal, spec, gpu)
     return {
         "network": _network(stylizer, spec, made),
+        **_beside(stylizer, spec),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,
         "pictures": 0 if gpu else 3 * 4 * count,
@@ -127,10 +128,19 @@ def _network(stylizer: Stylizer, spec: vgg.Spec, made: tuple[str, ...], *, forwa
     if stylizer.device == "cudnn":
         from . import fused
 
-        return fused.memory(spec, made, forward_only=forward_only) + fused.LIBRARIES
+        return fused.memory(spec, made, forward_only=forward_only)
     from . import winograd
 
     return winograd.memory(spec, stylizer._threads, forward_only=forward_only)
+
+
+def _beside(stylizer: Stylizer, spec: vgg.Spec) -> dict[str, int]:
+    """What networks of all sizes share; on a CPU the process holds it before."""
+    if stylizer.device == "cpu":
+        return {}
+    from . import fused
+
+    return {"weights": fused.memory_of_weights(spec), "libraries": fused.LIBRARIES}
 
 
 def _short(value: int) -> str:

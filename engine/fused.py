@@ -39,7 +39,7 @@ PLACE = torch.device("cuda:0")
 PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 REPLAYS = 5  # of one round of timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
-LIBRARIES = 88 << 20  # bytes of workspaces and of shares of Gram matrices, as a run on an H200 took them
+LIBRARIES = 88 << 20  # bytes of workspaces and of shares of Gram matrices, as a run on an H200 took them (6f2a66e)
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
 _timing = threading.Lock()  # what runs beside it would spoil it
 _free_handles: list[int] = []
@@ -379,12 +379,16 @@ def chains(spec: vgg.Spec, name: str, *, style: bool, content: bool) -> bool:
 
 
 def memory(spec: vgg.Spec, made: Collection[str], *, forward_only: bool = False) -> int:
-    """Bytes of the tensors of `Features` at a spec, and of its weights; the VJP makes the cotangents `made` itself."""
+    """Bytes of the tensors of `Features` at a spec; the VJP makes the cotangents `made` itself."""
     element, image = DTYPES[spec.precision].itemsize, 3 * 4 * spec.height * spec.width * (1 if forward_only else 2)
     features = {name: math.prod(shape) for name, shape in spec.shapes.items()}
     cotangents = 0 if forward_only else sum(features[name] for name in spec.layers if name not in made)
-    weights = sum(2 * 9 * conv.in_channels * conv.out_channels for conv in spec.convs)
-    return image + element * (sum(features.values()) + cotangents + weights + math.prod(_rooms(spec)))
+    return image + element * (sum(features.values()) + cotangents + math.prod(_rooms(spec)))
+
+
+def memory_of_weights(spec: vgg.Spec) -> int:
+    """Bytes of what `Network.parameters` holds at a spec, but for biases and filling."""
+    return DTYPES[spec.precision].itemsize * sum(2 * 9 * conv.in_channels * conv.out_channels for conv in spec.convs)
 
 
 def _rooms(spec: vgg.Spec) -> tuple[int, int]:

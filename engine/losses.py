@@ -101,9 +101,9 @@ class Objective:
     def write(self, pixels: Tensor, gradient: Tensor | None, *, measured: bool = False) -> Tensor:
         """Total loss of pixels (1, 3, H, W), 0-dim fp32, and its gradient into `gradient` if wanted.
 
-        Total variation of weight zero is only computed to be `measured`. Both are contiguous fp32 on the device of the
-        network. The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On a
-        GPU all of it is queued on the current stream of `network.use`, and the host waits for nothing, but for
+        Both are contiguous fp32 on the device of the network. Total variation of weight zero is only computed to be
+        `measured`. The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On
+        a GPU all of it is queued on the current stream of `network.use`, and the host waits for nothing, but for
         Wasserstein distances.
         """
         with self.network.use():

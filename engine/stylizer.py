@@ -457,6 +457,11 @@ class Stylizer:
         key = ("network", size, layers, config.pixel_range, config.pooling, padding, self.precision)
         return self._cache.get(key, make, lambda network: network.memory)
 
+    def _spec(self, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
+        blocked = self.device == "onnxruntime" and self.precision == "fp32"
+        nhwc = self.device in provider.GPUS and self.precision != "fp32"
+        return vgg.Spec(size[1], size[0], layers, config.pooling, self.precision, blocked, nhwc, padding)
+
     def _open_features(
         self,
         size: tuple[int, int],
@@ -465,11 +470,7 @@ class Stylizer:
         padding: str,
         forward_only: bool = False,
     ) -> Features:
-        precision = self.precision
-        blocked = self.device == "onnxruntime" and precision == "fp32"
-        nhwc = self.device in provider.GPUS and precision != "fp32"
-        spec = vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
-        network = self._network(layers, config.pooling)
+        spec, network = self._spec(size, layers, config, padding), self._network(layers, config.pooling)
         return network.open(spec, forward_only=forward_only, pixel_range=config.pixel_range)
 
     def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:

@@ -7,7 +7,8 @@
 // bests (kept, stride) and losses, which may be null, are those of a trail with *made steps.
 __global__ void adam_step(float* image, const float* gradient, float* first, float* second, float* bests,
                           long long stride, long long kept, unsigned* made, float* losses, const float* loss,
-                          double* state, unsigned* arrived, long long count, float rate, float rate1, float rate2, float epsilon) {
+                          double* state, unsigned* arrived, long long count, float rate, float rate1, float rate2,
+                          float epsilon) {
     take_turn();
     const bool good = isfinite(*loss), improved = good && *loss < state[0];
     const unsigned step_number = *made;

@@ -269,9 +269,8 @@ class Layers:
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
             share = _share(positions, wanted)
             shares = -(-positions // share)
-            lanes = next(
-                (lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32
-            )  # that add up one element of G
+            # Threads that add up one element of G.
+            lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
             span = _ROUNDS * _cuda.THREADS // lanes
             products = None
             grams = losses = 0

@@ -264,7 +264,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) network_style(const H* inco
     __syncthreads();
     const float factor = lifted ? factors[STYLE] : 0;
     const auto word = [](const Piece& piece, int i) { return reinterpret_cast<const unsigned*>(&piece)[i]; };
-    const auto row = [&](const H* rows, int line, int part) { return load(rows + line * LINE + 32 * part + lane % 4 * EIGHT); };
+    const auto row = [&](const H* rows, int line, int part) {
+        return load(rows + line * LINE + 32 * part + lane % 4 * EIGHT);
+    };
     // Two products of depth 16: of the pieces of two rows with one of a column.
     const auto multiply = [&](float (&sum)[4], const Piece& upper, const Piece& lower, const Piece& column) {
         for (int i = 0; i < 4; i += 2) {
@@ -272,7 +274,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) network_style(const H* inco
             mma<H>(sum, left, word(column, i), word(column, i + 1));
         }
     };
-    for (unsigned first = 16 * (blockIdx.x * WARPS + threadIdx.x / 32); first < positions; first += 16 * WARPS * gridDim.x) {
+    for (unsigned first = 16 * (blockIdx.x * WARPS + threadIdx.x / 32); first < positions;
+         first += 16 * WARPS * gridDim.x) {
         const auto position = [&](int half) { return first + 8 * half + lane / 4; };
         const auto item_of = [&](int half, int part) { return position(half) * (C / EIGHT) + 4 * part + lane % 4; };
         Piece passed[PARTS][2] = {}, arrived[PARTS][2] = {}, found[FIRST ? PARTS : 1][2] = {};
