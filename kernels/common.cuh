@@ -19,22 +19,34 @@ struct alignas(sizeof(T) * COUNT) Vector {
     T element[COUNT];
 };
 
-// Sum of `value` over the warp, in every lane.
-__device__ inline double warp_sum(double value) {
-    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    return value;
+// Sums of the values over the warp, in every lane: all at once, as each has to wait for the other lanes.
+template <int COUNT>
+__device__ inline void warp_sums(double (&values)[COUNT]) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2)
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], offset);
 }
 
-// Sum of `value` over the block; valid in thread 0.
-__device__ inline double block_sum(double value) {
-    __shared__ double warps[WARPS];
-    value = warp_sum(value);
-    __syncthreads();  // an earlier sum may still be being read
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+// Sums of the values over the block; valid in thread 0.
+template <int COUNT>
+__device__ inline void block_sums(double (&values)[COUNT]) {
+    __shared__ double warps[WARPS][COUNT];
+    warp_sums(values);
+    __syncthreads();  // earlier sums may still be being read
+    for (int i = 0; i < COUNT && threadIdx.x % 32 == 0; ++i) warps[threadIdx.x / 32][i] = values[i];
     __syncthreads();
-    double sum = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += warps[warp];
-    return sum;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        values[i] = 0;
+        for (int warp = 0; warp < WARPS; ++warp) values[i] += warps[warp][i];
+    }
+}
+
+__device__ inline double block_sum(double value) {
+    double values[1] = {value};
+    block_sums(values);
+    return values[0];
 }
 
 // The best image after a step among the rows of a trail, bests (kept, stride).

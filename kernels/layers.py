@@ -33,14 +33,17 @@ from .style import style_gradient_blas
 from .wasserstein import Wasserstein
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
-_WAVES = 2  # blocks of the Gram launch, and of that of the factors, for each multiprocessor
+_WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 16384  # elements of F that one block of the losses covers
 _FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-_BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernel", "Gram matrices by cuBLAS"
+_NARROW = {64: 1.0, 128: 0.5}  # channels for which Gram matrices have a kernel; its blocks for each multiprocessor
+_BY_KERNEL, _BY_CUBLAS, _BY_BOTH = (
+    "Gram matrices by our kernel", "Gram matrices by cuBLAS", "Gram matrices by cuBLAS, narrow ones by our kernel",
+)  # fmt: skip
 
 
 class Products(Protocol):
@@ -177,15 +180,22 @@ class Layers:
         names = [_BY_KERNEL]
         if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
             names.append(_BY_CUBLAS)
+        if any(self._narrow):
+            names.append(_BY_BOTH)
         return {way: partial(losses, way) for way in names}
 
     def _launch_measures(self, way: str, part: slice) -> None:
         """features -> F F^T of each share of the positions -> sums, of some layers."""
         element, layers_of_part = _cuda.ELEMENTS[self._dtype], (part.start, part.stop - part.start)
-        if way == _BY_CUBLAS:
-            layers = zip(self._layers[part], self._part[part], self._partial[part], strict=True)
-            for layer, share, products in layers:
-                if products is not None:
+        if way != _BY_KERNEL:
+            for i in range(part.start, part.stop):
+                layer, share, products = self._layers[i], self._part[i], self._partial[i]
+                if products is None:
+                    continue
+                if way == _BY_BOTH and self._narrow[i]:
+                    kernel = f"gram_narrow<{element}, {len(layer.features)}>"
+                    _cuda.launch("gram", kernel, (len(products),), self._table, i)
+                else:
                     products_cublas(layer.features, share, products)
         elif blocks := self._gram_blocks[part.stop] - self._gram_blocks[part.start]:
             kernel = f"gram<{element}, {self._nhwc}>"
@@ -199,8 +209,7 @@ class Layers:
         """sums -> terms, scale, factors, lifted."""
         sums = (self._table, len(self._layers), self._sums, self._loss_blocks[-1])
         given = (*sums, self._style_weight, self._content_weight, self.terms, self._factors)
-        blocks = _WAVES * _cuda.processors(self.terms.device)
-        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (blocks,), *given)
+        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (self._factor_blocks,), *given)
 
     def term(self, name: str) -> Term:
         """What the cotangent of a layer is made of that has no memory for it."""
@@ -256,6 +265,8 @@ class Layers:
         # All blocks of the Gram launch get about the same number of positions, and together they fill the device.
         work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
         wanted = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
+        lies_well = self._nhwc == "true" and self._dtype.itemsize == 2
+        self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
         rows = []
         self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
@@ -264,10 +275,15 @@ class Layers:
         ]
         self._gram_blocks, self._loss_blocks = [0], [0]  # before each layer, and in all
         self._gradient_blocks = 0
-        for layer, difference, lifted, count in zip(self._layers, self._differences, self._lifted, pairs, strict=True):
+        columns = (self._layers, self._differences, self._lifted, pairs, self._narrow)
+        for layer, difference, lifted, count, narrow in zip(*columns, strict=True):
             channels, positions = layer.features.shape
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
             share = _share(positions, wanted)
+            if narrow:
+                at_once = 8192 // channels  # positions, as in gram.cu
+                blocks = max(1, int(_NARROW[channels] * _cuda.processors(device)))
+                share = at_once * -(-positions // (at_once * blocks))
             shares = -(-positions // share)
             # Threads that add up one element of G.
             lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
@@ -292,6 +308,9 @@ class Layers:
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*tensors, lifted))
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
+        lifted = sum(each.numel() for each in self._lifted if each is not None)
+        enough = -(-lifted * self._dtype.itemsize // (16 * _cuda.THREADS))  # for 16 bytes a thread
+        self._factor_blocks = max(1, min(_FULL * _cuda.processors(device), enough))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks[-1], 2), dtype=torch.float64, device=device)
 

@@ -53,10 +53,11 @@ DIVERGED = 1.1  # a loss this many times the lowest one has diverged
 HALVINGS = 4  # of one step, before starting afresh
 HALT, STEP, HALVE, RESTART = range(4)  # actions of a plan
 _GPU_SLOTS = GPU_HISTORY + 1
-_GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 11  # of dot products; those that one block computes
+_GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 16  # of dot products; those that one block computes, as in lbfgs.cu
 _AT_ONCE = 8  # elements that a thread reads at once, as in lbfgs.cu
-_RUN = 16  # elements, at least, that a thread adds up in fp32
-_RESIDENT = 2  # blocks of the dot products on a multiprocessor, which one wave of them fills
+_LINES = 64 * 8  # elements of a row that a block of the dot products takes at once
+_RESIDENT = 3  # blocks of the dot products on a multiprocessor, which one wave of them fills
+_CHUNKS = 128  # of the elements at most, as in lbfgs.cu
 
 
 def pairs(history: int | str, gpu: bool) -> int:
@@ -197,8 +198,9 @@ class Lbfgs:
             self._before = torch.zeros(self._count, device=image.device)  # the last gradient times the unit
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
             self._device_state = flat.to(image.device)
-            wave = max(1, _RESIDENT * _cuda.processors(image.device) * _GROUP // _GPU_ROWS)
-            chunks = min(-(-self._count // (_RUN * _cuda.THREADS)), wave)
+            self._groups = -(-_GPU_ROWS // _GROUP)
+            wave = _RESIDENT * _cuda.processors(image.device) // self._groups
+            chunks = min(-(-self._count // _LINES), wave, _CHUNKS)
             self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
             self._recorded = _graphs.Recorded(image.device)
         else:
@@ -249,13 +251,13 @@ class Lbfgs:
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
         count, chunks = self._count, self._sums.shape[2]
         size = (count, history.shape[1], self._slots, int(self._boxed))
-        grid = (chunks, _GPU_ROWS // _GROUP)
+        grid = (chunks, self._groups)
         _cuda.launch("lbfgs", "lbfgs_dots", grid, history, self._before, image, gradient, state, *size, self._sums)
         sums = (self._sums, chunks, count, self._slots)
         trail = self._trail.arguments
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *trail[3:], *sums, DIVERGED, HALVINGS)
         vectors = (image, gradient, history, self._before)
-        blocks = _cuda.blocks(history.shape[1] // _AT_ONCE)
+        blocks = -(-history.shape[1] // (_AT_ONCE * _cuda.THREADS))
         _cuda.launch("lbfgs", "lbfgs_move", (blocks,), *vectors, state, *size, LARGEST_MOVE, *trail[:4])
 
     def _step_cpu(self, loss: float) -> None:

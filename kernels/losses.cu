@@ -8,37 +8,16 @@ constexpr int MAX_LAYERS = 256;  // as in layers.py
 // Elements of the upper triangle of a matrix, with its diagonal.
 __device__ inline long long triangle(long long rows) { return rows * (rows + 1) / 2; }
 
-__device__ inline double power_of_two_below(double x) { return ldexp(1., ilogb(x)); }
-
-// Style: G of the elements from `begin` to `end` of its upper triangle, where each row from above is followed by one from
-// below, so that together they have C + 1; G - A, its weighted squares and the trace of G.
-__device__ inline void style_part(const Layer& layer, long long begin, long long end, double& squares, double& trace) {
-    __shared__ float sums[THREADS];
-    const long long C = layer.channels;
-    const unsigned both = C + 1;
-    const int elements = layer.span / ROUNDS, lanes = THREADS / elements;  // at once, and threads for each
-    const int own = threadIdx.x % elements, lane = threadIdx.x / elements;
-    for (long long first = begin; first < end; first += elements) {
-        const unsigned place = first + own, pair = place / both, k = place % both;
-        const unsigned row = k < C - pair ? pair : C - 1 - pair, column = k < C - pair ? pair + k : k - 1;
-        const bool there = place < end;
-        const long long index = row * C + column;
-        float sum = 0;
-        if (there)
-#pragma unroll 8
-            for (long long s = lane; s < layer.shares; s += lanes) sum += layer.partial[s * C * C + index];
-        sums[threadIdx.x] = sum;
-        __syncthreads();
-        if (lane == 0 && there) {
-            for (int other = 1; other < lanes; ++other) sum += sums[other * elements + own];
-            const float gram = sum / layer.positions, d = gram - layer.target[index];
-            layer.difference[index] = layer.difference[column * C + row] = d;
-            squares += (row == column ? 1. : 2.) * d * d;
-            if (row == column) trace += gram;
-        }
-        __syncthreads();
+// An element of the upper triangle, where each row from above is followed by one from below, so that together they have
+// C + 1 elements.
+struct Element {
+    unsigned row, column;
+    __device__ Element(unsigned place, unsigned C) {
+        const unsigned pair = place / (C + 1), k = place % (C + 1);
+        row = k < C - pair ? pair : C - 1 - pair;
+        column = k < C - pair ? pair + k : k - 1;
     }
-}
+};
 
 // The share of this thread in |a - b|^2; a and b are multiples of 16 bytes.
 template <typename T>
@@ -62,30 +41,56 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
 }
 
 // Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, or in |F - P|^2; of
-// `count` layers from `begin` on, whose blocks are those from `start` on of a launch for all.
+// `count` layers from `begin` on, whose blocks are those from `start` on of a launch for all. A block has `span` elements
+// of G, in ROUNDS.
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, long long begin, long long count,
                                                            long long start, double* sums) {
-    take_turn();
+    __shared__ float shares[ROUNDS][THREADS];
     const long long block = start + blockIdx.x;
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
-    const long long C = layer.channels, M = layer.positions;
-    const long long local = block - layer.loss_block;
+    const long long C = layer.channels, M = layer.positions, local = block - layer.loss_block;
     const long long style_blocks = layer.target ? divide_up(triangle(C), layer.span) : 0;
-    double squares = 0, trace = 0;
+    // Elements of G at once, and threads that add up one of them; in the elements that a thread has, it is one of these.
+    const int elements = layer.span / ROUNDS, lanes = THREADS / elements, lane = threadIdx.x / elements;
+    unsigned place[ROUNDS];
+    float wanted[ROUNDS], sum[ROUNDS] = {};
+    for (int r = 0; r < ROUNDS && local < style_blocks; ++r) {
+        place[r] = local * layer.span + r * elements + threadIdx.x % elements;
+        const Element own(place[r], C);
+        wanted[r] = place[r] < triangle(C) ? layer.target[own.row * C + own.column] : 0.f;
+    }
+    take_turn();  // the table and the targets are always the same
+    double found[2] = {};  // squares, trace
     if (local < style_blocks) {
-        style_part(layer, local * layer.span, smaller((local + 1) * layer.span, triangle(C)), squares, trace);
+        for (int r = 0; r < ROUNDS; ++r) {
+            const Element own(place[r], C);
+            const float* share = layer.partial + own.row * C + own.column;
+            if (place[r] < triangle(C))
+#pragma unroll 8
+                for (long long s = lane; s < layer.shares; s += lanes) sum[r] += share[s * C * C];
+            shares[r][threadIdx.x] = sum[r];
+        }
+        __syncthreads();
+        for (int r = 0; r < ROUNDS && lane == 0; ++r) {
+            if (place[r] >= triangle(C)) continue;
+            const Element own(place[r], C);
+            for (int other = 1; other < lanes; ++other) sum[r] += shares[r][other * elements + threadIdx.x];
+            const float gram = sum[r] / M, d = gram - wanted[r];
+            layer.difference[own.row * C + own.column] = layer.difference[own.column * C + own.row] = d;
+            found[0] += (own.row == own.column ? 1. : 2.) * d * d;
+            if (own.row == own.column) found[1] += gram;
+        }
     } else {
         const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
         const long long from = (local - style_blocks) * layer.content_span;
         const long long end = smaller(from + layer.content_span, C * M);
-        squares = distance(features + from, content + from, end - from);
+        found[0] = distance(features + from, content + from, end - from);
     }
-    squares = block_sum(squares);
-    trace = block_sum(trace);
+    block_sums(found);
     if (threadIdx.x > 0) return;
-    sums[2 * block] = squares;
-    sums[2 * block + 1] = trace;
+    sums[2 * block] = found[0];
+    sums[2 * block + 1] = found[1];
 }
 
 // sums (blocks, 2) come from layer_losses. The weights are those of all layers, beside each layer's own. Writes
@@ -98,48 +103,64 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
 template <typename T>
 __global__ void layer_factors(const Layer* layers, long long count, const double* sums, long long blocks,
                               float style_weight, float content_weight, float* terms, float* factors) {
-    take_turn();
+    constexpr int WIDE = 16 / sizeof(T);
     __shared__ double style[MAX_LAYERS], styles[MAX_LAYERS], contents[MAX_LAYERS];  // a loss, and losses with own weights
     __shared__ double norm[MAX_LAYERS], loudest[MAX_LAYERS], of_style[MAX_LAYERS], of_content[MAX_LAYERS];
+    __shared__ double per_channel[MAX_LAYERS], per_element[MAX_LAYERS];  // divisions take their time
     __shared__ float lifts[MAX_LAYERS];
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < count; i += WARPS) {
-        const Layer layer = layers[i];
-        const double channels = layer.channels, elements = channels * layer.positions;
-        const long long end = i + 1 < count ? layers[i + 1].loss_block : blocks;
+    __shared__ const float* differences[MAX_LAYERS];
+    __shared__ T* lifted[MAX_LAYERS];
+    __shared__ unsigned elements[MAX_LAYERS];  // that are lifted
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const Layer& layer = layers[i];
+        per_channel[i] = 1. / layer.channels;
+        per_element[i] = per_channel[i] / layer.positions;
+        of_style[i] = style_weight * layer.style_weight * per_channel[i] * per_element[i];
+        of_content[i] = 2 * content_weight * layer.content_weight * per_element[i];
+        differences[i] = layer.difference;
+        lifted[i] = static_cast<T*>(layer.lifted);
+        elements[i] = layer.lifted ? layer.channels * layer.channels : 0;
+    }
+    const auto row = [=](int i) { return layers[i < count ? i : 0]; };
+    Layer layer = row(warp);
+    long long end = warp + 1 < count ? row(warp + 1).loss_block : blocks;
+    __syncthreads();
+    take_turn();  // the table is always the same
+    for (int i = warp; i < count; i += WARPS) {
         const long long first = layer.target ? divide_up(triangle(layer.channels), layer.span) : 0;
-        double difference = 0, loudness = 0, distance = 0;
+        double found[3] = {};  // squares of G - A, the trace of G, squares of F - P
 #pragma unroll 8
         for (long long b = layer.loss_block + lane; b < end; b += 32) {
-            (b - layer.loss_block < first ? difference : distance) += sums[2 * b];
-            loudness += sums[2 * b + 1];
+            const double squares = sums[2 * b];
+            (b - layer.loss_block < first ? found[0] : found[2]) += squares;
+            found[1] += sums[2 * b + 1];
         }
-        difference = warp_sum(difference);
-        loudness = warp_sum(loudness);
-        distance = warp_sum(distance);
+        warp_sums(found);
         if (lane == 0) {
-            const double content = distance / elements;
-            norm[i] = sqrt(difference);
-            style[i] = difference / (4 * channels * channels);
+            const double content = per_element[i] * found[2];
+            norm[i] = sqrt(found[0]);
+            style[i] = per_channel[i] * per_channel[i] / 4 * found[0];
             styles[i] = layer.style_weight * style[i];
             contents[i] = layer.content_weight * content;
-            of_style[i] = style_weight * layer.style_weight / (channels * elements);
-            of_content[i] = 2 * content_weight * layer.content_weight / elements;
-            loudest[i] = of_style[i] * sqrt(difference * loudness / channels) + of_content[i] * sqrt(content);
+            loudest[i] = of_style[i] * sqrt(found[0] * found[1] * per_channel[i]) + of_content[i] * sqrt(content);
         }
+        layer = row(i + WARPS);
+        end = i + WARPS + 1 < count ? row(i + WARPS + 1).loss_block : blocks;
     }
     __syncthreads();
     double loud = 1e-30;
     for (int i = 0; i < count; ++i) loud = loudest[i] > loud ? loudest[i] : loud;
-    const double scale = sizeof(T) == 4 ? 1 : 1 / power_of_two_below(loud);
+    const double scale = sizeof(T) == 4 ? 1 : ldexp(1., -ilogb(loud));
     for (int i = threadIdx.x; i < count; i += THREADS) {
         // G - A is at most its norm, so it fits fp16 at this size and loses no small elements.
-        const double lift = norm[i] > 0 ? 16384 / power_of_two_below(norm[i]) : 1;
+        const int exponent = norm[i] > 0 ? 14 - ilogb(norm[i]) : 0;
+        const double lift = ldexp(1., exponent);
         lifts[i] = lift;
         if (blockIdx.x > 0) continue;
         float* own = factors_of(factors, i);
         own[LIFT] = lift;
-        own[STYLE] = scale * of_style[i] / lift;
+        own[STYLE] = ldexp(scale * of_style[i], -exponent);
         own[CONTENT] = scale * of_content[i];
         terms[3 + i] = style[i];
     }
@@ -155,21 +176,20 @@ __global__ void layer_factors(const Layer* layers, long long count, const double
         factors[0] = scale;
     }
     __syncthreads();
-    constexpr int WIDE = 16 / sizeof(T);
-    for (int i = 0; i < count; ++i) {
-        const float *difference = layers[i].difference, lift = lifts[i];
-        T* lifted = static_cast<T*>(layers[i].lifted);
-        const long long elements = lifted ? layers[i].channels * layers[i].channels : 0;
-        for (long long k = WIDE * ((long long)blockIdx.x * THREADS + threadIdx.x); k < elements;
-             k += WIDE * THREADS * gridDim.x) {
-            if (k + WIDE <= elements) {
-                const auto d = *reinterpret_cast<const Vector<float, WIDE>*>(difference + k);
-                Vector<T, WIDE> found;
-                for (int e = 0; e < WIDE; ++e) store(found.element + e, lift * d.element[e]);
-                *reinterpret_cast<Vector<T, WIDE>*>(lifted + k) = found;
-            } else {
-                for (long long rest = k; rest < elements; ++rest) store(lifted + rest, lift * difference[rest]);
-            }
+    int i = 0;
+    unsigned begin = 0;  // of layer i among the pieces of all
+    for (unsigned piece = blockIdx.x * THREADS + threadIdx.x;; piece += gridDim.x * THREADS) {
+        for (; i < count && piece - begin >= (elements[i] + WIDE - 1) / WIDE; ++i) begin += (elements[i] + WIDE - 1) / WIDE;
+        if (i == count) return;
+        const unsigned k = WIDE * (piece - begin);
+        const float* from = differences[i];
+        if (k + WIDE <= elements[i]) {
+            const auto d = *reinterpret_cast<const Vector<float, WIDE>*>(from + k);
+            Vector<T, WIDE> found;
+            for (int e = 0; e < WIDE; ++e) store(found.element + e, lifts[i] * d.element[e]);
+            *reinterpret_cast<Vector<T, WIDE>*>(lifted[i] + k) = found;
+        } else {
+            for (unsigned rest = k; rest < elements[i]; ++rest) store(lifted[i] + rest, lifts[i] * from[rest]);
         }
     }
 }

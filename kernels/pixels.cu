@@ -11,7 +11,7 @@ constexpr int RUN = 4;  // rows that a thread takes, as in pixels.py
 
 // pixels (3, height, width), whose last column and row have the first as neighbours if wrap. Writes gradient = vjp /
 // *scale + weight * dTV/dx unless it is null, adds to the terms of layer_losses: terms[2] = TV, terms[0] += weight *
-// TV, which both become NaN if the gradient is not finite. across are the weights of the differences across, in inner
+// TV, which becomes NaN if the gradient is not finite. across are the weights of the differences across, in inner
 // rows, in the first and in the last one; down the same by columns; diagonal is that of diagonal ones. Unless it is
 // `measured`, TV counts as zero, and pixels are not read. sums (gridDim.x,) are scratch.
 __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gradient, const float* scale,
@@ -33,7 +33,12 @@ __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gra
             if (!isfinite(incoming[r])) value = nan("");
         }
     }
-    for (unsigned i = blockIdx.x * THREADS + threadIdx.x; measured && i < 3 * strips * broad; i += step) {
+    if (!measured) {  // nobody waits for the others: all write the same
+        if (value != 0) terms[0] = value;
+        if (blockIdx.x == 0 && threadIdx.x == 0) terms[2] = 0;
+        return;
+    }
+    for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < 3 * strips * broad; i += step) {
         const unsigned column = i % broad, strip = i / broad;
         const int top = strip % strips * RUN;
         const long long plane = strip / strips * height * width;

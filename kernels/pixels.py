@@ -157,7 +157,7 @@ class Pixels:
     def finish(self, pixels: Tensor, gradient: Tensor | None, *, measured: bool = True) -> None:
         """Put L in its place among the terms and add it to the total; write the gradient of the total if wanted.
 
-        L and the total become NaN if an element of the gradient is not finite. An L of weight zero need not be
+        The total becomes NaN if an element of the gradient is not finite. An L of weight zero need not be
         `measured`, and counts as zero then.
         """
         measured = measured or self._weight != 0 or gradient is None

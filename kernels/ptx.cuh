@@ -6,14 +6,33 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// The first statement of every kernel, which may be brought to the device ahead of its turn. It waits until all that was
-// queued before is done; from then on the next kernel may be brought there, to wait for this one: so, in this order, each
-// waits for all before it.
+// In every kernel, which may be brought to the device ahead of its turn. It waits until all that was queued before is
+// done; from then on the next kernel may be brought there, to wait for this one: so, in this order, each waits for all
+// before it. Ahead of its turn a kernel only reads, and only what the one just before it does not write: all earlier ones
+// are done.
 __device__ inline void take_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// The same in two parts, for a kernel that is short: if the next one comes before it has had its turn, then that is a
+// kernel which reads nothing ahead that the one before this one writes.
+__device__ inline void await_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_come() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 128 bytes of memory to the second cache.
+__device__ inline void fetch_early(const void* line) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(line));
 }
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory: lanes 8i..8i+7 give the addresses of the rows of matrix i,

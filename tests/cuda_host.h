@@ -189,6 +189,9 @@ void run_grid(Dim grid, Body kernel) {
 }
 
 inline void take_turn() {}
+inline void await_turn() {}
+inline void let_next_come() {}
+inline void fetch_early(const void*) {}
 inline void __syncthreads() { wait_at(block_barrier); }
 inline void __syncwarp() { wait_at(warp_barriers[threadIdx.x / 32]); }
 inline void __threadfence() {}
