@@ -47,7 +47,7 @@ constexpr int STRETCH = 32;  // positions that the warps of a group multiply at 
 template <typename H, int C>
 __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, long long found) {
     constexpr int STRIPS = C / 16, MEMBERS = STRIPS / 2, GROUPS = WARPS / MEMBERS, PIECES = C / 8;
-    constexpr int POSITIONS = GROUPS * STRETCH, STAGES = 3;
+    constexpr int POSITIONS = GROUPS * STRETCH, STAGES = 3;  // POSITIONS C elements as in layers.py
     struct Sums {
         float of[STRIPS + 1][2][4];  // 16 x 16 elements each: those of the first strip, then those of the second
     };

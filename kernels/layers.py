@@ -5,7 +5,8 @@ a table. The Gram products run on the tensor cores for 16-bit features; all sums
 order, so within a process the same features give the same bits.
 
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
-shapes. For the cotangents it reads its factor from the device, and adds to the content's share. A layer that has no
+shapes; but Gram matrices of few channels in NHWC order have a kernel that leaves room for the network beside it. For the
+cotangents cuBLAS reads its factor from the device, and adds to the content's share. A layer that has no
 memory for its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves
 three passes over the features of a layer with a style loss out of six, and three of five with a content loss.
 
@@ -40,10 +41,11 @@ _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-_NARROW = {64: 1.0, 128: 0.5}  # channels for which Gram matrices have a kernel; its blocks for each multiprocessor
-_BY_KERNEL, _BY_CUBLAS, _BY_BOTH = (
-    "Gram matrices by our kernel", "Gram matrices by cuBLAS", "Gram matrices by cuBLAS, narrow ones by our kernel",
-)  # fmt: skip
+# Channels for which Gram matrices have a kernel of their own, and its blocks for each multiprocessor, at most. A block
+# takes _TURNS, at least, of _ELEMENTS: few of them disturb the network beside which they run little.
+_NARROW = {64: 1.0, 128: 0.5}
+_TURNS, _ELEMENTS = 20, 8192  # _ELEMENTS as in gram.cu
+_BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernel", "Gram matrices by cuBLAS but for narrow ones"
 
 
 class Products(Protocol):
@@ -180,23 +182,19 @@ class Layers:
         names = [_BY_KERNEL]
         if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
             names.append(_BY_CUBLAS)
-        if any(self._narrow):
-            names.append(_BY_BOTH)
         return {way: partial(losses, way) for way in names}
 
     def _launch_measures(self, way: str, part: slice) -> None:
         """features -> F F^T of each share of the positions -> sums, of some layers."""
         element, layers_of_part = _cuda.ELEMENTS[self._dtype], (part.start, part.stop - part.start)
-        if way != _BY_KERNEL:
+        if way == _BY_CUBLAS:
             for i in range(part.start, part.stop):
-                layer, share, products = self._layers[i], self._part[i], self._partial[i]
-                if products is None:
-                    continue
-                if way == _BY_BOTH and self._narrow[i]:
-                    kernel = f"gram_narrow<{element}, {len(layer.features)}>"
+                features, products = self._layers[i].features, self._partial[i]
+                if products is not None and self._narrow[i]:
+                    kernel = f"gram_narrow<{element}, {len(features)}>"
                     _cuda.launch("gram", kernel, (len(products),), self._table, i)
-                else:
-                    products_cublas(layer.features, share, products)
+                elif products is not None:
+                    products_cublas(features, self._part[i], products)
         elif blocks := self._gram_blocks[part.stop] - self._gram_blocks[part.start]:
             kernel = f"gram<{element}, {self._nhwc}>"
             _cuda.launch("gram", kernel, (blocks,), self._table, *layers_of_part, self._gram_blocks[part.start])
@@ -266,7 +264,9 @@ class Layers:
         work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
         wanted = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
         lies_well = self._nhwc == "true" and self._dtype.itemsize == 2
+        # Their kernel is faster than cuBLAS beside the network, where timings of it alone would not show it.
         self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
+        self._way = _BY_CUBLAS if any(self._narrow) else ""
         rows = []
         self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
@@ -281,9 +281,9 @@ class Layers:
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
             share = _share(positions, wanted)
             if narrow:
-                at_once = 8192 // channels  # positions, as in gram.cu
                 blocks = max(1, int(_NARROW[channels] * _cuda.processors(device)))
-                share = at_once * -(-positions // (at_once * blocks))
+                at_once = _ELEMENTS // channels
+                share = at_once * max(_TURNS, -(-positions // (at_once * blocks)))
             shares = -(-positions // share)
             # Threads that add up one element of G.
             lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
@@ -308,8 +308,8 @@ class Layers:
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*tensors, lifted))
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
-        lifted = sum(each.numel() for each in self._lifted if each is not None)
-        enough = -(-lifted * self._dtype.itemsize // (16 * _cuda.THREADS))  # for 16 bytes a thread
+        bytes_lifted = sum(each.nbytes for each in self._lifted if each is not None)
+        enough = -(-bytes_lifted // (16 * _cuda.THREADS))  # for 16 bytes a thread
         self._factor_blocks = max(1, min(_FULL * _cuda.processors(device), enough))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks[-1], 2), dtype=torch.float64, device=device)
@@ -405,8 +405,8 @@ def gram(features: Tensor, products: Products | None = None) -> Tensor:
     """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
     target = torch.zeros(len(features), len(features), device=features.device)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
-    if features.is_cuda:  # once for a style: nothing to choose
-        alone._way = _BY_KERNEL
+    if features.is_cuda:  # once for a style: not worth a choice
+        alone._way = alone._way or _BY_KERNEL
     alone.measure(alone.names)
     (difference,) = alone._differences
     assert difference is not None
