@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
     for (int r = 0; r < ON_THEIR_WAY; ++r) rows[r] = fetch(row_of(STAGED + r));
     for (int r = STAGED + ON_THEIR_WAY + threadIdx.x % 8; r < 2 * slots && there; r += 8)
         fetch_early(row_of(r));  // eight neighbours share a line: each asks for other rows
-    take_turn();
+    await_turn();  // the next kernel, which may be that of another step, comes when this one is done
     const int action = state->action, from = state->from, to = state->to;
     const bool improved = state->improved, accepted = state->accepted;
     const float unit = state->unit, of_gradient = state->of_gradient;

@@ -211,7 +211,7 @@ class Lbfgs:
             self._dots = np.zeros((2 * self._slots + 2, 2))
 
     def step(self) -> None:
-        """Move on from the evaluation."""
+        """Move on from the evaluation, which on a GPU has launched something since the last step: see `_launch`."""
         if self._image.is_cuda:
             self._recorded(self._launch)
         else:
@@ -248,6 +248,7 @@ class Lbfgs:
             self._dots[:] = saved["dots"].numpy()
 
     def _launch(self) -> None:
+        # Each of the kernels reads ahead of its turn what is older than the kernel before it: the vectors, the state.
         image, gradient, history, state = self._image, self._gradient, self._history, self._device_state
         count, chunks = self._count, self._sums.shape[2]
         size = (count, history.shape[1], self._slots, int(self._boxed))

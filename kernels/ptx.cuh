@@ -17,8 +17,8 @@ __device__ inline void take_turn() {
 #endif
 }
 
-// The same in two parts, for a kernel that is short: if the next one comes before it has had its turn, then that is a
-// kernel which reads nothing ahead that the one before this one writes.
+// The same in two parts. A kernel that lets the next one come before its own turn knows that one: it reads nothing ahead
+// that the kernel before this one writes. Without the second part the next one comes when this one is done.
 __device__ inline void await_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

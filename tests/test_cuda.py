@@ -806,7 +806,7 @@ def test_every_kernel_takes_its_turn():
         for kernel, body in kernels:
             before, *after = re.split(r"(?:^|\n)    (?:take|await)_turn\(\);", body)
             assert len(after) == 1, kernel
-            assert ("await_turn();" in body) == ("let_next_come();" in body), kernel
+            assert ("let_next_come();" in body) == (kernel == "lbfgs_plan"), kernel
             assert kernel in AHEAD or not before, kernel
 
 
