@@ -5,10 +5,10 @@ a table. The Gram products run on the tensor cores for 16-bit features; all sums
 order, so within a process the same features give the same bits.
 
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
-shapes; but Gram matrices of few channels in NHWC order have a kernel that leaves room for the network beside it. For the
-cotangents cuBLAS reads its factor from the device, and adds to the content's share. A layer that has no
-memory for its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves
-three passes over the features of a layer with a style loss out of six, and three of five with a content loss.
+shapes; but Gram matrices of few channels in NHWC order have a kernel that leaves room for the network beside it. For
+the cotangents cuBLAS reads its factor from the device, and adds to the content's share. A layer that has no memory for
+its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves three passes
+over the features of a layer with a style loss out of six, and three of five with a content loss.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
@@ -41,10 +41,12 @@ _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-# Channels for which Gram matrices have a kernel of their own, and its blocks for each multiprocessor, at most. A block
-# takes _TURNS, at least, of _ELEMENTS: few of them disturb the network beside which they run little.
+# Channels for which Gram matrices have a kernel of their own, and its blocks for each multiprocessor: no more, unless a
+# block had more than the MOST turns, whose sums get too long, and fewer, if one had less than the LEAST. Few blocks
+# disturb the network beside which they run little.
 _NARROW = {64: 1.0, 128: 0.5}
-_TURNS, _ELEMENTS = 20, 8192  # _ELEMENTS as in gram.cu
+_LEAST, _MOST = 20, 64
+_ELEMENTS = 8192  # of F in a turn, as in gram.cu
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernel", "Gram matrices by cuBLAS but for narrow ones"
 
 
@@ -173,13 +175,17 @@ class Layers:
         self._finish_distances()
 
     def ways(self) -> dict[str, Callable[[], None]]:
-        """The ways to `losses` on a GPU, but for distances. cuBLAS takes part unless it would round fp32 to TF32."""
+        """The ways to `losses` on a GPU, but for distances.
+
+        cuBLAS takes part unless it would round fp32 to TF32, and where there are narrow layers nothing else: the shares
+        of their positions are too long for our kernel for all.
+        """
 
         def losses(way: str) -> None:
             self._launch_measures(way, slice(0, len(self.names)))
             self._launch_factors()
 
-        names = [_BY_KERNEL]
+        names = [] if any(self._narrow) else [_BY_KERNEL]
         if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
             names.append(_BY_CUBLAS)
         return {way: partial(losses, way) for way in names}
@@ -283,7 +289,7 @@ class Layers:
             if narrow:
                 blocks = max(1, int(_NARROW[channels] * _cuda.processors(device)))
                 at_once = _ELEMENTS // channels
-                share = at_once * max(_TURNS, -(-positions // (at_once * blocks)))
+                share = at_once * min(_MOST, max(_LEAST, -(-positions // (at_once * blocks))))
             shares = -(-positions // share)
             # Threads that add up one element of G.
             lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
