@@ -202,3 +202,8 @@ def blocks(count: int) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of memory that the blocks on a multiprocessor share; each takes 1 kB more than it asks for."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor

@@ -19,6 +19,19 @@ struct alignas(sizeof(T) * COUNT) Vector {
     T element[COUNT];
 };
 
+// What other kernels have written, past the first cache, which may not know of that yet in a kernel ahead of its turn.
+template <typename Wide>
+__device__ inline Wide load_past_first(const Wide* from) {
+    static_assert(sizeof(Wide) == 8 || sizeof(Wide) == 16);
+    if constexpr (sizeof(Wide) == 16) {
+        const uint4 found = __ldcg(reinterpret_cast<const uint4*>(from));
+        return reinterpret_cast<const Wide&>(found);
+    } else {
+        const uint2 found = __ldcg(reinterpret_cast<const uint2*>(from));
+        return reinterpret_cast<const Wide&>(found);
+    }
+}
+
 // Sums of the values over the warp, in every lane: all at once, as each has to wait for the other lanes.
 template <int COUNT>
 __device__ inline void warp_sums(double (&values)[COUNT]) {

@@ -5,10 +5,10 @@ a table. The Gram products run on the tensor cores for 16-bit features; all sums
 order, so within a process the same features give the same bits.
 
 The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
-shapes; but Gram matrices of few channels in NHWC order have a kernel that leaves room for the network beside it. For
-the cotangents cuBLAS reads its factor from the device, and adds to the content's share. A layer that has no memory for
-its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves three passes
-over the features of a layer with a style loss out of six, and three of five with a content loss.
+shapes; but Gram matrices of few channels in NHWC order, in 16 bits, have a kernel that leaves room for the network
+beside it. For the cotangents cuBLAS reads its factor from the device, and adds to the content's share. A layer that has
+no memory for its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves
+three passes over the features of a layer with a style loss out of six, and three of five with a content loss.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
@@ -47,7 +47,7 @@ _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 _NARROW = {64: 1.0, 128: 0.5}
 _LEAST, _MOST = 20, 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
-_BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernel", "Gram matrices by cuBLAS but for narrow ones"
+_BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
 
 class Products(Protocol):
@@ -177,15 +177,14 @@ class Layers:
     def ways(self) -> dict[str, Callable[[], None]]:
         """The ways to `losses` on a GPU, but for distances.
 
-        cuBLAS takes part unless it would round fp32 to TF32, and where there are narrow layers nothing else: the shares
-        of their positions are too long for our kernel for all.
+        cuBLAS takes part unless it would round fp32 to TF32; narrow layers have their kernel in any case.
         """
 
         def losses(way: str) -> None:
             self._launch_measures(way, slice(0, len(self.names)))
             self._launch_factors()
 
-        names = [] if any(self._narrow) else [_BY_KERNEL]
+        names = [_BY_KERNEL]
         if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
             names.append(_BY_CUBLAS)
         return {way: partial(losses, way) for way in names}
@@ -193,15 +192,15 @@ class Layers:
     def _launch_measures(self, way: str, part: slice) -> None:
         """features -> F F^T of each share of the positions -> sums, of some layers."""
         element, layers_of_part = _cuda.ELEMENTS[self._dtype], (part.start, part.stop - part.start)
-        if way == _BY_CUBLAS:
-            for i in range(part.start, part.stop):
-                features, products = self._layers[i].features, self._partial[i]
-                if products is not None and self._narrow[i]:
-                    kernel = f"gram_narrow<{element}, {len(features)}>"
-                    _cuda.launch("gram", kernel, (len(products),), self._table, i)
-                elif products is not None:
-                    products_cublas(features, self._part[i], products)
-        elif blocks := self._gram_blocks[part.stop] - self._gram_blocks[part.start]:
+        for i in range(part.start, part.stop):
+            features, products = self._layers[i].features, self._partial[i]
+            if products is not None and self._narrow[i]:
+                kernel = f"gram_narrow<{element}, {len(features)}>"
+                _cuda.launch("gram", kernel, (len(products),), self._table, i)
+            elif products is not None and way == _BY_CUBLAS:
+                products_cublas(features, self._part[i], products)
+        blocks = self._gram_blocks[part.stop] - self._gram_blocks[part.start]
+        if way == _BY_KERNEL and blocks:
             kernel = f"gram<{element}, {self._nhwc}>"
             _cuda.launch("gram", kernel, (blocks,), self._table, *layers_of_part, self._gram_blocks[part.start])
         start, stop = self._loss_blocks[part.start], self._loss_blocks[part.stop]
@@ -262,17 +261,16 @@ class Layers:
         """The table of layers.cuh, and the number of blocks of each launch."""
         tile = _TILES[self._dtype]
         self._nhwc = "true" if self._layers[0].features.stride(0) == 1 else "false"
+        # Their kernel is faster than cuBLAS beside the network, where timings of it alone would not show it.
+        lies_well = self._nhwc == "true" and self._dtype.itemsize == 2
+        self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
         pairs = []
-        for layer in self._layers:
+        for layer, narrow in zip(self._layers, self._narrow, strict=True):
             across = -(-len(layer.features) // tile)
-            pairs.append(across * (across + 1) // 2 if layer.target is not None else 0)
+            pairs.append(across * (across + 1) // 2 if layer.target is not None and not narrow else 0)
         # All blocks of the Gram launch get about the same number of positions, and together they fill the device.
         work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
         wanted = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
-        lies_well = self._nhwc == "true" and self._dtype.itemsize == 2
-        # Their kernel is faster than cuBLAS beside the network, where timings of it alone would not show it.
-        self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
-        self._way = _BY_CUBLAS if any(self._narrow) else ""
         rows = []
         self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
@@ -411,8 +409,8 @@ def gram(features: Tensor, products: Products | None = None) -> Tensor:
     """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
     target = torch.zeros(len(features), len(features), device=features.device)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
-    if features.is_cuda:  # once for a style: not worth a choice
-        alone._way = alone._way or _BY_KERNEL
+    if features.is_cuda:  # once for a style: nothing to choose
+        alone._way = _BY_KERNEL
     alone.measure(alone.names)
     (difference,) = alone._differences
     assert difference is not None

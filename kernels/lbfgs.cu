@@ -34,7 +34,7 @@ __device__ inline __half narrowed(float x, float scale) {
 }
 
 // Eight neighbouring elements of a row.
-__device__ inline Eight fetch(const __half* from) { return *reinterpret_cast<const Eight*>(from); }
+__device__ inline Eight fetch(const __half* from) { return load_past_first(reinterpret_cast<const Eight*>(from)); }
 
 // COUNT neighbouring elements from a multiple of COUNT on, of which `there` exist; the others are zeros.
 template <int COUNT>
@@ -42,11 +42,11 @@ __device__ inline void fetch(float (&x)[COUNT], const float* from, int there) {
     constexpr int WIDE = COUNT < 4 ? COUNT : 4;
     if (there == COUNT) {
         for (int k = 0; k < COUNT / WIDE; ++k) {
-            const Vector<float, WIDE> found = reinterpret_cast<const Vector<float, WIDE>*>(from)[k];
+            const Vector<float, WIDE> found = load_past_first(reinterpret_cast<const Vector<float, WIDE>*>(from) + k);
             for (int e = 0; e < WIDE; ++e) x[WIDE * k + e] = found.element[e];
         }
     } else {
-        for (int e = 0; e < COUNT; ++e) x[e] = e < there ? from[e] : 0.f;
+        for (int e = 0; e < COUNT; ++e) x[e] = e < there ? __ldcg(from + e) : 0.f;
     }
 }
 
@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(THREADS, 3) lbfgs_dots(const __half* history, 
     look(at);
     float total[4] = {};
     double squares[3] = {};  // y y, y g, g g
+    const bool has_squares = first == CHANGE / GROUP * GROUP;
     for (int stage = 0; at < count; at += step, stage = (stage + 1) % STAGES) {
         Own change, coarse, fine;
 #pragma unroll
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(THREADS, 3) lbfgs_dots(const __half* history, 
             change.element[e] = narrowed(rows ? own - last[e] : 0.f, CHANGES);
             coarse.element[e] = narrowed(own, 1);
             fine.element[e] = narrowed(own - to_float(coarse.element[e]), FINER);
+            if (!has_squares) continue;
             const float y = to_float(change.element[e]) / CHANGES;
             squares[0] += y * y;
             squares[1] += y * own;
@@ -172,7 +174,8 @@ __global__ void __launch_bounds__(THREADS, 3) lbfgs_dots(const __half* history, 
     }
     warp_sums(squares);
     static_assert(CHANGE / GROUP == GRADIENT / GROUP);
-    if (lane == 0 && first == CHANGE / GROUP * GROUP) {
+    __syncwarp();
+    if (lane == 0 && has_squares) {
         double* own = found[warp] + 2 * (CHANGE - first);
         own[0] = squares[0];
         own[1] = own[2] = squares[1];
@@ -224,9 +227,10 @@ constexpr int CHUNKS = 128;  // at most, as in lbfgs.py
 
 // One block. sums (ROWS, 2, chunks) from lbfgs_dots over `count` elements. made_steps and losses, which may be null, are
 // those of a trail.
-__global__ void __launch_bounds__(THREADS, 2) lbfgs_plan(State* shared_state, const float* loss, unsigned* made_steps, float* losses,
-                           const double* sums, long long chunks, long long count, long long slots, float diverged,
-                           long long halvings) {
+__global__ void __launch_bounds__(THREADS, 2) lbfgs_plan(State* shared_state, const float* loss, unsigned* made_steps,
+                                                         float* losses, const double* sums, long long chunks,
+                                                         long long count, long long slots, float diverged,
+                                                         long long halvings) {
     __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
     State& state = *shared_state;
     const int lane = threadIdx.x % 32;
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_plan(State* shared_state, co
     // as the step before left it, and the loss, which is older than the dot products.
     let_next_come();
     const int made = state.to;
-    const float total = *loss;
+    const float total = __ldcg(loss);
     const double lowest = state.lowest, known_pairs = state.pairs, half_steps = state.halvings;
     const bool moved = state.moved;
     const unsigned steps = *made_steps;
@@ -346,7 +350,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
     }
     const unsigned steps = *made_steps;
     __syncthreads();
-    if (!there) return;
+    if (!there) return wait_for_groups<0>();
     if (!improved) {
         float earlier[EIGHT];
         fetch(earlier, best_of(bests, steps + kept - 2, best_stride, kept) + i, there);
@@ -402,4 +406,5 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
         keep(made, move, MOVES);
         keep(image + i, x, there);
     }
+    wait_for_groups<0>();
 }

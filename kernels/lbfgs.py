@@ -56,7 +56,8 @@ _GPU_SLOTS = GPU_HISTORY + 1
 _GPU_ROWS, _GROUP = 2 * _GPU_SLOTS + 2, 16  # of dot products; those that one block computes, as in lbfgs.cu
 _AT_ONCE = 8  # elements that a thread reads at once, as in lbfgs.cu
 _LINES = 64 * 8  # elements of a row that a block of the dot products takes at once
-_RESIDENT = 3  # blocks of the dot products on a multiprocessor, which one wave of them fills
+_SHARED = 39 << 10  # bytes of shared memory that such a block takes
+_RESIDENT = 3  # of them on a multiprocessor, if there is room: one wave of them fills it
 _CHUNKS = 128  # of the elements at most, as in lbfgs.cu
 
 
@@ -199,7 +200,8 @@ class Lbfgs:
             flat = torch.from_numpy(self._state.reshape(1).view("f8"))
             self._device_state = flat.to(image.device)
             self._groups = -(-_GPU_ROWS // _GROUP)
-            wave = _RESIDENT * _cuda.processors(image.device) // self._groups
+            resident = min(_RESIDENT, _cuda.shared_memory(image.device) // _SHARED)
+            wave = max(1, resident * _cuda.processors(image.device) // self._groups)
             chunks = min(-(-self._count // _LINES), wave, _CHUNKS)
             self._sums = torch.empty((_GPU_ROWS, 2, chunks), dtype=torch.float64, device=image.device)
             self._recorded = _graphs.Recorded(image.device)

@@ -9,7 +9,8 @@
 // In every kernel, which may be brought to the device ahead of its turn. It waits until all that was queued before is
 // done; from then on the next kernel may be brought there, to wait for this one: so, in this order, each waits for all
 // before it. Ahead of its turn a kernel only reads, and only what the one just before it does not write: all earlier ones
-// are done.
+// are done, if that one is ours. A library's may let the next come before it has waited itself; what follows one of
+// those reads ahead only what never changes.
 __device__ inline void take_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -73,6 +73,7 @@ def host(programs: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(_cuda, "launch", programs.launch)
     monkeypatch.setattr(_cuda, "multiply", multiply)
     monkeypatch.setattr(_cuda, "processors", lambda device: 3)
+    monkeypatch.setattr(_cuda, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(_graphs, "fastest", lambda ways, device, key: next(iter(ways)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     return programs

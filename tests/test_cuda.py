@@ -31,7 +31,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 ROUNDING = {SINGLE: 1e-6, HALF: 5e-4, BRAIN: 4e-3}  # of one number, relative
 # Two blocks of 256 threads have 128 registers a thread and, on the smallest chip, 48 kB of static shared memory.
-REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 250, 80: 64, 86: 64, 89: 64, 100: 32, 120: 32}
+REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 250, 80: 64, 86: 64, 89: 64, 100: 32, 120: 96}
 
 
 def include_folder() -> str:
@@ -130,21 +130,24 @@ def test_gram(host, shape, dtype, nhwc):
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
-@pytest.mark.parametrize(("channels", "positions"), [(64, 1), (64, 1111), (128, 63), (128, 500)])
-def test_gram_of_few_channels(host, cublas, channels, positions, dtype):
-    """Some positions, none and all in the stages of a block; more blocks than one; and what lies behind is not read."""
+@pytest.mark.parametrize(
+    ("channels", "positions", "blocks"), [(64, 1, 1), (64, 2500, 1), (64, 2688, 2), (128, 63, 1), (128, 4160, 2)]
+)
+def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
+    """Some, none and all of the positions in the turns of a block; two blocks; the most turns; nothing behind is read."""
     given = torch.full((positions + 200, channels), torch.nan, dtype=dtype)[:positions].T
     given.copy_(features(channels, positions, dtype=dtype))
     layers = Layers({"": Layer(given, None, None, torch.zeros(channels, channels))}, 0, 1)
     layers.losses()
     found = layers._differences[0]
-    assert error(found, gram_reference(numbers(given))) < 1e-6
+    assert len(layers._partial[0]) == blocks
+    assert error(found, gram_reference(numbers(given))) < 1e-5  # up to 2048 numbers are added up in fp32 one by one
     assert torch.equal(found, found.T)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize("channels", [2, 64])
-def test_gram_of_the_loudest_features_is_finite(host, cublas, channels, dtype):
+def test_gram_of_the_loudest_features_is_finite(host, channels, dtype):
     loudest = 65504.0 if dtype == HALF else 1e18
     given = torch.full((300, channels), loudest, dtype=dtype).T
     layers = Layers({"": Layer(given, None, None, torch.zeros(channels, channels))}, 0, 1)
@@ -174,12 +177,6 @@ def group(name, dtype, nhwc):
     return Layers(layers, *WEIGHTS), list(layers.values()), truth
 
 
-def by_our_kernel(layers):
-    """The losses by the kernel that is for all layers, also where there are narrow ones."""
-    layers._launch_measures("Gram matrices by our kernel", slice(0, len(layers.names)))
-    layers.conclude()
-
-
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
@@ -187,7 +184,7 @@ def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
     layers, *_ = group("odd", dtype, nhwc)
     layers.losses()
     found = layers.terms.clone()
-    by_our_kernel(layers)
+    layers.ways()["Gram matrices by our kernels"]()
     torch.testing.assert_close(found, layers.terms, rtol=1e-5, atol=0)
     assert len(layers._partial[1]) == -(-71 // layers._part[1]) > 1
 
@@ -218,7 +215,7 @@ def test_cublas_takes_no_part_where_it_would_round_fp32(host, monkeypatch):
     layers, *_ = group("one pixel", SINGLE, False)
     assert len(layers.ways()) == 2
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert list(layers.ways()) == ["Gram matrices by our kernel"]
+    assert list(layers.ways()) == ["Gram matrices by our kernels"]
 
 
 def test_the_faster_way_is_chosen_once(monkeypatch, caplog):
@@ -248,7 +245,7 @@ def test_the_faster_way_is_chosen_once(monkeypatch, caplog):
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_losses_and_gradients_of_all_layers(host, name, dtype, nhwc):
     layers, given, truth = group(name, dtype, nhwc)
-    by_our_kernel(layers)
+    layers.losses()
     layers.gradients()
     contents = [
         own * content_loss_reference(f, p) for (f, p, _), (own, _) in zip(truth, OWN, strict=False) if p is not None
@@ -535,7 +532,7 @@ def test_a_gradient_that_is_not_finite_makes_the_loss_nan(host, value):
         terms = torch.ones(3)
         finish = Pixels(vjp, torch.tensor(1.0), 0, terms)
         finish.finish(random(1, 3, 20, 30), torch.empty_like(vjp), measured=measured)
-        assert terms.isnan().tolist()[:2] == [True, False]
+        assert terms.isnan().tolist() == [True, False, measured]
 
 
 def optimisers(make, losses, count=700, gradients=None):
@@ -667,8 +664,8 @@ def test_lbfgs_in_a_box_with_a_short_history_does_what_it_does_on_a_cpu(host, lo
         assert cuda_image.max() <= 1
 
 
-@pytest.mark.parametrize("slots", [21, 4])
-def test_the_plan_is_that_of_the_reference(host, slots):
+@pytest.mark.parametrize(("slots", "chunks"), [(21, 128), (4, 33)])
+def test_the_plan_is_that_of_the_reference(host, slots, chunks):
     """The state after each step of a long history, field by field, from the same dot products in fp64."""
     generator = np.random.default_rng(0)
     state = lbfgs.initial_state(lbfgs.GPU_HISTORY + 1)
@@ -678,9 +675,9 @@ def test_the_plan_is_that_of_the_reference(host, slots):
         dots = vectors @ vectors[-2:].T
         made = int(state["to"])
         dots[2 * made, 0] = abs(dots[2 * made, 0]) if step != 7 else -1  # one pair is refused
-        sums = torch.from_numpy(np.stack([0.25 * dots, 0.75 * dots], axis=-1))
+        sums = torch.from_numpy(dots[..., None] * generator.dirichlet(np.ones(chunks)))
         loss, steps = 1.0 - step / 100, torch.tensor([step], dtype=torch.int32)
-        given = (device, torch.tensor(loss), steps, None, sums, 2, 60, slots, lbfgs.DIVERGED, lbfgs.HALVINGS)
+        given = (device, torch.tensor(loss), steps, None, sums, chunks, 60, slots, lbfgs.DIVERGED, lbfgs.HALVINGS)
         _cuda.launch("lbfgs", "lbfgs_plan", (1,), *given)
         assert int(steps) == step + 1
         if lbfgs.decide(state, float(torch.tensor(loss))) == lbfgs.STEP:
@@ -814,6 +811,7 @@ def test_every_kernel_takes_its_turn():
             assert len(after) == 1, kernel
             assert ("let_next_come();" in body) == (kernel == "lbfgs_plan"), kernel
             assert kernel in AHEAD or not before, kernel
+            assert not re.search(r"keep\(|store\(|atomic|(sums|state->\w+|image|history|gradient)\[[^;]*\] = ", before)
 
 
 @pytest.mark.parametrize("failing", [None, "capture", "replay"])
