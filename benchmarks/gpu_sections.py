@@ -17,6 +17,7 @@ from torch import Tensor
 from engine import BackendError, kernels, provider
 from engine.export import vgg
 from engine.features import DTYPES
+from engine.kernels import _cuda
 from engine.kernels.lbfgs import GPU_HISTORY
 from engine.losses import Objective
 from engine.optimize import State, minimise
@@ -283,6 +284,8 @@ def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, siz
             limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
             passed = errors["gradient_error"] < limit and errors["loss_error"] < VALUE_ERROR[precision]
             passed = passed and errors["replay_error"] < ROUNDING[precision]
+            errors["early_error"] = early_error(engine, problem)  # a race, unless it is zero
+            passed = passed and errors["early_error"] == 0
             if precision == "fp32":
                 errors["strict_error"] = cases.strict_error(name, problem)
                 passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
@@ -312,6 +315,21 @@ def replay_error(engine: cases.Engine, problem: cases.Problem, points: int = 6) 
         truth = at(seed, objective._write)
         worst = max(worst, float((found - truth).norm() / truth.norm()))
     return worst
+
+
+def early_error(engine: cases.Engine, problem: cases.Problem, steps: int = 40) -> float:
+    """The largest difference between the losses of two runs, with kernels that come to the device ahead of their turn
+    and without."""
+
+    def losses() -> list[float]:
+        return [iterate.loss for iterate in islice(engine.iterates(problem.start), steps)]
+
+    early, kept = losses(), _cuda._OVERLAPPING
+    _cuda._OVERLAPPING = (99, 0)
+    try:
+        return max(abs(one - other) for one, other in zip(early, losses(), strict=True))
+    finally:
+        _cuda._OVERLAPPING = kept
 
 
 def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: int = 256, count: int = 10) -> None:

@@ -134,7 +134,7 @@ def test_gram(host, shape, dtype, nhwc):
     ("channels", "positions", "blocks"), [(64, 1, 1), (64, 2500, 1), (64, 2688, 2), (128, 63, 1), (128, 4160, 2)]
 )
 def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
-    """Some, none and all of the positions in the turns of a block; two blocks; the most turns; nothing behind is read."""
+    """Some, none and all of the positions in the turns of a block; two blocks; most turns; nothing behind is read."""
     given = torch.full((positions + 200, channels), torch.nan, dtype=dtype)[:positions].T
     given.copy_(features(channels, positions, dtype=dtype))
     layers = Layers({"": Layer(given, None, None, torch.zeros(channels, channels))}, 0, 1)

@@ -117,6 +117,7 @@ def test_engines_are_checked_and_their_runs_compared(rows):
     gpu_sections.providers(rows, "cpu", ["engine-cpu", "engine-cudnn", "engine-cuda"], size=48)
     own, *others = rows.rows
     assert own["passed"], own
+    assert own["early_error"] == 0
     if not torch.cuda.is_available():
         assert [row["skipped"][:12] for row in others] == ["device cudnn", "device cuda:"]
 
