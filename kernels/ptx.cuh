@@ -104,6 +104,7 @@ __device__ inline void mma<__nv_bfloat16>(float (&sum)[4], const unsigned (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else  // no bf16 tensor cores before sm_80: the lanes of a row of `a` and of a column of `b` pass their elements round
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1  // for the sake of who compiles it
     for (int from = 0; from < 4; ++from)
         for (int i = 0; i < 4; ++i) {  // of a: row g + 8 (i % 2), columns 2 from + 8 (i / 2) and the next
             const unsigned left = __shfl_sync(0xffffffffu, a[i], 4 * g + from);

@@ -31,7 +31,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 ROUNDING = {SINGLE: 1e-6, HALF: 5e-4, BRAIN: 4e-3}  # of one number, relative
 # Two blocks of 256 threads have 128 registers a thread and, on the smallest chip, 48 kB of static shared memory.
-REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 250, 80: 64, 86: 64, 89: 64, 100: 32, 120: 96}
+REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 200, 80: 64, 86: 64, 89: 64, 100: 32, 120: 96}
 
 
 def include_folder() -> str:
