@@ -95,7 +95,7 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 5, calls: in
 
 
 def seconds_of_gpu(work: Callable[[], object], device: str, rounds: int = 5, calls: int = 20) -> float:
-    """Median time of one call on the clock of the GPU, which never has to wait for its host; on a CPU see `seconds`."""
+    """Median time of one call on the clock of the GPU, to which its host is well ahead; on a CPU see `seconds`."""
     if device == "cpu":
         return seconds(work, device)
     times = []
@@ -317,7 +317,7 @@ def replay_error(engine: cases.Engine, problem: cases.Problem, points: int = 6) 
     return worst
 
 
-def early_error(engine: cases.Engine, problem: cases.Problem, steps: int = 40) -> float:
+def early_error(engine: cases.Engine, problem: cases.Problem, steps: int = 25) -> float:
     """The largest difference between the losses of two runs, with kernels that come to the device ahead of their turn
     and without."""
 

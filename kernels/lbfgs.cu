@@ -33,8 +33,8 @@ __device__ inline __half narrowed(float x, float scale) {
     return __float2half_rn(fminf(LARGEST, fmaxf(-LARGEST, scale * x)));
 }
 
-// Eight neighbouring elements of a row.
-__device__ inline Eight fetch(const __half* from) { return load_past_first(reinterpret_cast<const Eight*>(from)); }
+// Eight neighbouring elements of a row, which is a whole evaluation old.
+__device__ inline Eight fetch(const __half* from) { return *reinterpret_cast<const Eight*>(from); }
 
 // COUNT neighbouring elements from a multiple of COUNT on, of which `there` exist; the others are zeros.
 template <int COUNT>
@@ -350,7 +350,8 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
     }
     const unsigned steps = *made_steps;
     __syncthreads();
-    if (!there) return wait_for_groups<0>();
+    if (!there || action != STEP) wait_for_groups<0>();  // with what nobody uses, too
+    if (!there) return;
     if (!improved) {
         float earlier[EIGHT];
         fetch(earlier, best_of(bests, steps + kept - 2, best_stride, kept) + i, there);
@@ -406,5 +407,4 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_move(float* image, const flo
         keep(made, move, MOVES);
         keep(image + i, x, there);
     }
-    wait_for_groups<0>();
 }

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
     const long long C = layer.channels, M = layer.positions, local = block - layer.loss_block;
     const long long style_blocks = layer.target ? divide_up(triangle(C), layer.span) : 0;
-    // Elements of G at once, and threads that add up one of them; in the elements that a thread has, it is one of these.
+    // Elements of G at once, the threads that add up one of them, and which of those this one is.
     const int elements = layer.span / ROUNDS, lanes = THREADS / elements, lane = threadIdx.x / elements;
     unsigned place[ROUNDS];
     float wanted[ROUNDS], sum[ROUNDS] = {};

@@ -31,7 +31,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 ROUNDING = {SINGLE: 1e-6, HALF: 5e-4, BRAIN: 4e-3}  # of one number, relative
 # Two blocks of 256 threads have 128 registers a thread and, on the smallest chip, 48 kB of static shared memory.
-REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 200, 80: 64, 86: 64, 89: 64, 100: 32, 120: 96}
+REGISTERS, SHARED, SPILLS = 128, 48 << 10, {75: 200, 80: 64, 86: 64, 89: 64, 100: 32, 120: 32}
 
 
 def include_folder() -> str:
@@ -78,6 +78,7 @@ def test_compiles_within_its_budget(name, architecture):
     for kernel, spills, registers, shared in used:
         assert int(registers) <= REGISTERS, kernel
         assert int(shared or 0) <= SHARED, kernel
+        assert "lbfgs_dots" not in kernel or int(shared) + 1024 <= lbfgs._SHARED
         assert int(spills) <= SPILLS.get(architecture, 0), kernel
 
 
@@ -129,9 +130,9 @@ def test_gram(host, shape, dtype, nhwc):
     assert torch.equal(found, found.T)
 
 
-@pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize(
-    ("channels", "positions", "blocks"), [(64, 1, 1), (64, 2500, 1), (64, 2688, 2), (128, 63, 1), (128, 4160, 2)]
+    ("channels", "positions", "blocks", "dtype"),
+    [(64, 1, 1, HALF), (64, 2500, 1, BRAIN), (64, 2688, 2, HALF), (128, 63, 1, BRAIN), (128, 4160, 2, HALF)],
 )
 def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
     """Some, none and all of the positions in the turns of a block; two blocks; most turns; nothing behind is read."""
@@ -149,11 +150,9 @@ def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
 @pytest.mark.parametrize("channels", [2, 64])
 def test_gram_of_the_loudest_features_is_finite(host, channels, dtype):
     loudest = 65504.0 if dtype == HALF else 1e18
-    given = torch.full((300, channels), loudest, dtype=dtype).T
-    layers = Layers({"": Layer(given, None, None, torch.zeros(channels, channels))}, 0, 1)
-    layers.losses()
-    assert torch.isfinite(layers._differences[0]).all()
-    assert torch.isfinite(kernels.gram(given)).all()
+    given = torch.full((channels, 300), loudest, dtype=dtype)
+    for each in (given, given.T.contiguous().T):
+        assert torch.isfinite(kernels.gram(each)).all()
 
 
 STYLE, CONTENT, BOTH = (True, False), (False, True), (True, True)
