@@ -49,8 +49,8 @@ class Loop(Protocol):
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
         """Loss of pixels (1, 3, H, W) and its gradient."""
 
-    def iterate(self, start: Tensor) -> Iterator[float]:
-        """The loss after each iteration: one evaluation and one optimiser step."""
+    def iterate(self, start: Tensor) -> Iterator[object]:
+        """One evaluation and one optimiser step each, without end; a GPU may still be at it."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,7 @@ class Engine:
         assert gradient is not None
         return float(terms.total), gradient
 
-    def iterate(self, start: Tensor) -> Iterator[float]:
-        """On a GPU the loss is waited for: the times are those of finished iterations."""
-        for iterate in self.iterates(start):
-            yield iterate.loss
-
-    def iterates(self, start: Tensor) -> Iterator[Iterate]:
+    def iterate(self, start: Tensor) -> Iterator[Iterate]:
         """The loop: nobody waits for a loss unless the caller reads it."""
         from engine.features import within
         from engine.optimize import State, minimise

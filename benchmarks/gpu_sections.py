@@ -322,7 +322,7 @@ def early_error(engine: cases.Engine, problem: cases.Problem, steps: int = 25) -
     and without."""
 
     def losses() -> list[float]:
-        return [iterate.loss for iterate in islice(engine.iterates(problem.start), steps)]
+        return [iterate.loss for iterate in islice(engine.iterate(problem.start), steps)]
 
     early, kept = losses(), _cuda._OVERLAPPING
     _cuda._OVERLAPPING = (99, 0)
@@ -340,7 +340,7 @@ def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: in
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     for name in engines:
         with rows.attempt(name):
-            running = cases.Engine(problem, *cases.ENGINES[name]).iterates(problem.start)
+            running = cases.Engine(problem, *cases.ENGINES[name]).iterate(problem.start)
             for _ in islice(running, 8):  # sessions and kernels are captured in the third
                 pass
             machine.now(device)
@@ -363,7 +363,7 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = TIMED[2:], size: 
     for name in engines:
         with rows.attempt(name):
             engine = cases.Engine(problem, *cases.ENGINES[name])
-            running = engine.iterates(problem.start)
+            running = engine.iterate(problem.start)
             for _ in islice(running, GPU_HISTORY + 2):  # a full history
                 pass
             whole = seconds_of_gpu(partial(next, running), device)
