@@ -52,7 +52,9 @@ class Baseline:
         config: Config | None = None,
         variant: str = "eager",
         device: str = "cpu",
+        history: int = 100,
     ) -> None:
+        self._history = history  # pairs of L-BFGS, torch's default
         self._variant, self._device, self._config = VARIANTS[variant], torch.device(device), config or Config()
         self._network = weights.module(self._config.layers, self._config.pooling, self._variant.dtype).to(device)
         if self._variant.channels_last:
@@ -63,7 +65,7 @@ class Baseline:
             features = self._features(self._place(style))
             self._grams = {layer: _gram(features[layer]) for layer in self._config.style_layer_weights}
         mode = self._variant.mode if self._device.type == "cuda" else None
-        self._objective = torch.compile(self._loss, mode=mode) if self._variant.compiled else self._loss
+        self._objective = torch.compile(self._loss, mode=mode, dynamic=False) if self._variant.compiled else self._loss
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
         """Loss of pixels (1, 3, H, W) and its gradient."""
@@ -81,7 +83,9 @@ class Baseline:
         one long call.
         """
         pixels = self.pixels = self._place(start).requires_grad_()
-        optimizer = torch.optim.LBFGS([pixels], max_iter=1, tolerance_grad=0, tolerance_change=0)
+        optimizer = torch.optim.LBFGS(
+            [pixels], max_iter=1, tolerance_grad=0, tolerance_change=0, history_size=self._history
+        )
 
         def closure() -> Tensor:
             optimizer.zero_grad()

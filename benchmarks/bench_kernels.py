@@ -13,6 +13,7 @@ from torch.nn import functional
 from engine import kernels
 from engine.export import vgg
 from engine.kernels.lbfgs import HISTORY
+from engine.kernels.program import Threads
 
 from . import cases
 
@@ -54,13 +55,13 @@ def _layers(problem: cases.Problem) -> tuple[Run, Run]:
     layers = {}
     for name in (*STYLE, *CONTENT):
         _, channels, *size = shapes[name]
-        features, cotangent, content = torch.rand(3, channels, size[0] * size[1])
+        features, cotangent, content = torch.rand(3, size[0] * size[1], channels).mT  # NHWC, as `--device cpu` has it
         target = torch.rand(channels, channels)
         own = name in STYLE
         layers[name] = kernels.Layer(
             features, cotangent, None if own else content, (target + target.T) if own else None
         )
-    together = kernels.Layers(layers, 1.0, 1.0)
+    together = kernels.Layers(layers, 1.0, 1.0, Threads(torch.get_num_threads()))
 
     def plain() -> list[Tensor]:
         found = []

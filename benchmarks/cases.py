@@ -89,13 +89,10 @@ class Engine:
     """Our loop at one scale, put together as `Stylizer` does it."""
 
     def __init__(self, problem: Problem, device: str, precision: str) -> None:
-        from engine.goal import load as load_goal
         from engine.stylizer import Stylizer
 
         stylizer = Stylizer(problem.weights, device, precision)
-        content = images.resize(problem.content, problem.size)
-        goal = load_goal(content, problem.style, problem.config, None, None)
-        self._objective = stylizer._objective(content, goal)
+        self._objective = stylizer.objective(problem.content, problem.style, problem.config)
         self._device, self._clamp = self._objective.network.image.device, problem.config.clamp
 
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
@@ -130,12 +127,12 @@ def weights(problem: Problem) -> Weights:
     return _cached_weights(problem.weights, problem.config.layers)
 
 
-def build(name: str, problem: Problem) -> Loop:
-    """The loop `name` of `VARIANTS` or `ENGINES`."""
+def build(name: str, problem: Problem, history: int = 100) -> Loop:
+    """The loop `name` of `VARIANTS`, with this history of L-BFGS, or of `ENGINES`, with its own."""
     if name in ENGINES:
         return Engine(problem, *ENGINES[name])
     style = images.to_tensor(images.resize(problem.style, problem.style.fit(problem.config.size)))
-    return Baseline(weights(problem), problem.start, style, problem.config, name, problem.device)
+    return Baseline(weights(problem), problem.start, style, problem.config, name, problem.device, history)
 
 
 def exact(name: str) -> bool:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from engine import BackendError
 from engine import image as images
+from engine.kernels.lbfgs import GPU_HISTORY, pairs
 
 from . import cases, machine
 from .baseline import Baseline
@@ -20,7 +21,7 @@ from .cases import Loop, Problem
 
 TURN = 3  # timings of one variant before the next one has its turn
 BATCH = {"cpu": 1, "cuda": 20}  # iterations to a timing: a GPU's host runs ahead, as in a run, and waits at the end
-WARM_UP = 3  # iterations after the first one that are not timed
+WARM_UP = {"cpu": 3, "cuda": GPU_HISTORY + 2}  # iterations after the first one that are not timed
 MEMORY_ITERATIONS = 100  # torch's L-BFGS history grows until then
 
 
@@ -31,6 +32,8 @@ def start(
     required: Collection[str] = ("eager", *cases.ENGINES),
 ) -> dict[str, Iterator[object]]:
     """Build every variant, compare its gradient, run its first iterations; what cannot run says so in its row.
+
+    All remember as many pairs of L-BFGS as the engine does, so that an iteration is the same work.
 
     `strict` asks for the error at the small picture as well. Of those `required` only a device that is missing is no
     reason to stop.
@@ -44,7 +47,7 @@ def start(
         try:
             before = _memory_in_use(problem.device)
             begin = machine.now(problem.device)
-            loop: Loop = cases.build(name, problem)
+            loop: Loop = cases.build(name, problem, pairs("auto", problem.device == "cuda"))
             row["setup_s"] = machine.now(problem.device) - begin
             iterator = loop.iterate(problem.start)
             begin = machine.now(problem.device)
@@ -53,7 +56,7 @@ def start(
             row["error"] = cases.relative_error(loop.loss_and_gradient(point)[1], oracle)
             if strict:
                 row["strict_error"] = cases.strict_error(name, problem)
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP[problem.device]):
                 next(iterator)
             if problem.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -17,7 +17,7 @@ COARSE = 0.4  # iterations of each coarse scale over those of the last one
 TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
-_MAX_SIZE = 16384
+MAX_SIZE = 16384
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -118,8 +118,8 @@ class Config:
             raise ValueError(f"size {self.size!r}: give original or a number")
         if self.size != "original":
             for side in self.size if isinstance(self.size, tuple) else (self.size,):
-                _whole("size", side, MIN_SIDE, _MAX_SIZE)
-        _whole_or_auto("style_size", self.style_size, MIN_SIDE, _MAX_SIZE)
+                _whole("size", side, MIN_SIDE, MAX_SIZE)
+        _whole_or_auto("style_size", self.style_size, MIN_SIDE, MAX_SIZE)
         if self.style_size != "auto" and self.style_scale != 1:
             raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
         _weight("style_scale", self.style_scale)

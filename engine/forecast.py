@@ -83,7 +83,7 @@ def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
     for style in goal.styles:
         if isinstance(style, images.Picture):
             size = style_size(style, side, config)
-            spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding)
+            spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding, stylizer.precision)
             most = max(most, _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size))
     return {"network of the style": most, **(_beside(stylizer, spec) if spec else {})}
 
@@ -91,7 +91,7 @@ def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
 def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
     """While one scale is optimised."""
     config, gpu, count = goal.config, stylizer.device == "cudnn", 3 * math.prod(size)
-    spec = stylizer._spec(size, goal.layers, config, "circular" if config.tile else config.padding)
+    spec = stylizer._spec(size, goal.layers, config, "circular" if config.tile else config.padding, stylizer.precision)
     own, made = _losses(goal, spec, gpu)
     return {
         "network": _network(stylizer, spec, made),

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import colour
 from . import image as images
-from .config import LAYERS, MIN_SIDE, Config
+from .config import LAYERS, MAX_SIZE, MIN_SIDE, Config
 from .regions import Mask, fitted, load_mask, report_coverage
 from .targets import Targets, is_targets
 
@@ -132,9 +132,14 @@ def _load_masks(
 def style_size(style: images.Picture, side: int, config: Config) -> tuple[int, int]:
     """(width, height) at which a style is looked at for an image with this long side.
 
-    The style's long side follows the image's, and is longer where its short side needs it.
+    The style's long side follows the image's, and is longer where its short side needs it. Raises ValueError for a
+    style so thin that its long side would have more than MAX_SIZE pixels.
     """
-    return style.fit(max(config.style_side(side), math.ceil(MIN_SIDE * style.aspect)))
+    needed = math.ceil(MIN_SIDE * style.aspect)
+    if needed > MAX_SIZE:
+        width, height = style.size
+        raise ValueError(f"a style of {width} x {height} pixels would have to be {needed} long: crop it")
+    return style.fit(max(config.style_side(side), needed))
 
 
 def canvas(config: Config) -> images.Picture:

@@ -153,7 +153,7 @@ def minimise(
         iterate.release()
 
     # Not the iterates: a host that is far ahead must not hold all their images.
-    unchecked = deque((i, each._loss) for i, each in enumerate(queued, 1))
+    unchecked = deque(each._loss for each in queued)
 
     def advance() -> None:
         found = evaluate(image, gradient)
@@ -183,13 +183,13 @@ def minimise(
             queued.append(Iterate(result, late, stages.take()))
             if mean is None:
                 lent.append(weakref.ref(queued[-1]))
-            unchecked.append((i + 1, late))
-            while unchecked and unchecked[0][1].arrived:
-                _check(*unchecked.popleft())
+            unchecked.append(late)
+            while unchecked and unchecked[0].arrived:
+                _check(unchecked.popleft())
             if not image.is_cuda or i >= AHEAD:
                 yield from hand_out()
         for each in unchecked:
-            _check(*each)
+            _check(each)
         while queued:
             yield from hand_out()
     finally:  # of a run that is given up as well, in the middle of anything
@@ -259,12 +259,9 @@ class _Average:
         self._lowest.copy_(saved["average.lowest"])
 
 
-def _check(iteration: int, loss: _Late) -> None:
+def _check(loss: _Late) -> None:
     if not math.isfinite(loss.value):
-        raise FloatingPointError(
-            f"loss or gradient is not finite at iteration {iteration} (loss {loss.value}); "
-            "smaller weights or --precision fp32 keep the numbers in range"
-        )
+        raise FloatingPointError(f"the loss is {loss.value}, or its gradient is not finite")
 
 
 def resized(tensor: Tensor, size: Sequence[int], mode: str, wrap: bool) -> Tensor:

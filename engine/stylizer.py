@@ -8,22 +8,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import colour, kernels, provider
 from . import image as images
 from .cache import Cache
-from .checkpoint import Checkpoint, dump
+from .checkpoint import Checkpoint
 from .checkpoint import load as load_checkpoint
 from .config import Config
 from .export import vgg
+from .export.weights import Weights
 from .export.weights import load as load_weights
 from .features import Features, Open, give_back_freed_memory, within
 from .features import network as open_network
@@ -32,90 +31,15 @@ from .goal import load as load_goal
 from .losses import Objective, Region
 from .optimize import Iterate, Stall, State, minimise, resized
 from .regions import Mask, frozen, guide, load_mask, statistic_of
+from .result import Result, Score, Step
 from .start import first_pixels
 from .targets import Statistic, Statistics, Targets, blend
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 
 # Bytes kept for later runs, $STYLIZE_CACHE_BYTES: style targets, 2.4 MB a scale with the default layers; and networks,
 # 0.8 kB a pixel in fp16, but on `cpu`, where they open in milliseconds.
 _CACHE, _NETWORK_CACHE = 2**28, 2**32
-
-
-@dataclass(frozen=True)
-class Step:
-    """State of a run after one iteration.
-
-    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one as far as
-    is known: a scale that stops early makes it smaller. `loss`, that of this iteration, and `image`, the best picture
-    of this scale so far (the average of its pictures with `Config.average`), are converted when they are asked for, by
-    the thread that takes the steps: a GPU works ahead, and asking waits for it.
-    """
-
-    scale: int
-    iteration: int
-    total: int
-    _iterate: Iterate = field(repr=False)
-    _content: images.Picture = field(repr=False)
-    _config: Config = field(repr=False)
-    _checkpoint: Callable[[], Checkpoint] = field(repr=False)
-
-    @property
-    def loss(self) -> float:
-        """The weighted total loss of this iteration's picture."""
-        return self._iterate.loss
-
-    @property
-    def stages(self) -> dict[str, float]:
-        """Seconds of this iteration by stage: forward, losses, cotangents, vjp, optimiser; empty on a GPU."""
-        return self._iterate.stages
-
-    @property
-    def image(self) -> Image.Image:
-        """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
-        alpha, pixels = self._content.alpha, self._iterate.best
-        if alpha is not None:
-            height, width = pixels.shape[2:]
-            rgb = np.zeros((*alpha.shape, 3), np.float32)
-            alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        own = self._config
-        shown = colour.finish(own.colour, images.from_tensor(pixels), self._content, own.tile)
-        return images.to_pil(images.to_tensor(shown), alpha)
-
-    def checkpoint(self) -> bytes:
-        """The run so far, for `Stylizer.steps(.., resume=..)`: 1.2 kB a pixel with L-BFGS (GPU: 0.3), else 60 bytes.
-
-        To be called before the next step is asked for, or after the iterator was closed at this step; raises
-        RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way.
-        """
-        return dump(self._checkpoint())
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: the picture, the last step, and (scale, loss, seconds since the start) of each iteration."""
-
-    image: Image.Image
-    last: Step
-    trace: tuple[tuple[int, float, float], ...]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Losses of a picture and the gradient of the total.
-
-    `loss` is the weighted total; `content_loss` is the sum over its layers by their weights, `style_loss` (by layer)
-    and `tv_loss` are unweighted; `gradient` is float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
-    """
-
-    loss: float
-    content_loss: float
-    style_loss: dict[str, float]
-    tv_loss: float
-    gradient: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -135,8 +59,7 @@ class Stylizer:
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
     cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
-    default. On a GPU `auto` is fp16, with scaled gradients, and fp32 from the first run on that meets a number fp16
-    cannot hold.
+    default. On a GPU `auto` is fp16, with scaled gradients; a run that meets a number fp16 cannot hold goes on in fp32.
 
     Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
     the device cannot run here.
@@ -159,6 +82,7 @@ class Stylizer:
         self._source = weights
         self._lock = threading.RLock()
         self._opened: _Network | None = None
+        self._digests: tuple[str, ...] = ()
         self._cache = Cache(images.limit("STYLIZE_CACHE_BYTES", _CACHE if self.device == "cpu" else _NETWORK_CACHE))
         self._network(Config().layers)
 
@@ -233,10 +157,12 @@ class Stylizer:
         """
         goal = load_goal(content, style, config or Config(), masks, None).coloured()
         picture, _ = colour.prepare(goal.config.colour, images.load(image), [])
-        objective = self._objective(images.resize(goal.content or picture, picture.size, goal.config.tile), goal)
-        terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
-        if not torch.isfinite(terms.total) and self._fall_back("a loss or a gradient that is not finite"):
-            return self.evaluate(picture, content, style, config, masks=masks)
+        seen = images.resize(goal.content or picture, picture.size, goal.config.tile)
+        for precision in (self.precision, "fp32"):
+            objective = self._objective(seen, goal, precision)
+            terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
+            if torch.isfinite(terms.total) or not self._falls_back(precision, "a loss that is not finite"):
+                break
         assert gradient is not None
         return Score(
             float(terms.total),
@@ -245,6 +171,19 @@ class Stylizer:
             float(terms.tv),
             gradient[0].permute(1, 2, 0).cpu().numpy(),
         )
+
+    def objective(
+        self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
+    ) -> Objective:
+        """The loss at the last scale of such a run, for an optimiser of your own: `engine.autograd.loss` takes it.
+
+        `objective.network.image` (1, 3, H, W) has the shape and the device of the pixels. Raises as a call does.
+        """
+        goal = load_goal(content, style, config or Config(), masks, freeze).coloured()
+        picture = goal.content or canvas(goal.config)
+        scale, _ = goal.config.schedule(picture.aspect)[-1]
+        size = goal.config.whole(picture.fit(scale))
+        return self._objective(images.resize(picture, size, goal.config.tile), goal, self.precision)
 
     def _run(
         self,
@@ -257,6 +196,7 @@ class Stylizer:
     ) -> Iterator[Step]:
         """The run; `content` is what was given, `goal` what the objective sees."""
         config, seen = goal.config, goal.content or content
+        precision = resumed.identity["precision"] if resumed else self.precision
         iteration = resumed.iteration if resumed else 0
         state = State()
         counts = resumed.tensors["schedule"].tolist() if resumed else [iterations for _, iterations in schedule]
@@ -278,20 +218,23 @@ class Stylizer:
                 tensors, resumed = resumed.tensors if resumed else None, None
                 left = sum(counts[: index + 1]) - iteration
                 try:
-                    for iterate in self._minimise(scaled, goal, pixels, left, state, tensors):
+                    for iterate in self._minimise(scaled, goal, precision, pixels, left, state, tensors):
                         iteration += 1
                         pixels = iterate.best
                         stops = config.stop > 0 and stall(iterate.loss)
                         if stops:
                             counts[index] = iteration - sum(counts[:index])
-                        save = functools.partial(self._checkpoint, identity, index, iteration, iterate, counts, stall)
-                        yield Step(scale, iteration, sum(counts), iterate, content, config, save)
+                        behind = index, iteration, iterate, counts, stall
+                        save = functools.partial(_checkpoint, identity, precision, *behind)
+                        yield Step(scale, iteration, sum(counts), precision, iterate, content, config, save)
                         if stops:
                             iterate.release()
                             break
                 except FloatingPointError as error:
-                    if not self._fall_back(error):
-                        raise
+                    if not self._falls_back(precision, error):
+                        ways = "smaller weights" + (" or --precision fp32" if precision != "fp32" else "")
+                        raise FloatingPointError(f"{error}, after iteration {iteration}: try {ways}") from error
+                    precision = "fp32"
 
     def _identity(self, given: Goal, start: images.Picture | None) -> dict[str, Any]:
         """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
@@ -300,38 +243,25 @@ class Stylizer:
         own = {"weights": self.weights_digest(given.layers), "device": self.device}
         return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
 
-    def _checkpoint(
-        self,
-        identity: Callable[[], dict[str, Any]],
-        scale: int,
-        iteration: int,
-        iterate: Iterate,
-        counts: list[int],
-        stall: Stall,
-    ) -> Checkpoint:
-        """The run behind `iterate`, the newest of it."""
-        tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
-        return Checkpoint(identity() | {"precision": self.precision}, scale, iteration, tensors)
-
     def _resumed(self, data: bytes, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
-        """The checkpoint, checked; one that has fallen back to fp32 makes us do so too."""
+        """The checkpoint, checked; it may be of a run that fell back to fp32."""
         checkpoint = load_checkpoint(data)
-        if checkpoint.identity["precision"] == "fp32":
-            self._fall_back("so was the run of the checkpoint")
-        checkpoint.check(identity() | {"precision": self.precision})
+        fell_back = self._automatic and checkpoint.identity["precision"] == "fp32"
+        checkpoint.check(identity() | {"precision": "fp32" if fell_back else self.precision})
         return checkpoint
 
     def _minimise(
         self,
         content: images.Picture,
         goal: Goal,
+        precision: str,
         start: Tensor,
         iterations: int,
         state: State,
         saved: Mapping[str, Tensor] | None,
     ) -> Iterator[Iterate]:
         """The run at one scale, that of `content`, whose network is let go at its end."""
-        objective = self._objective(content, goal)
+        objective = self._objective(content, goal, precision)
         start = start.to(objective.network.image.device)
         config = goal.config
         iterates = minimise(
@@ -351,12 +281,11 @@ class Stylizer:
         )
         yield from within(objective.network, iterates)
 
-    def _fall_back(self, reason: object) -> bool:
-        """Go on in fp32 if the precision was ours to choose: whether it was."""
-        if not self._automatic or self.precision == "fp32":
+    def _falls_back(self, precision: str, reason: object) -> bool:
+        """Whether a run that failed in this precision goes on in fp32: the precision was ours to choose."""
+        if not self._automatic or precision == "fp32":
             return False
-        log.info("precision: fp32 from here on, as fp16 cannot hold this run: %s", reason)
-        self.precision = "fp32"
+        log.info("precision: this run goes on in fp32, as %s cannot hold it: %s", precision, reason)
         return True
 
     def targets(self, style: Any, config: Config | None = None, *, mask: Any = None) -> Targets:
@@ -364,20 +293,22 @@ class Stylizer:
 
         `mask` is a part of the style, as in a call. Raises ValueError, TypeError or OSError.
         """
-        config = config or Config()
+        config = replace(config or Config(), iterations=1)  # they need not be those of a square's scales
+        if config.size == "original":
+            raise ValueError("size original is that of a content, and there is none: give a number")
         picture = images.load(style)
         plane = None if mask is None else load_mask(mask, picture, "mask of the style")
         sides = [side for side, _ in config.schedule(1.0)]
         return Targets(
             self._made_for(tuple(config.style_layer_weights), config),
-            {side: self._statistics(picture, side, config, plane) for side in sides},
+            {side: self._statistics(picture, side, config, plane, self.precision) for side in sides},
         )
 
-    def _objective(self, content: images.Picture, goal: Goal) -> Objective:
+    def _objective(self, content: images.Picture, goal: Goal, precision: str) -> Objective:
         """The objective at the size of the content picture, which stands in for a missing content."""
         config = goal.config
-        regions = self._regions(goal, max(content.size))  # the memory of this is free again
-        network = self._features(content.size, goal.layers, config)
+        regions = self._regions(goal, max(content.size), precision)  # the memory of this is free again
+        network = self._features(content.size, goal.layers, config, precision)
         targets = {}
         if goal.content is not None:
             with network.use():
@@ -388,7 +319,7 @@ class Stylizer:
             network, targets, regions, config, None if goal.freeze is None else frozen(goal.freeze, content.size)
         )
 
-    def _regions(self, goal: Goal, side: int) -> list[Region]:
+    def _regions(self, goal: Goal, side: int, precision: str) -> list[Region]:
         """What the parts of an image with this long side are compared with."""
         if not goal.styles:
             return []
@@ -398,7 +329,7 @@ class Stylizer:
         found = [
             style.at(side, layers, self._made_for(style.layers, config))
             if isinstance(style, Targets)
-            else self._statistics(style, side, config, mask)
+            else self._statistics(style, side, config, mask, precision)
             for style, (_, mask) in zip(goal.styles, masks, strict=True)
         ]
         device = "cpu" if self.device not in provider.GPUS else "cuda"
@@ -412,7 +343,7 @@ class Stylizer:
         return [Region(one, share, mask) for one, share, (mask, _) in zip(found, shares, goal.masks, strict=True)]
 
     def _made_for(self, layers: tuple[str, ...], config: Config) -> dict[str, str]:
-        """What statistics of these layers depend on besides the picture and its size."""
+        """What statistics of these layers depend on besides the picture and the image's size."""
         weights = f"{self.weights_name} {self.weights_digest(layers or vgg.LAYERS)[:16]}"
         weights += "" if config.pixel_range == "auto" else f" fed {config.pixel_range}"
         return {
@@ -420,9 +351,13 @@ class Stylizer:
             "pooling": config.pooling,
             "padding": config.padding,
             "style loss": config.style_loss,
+            "style scale": str(config.style_scale),
+            "style size": str(config.style_size),
         }
 
-    def _statistics(self, style: images.Picture, side: int, config: Config, mask: Mask | None) -> Statistics:
+    def _statistics(
+        self, style: images.Picture, side: int, config: Config, mask: Mask | None, precision: str
+    ) -> Statistics:
         """The statistics of a style, or of its part in a mask, for an image with this long side.
 
         A style is not expected to tile: it has borders even where the image has none.
@@ -431,11 +366,11 @@ class Stylizer:
         digest = hashlib.sha256(style.rgb.tobytes())
         digest.update(b"" if mask is None else mask.tobytes())
         layers = tuple(config.style_layer_weights)
-        kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, self.precision)
+        kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, precision)
         key = (digest.digest(), style.size, size, layers, *kinds)
 
         def make() -> Statistics:
-            features = self._open_features(size, layers, config, config.padding, forward_only=True)
+            features = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
             found = {}
             with features.use():
                 features.image.copy_(images.to_tensor(images.resize(style, size)))
@@ -449,18 +384,20 @@ class Stylizer:
 
         return self._cache.get(("style", *key), make, _of_statistics)
 
-    def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config) -> Features:
+    def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config, precision: str) -> Features:
         padding = "circular" if config.tile else config.padding
-        make = functools.partial(self._open_features, size, layers, config, padding)
+        make = functools.partial(self._open_features, size, layers, config, padding, precision)
         if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
             return make()
-        key = ("network", size, layers, config.pixel_range, config.pooling, padding, self.precision)
+        key = ("network", size, layers, config.pixel_range, config.pooling, padding, precision)
         return self._cache.get(key, make, lambda network: network.memory)
 
-    def _spec(self, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
-        blocked = self.device == "onnxruntime" and self.precision == "fp32"
-        nhwc = self.device in provider.GPUS and self.precision != "fp32"
-        return vgg.Spec(size[1], size[0], layers, config.pooling, self.precision, blocked, nhwc, padding)
+    def _spec(
+        self, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str, precision: str
+    ) -> vgg.Spec:
+        blocked = self.device == "onnxruntime" and precision == "fp32"
+        nhwc = self.device in provider.GPUS and precision != "fp32"
+        return vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
 
     def _open_features(
         self,
@@ -468,9 +405,10 @@ class Stylizer:
         layers: tuple[str, ...],
         config: Config,
         padding: str,
+        precision: str,
         forward_only: bool = False,
     ) -> Features:
-        spec, network = self._spec(size, layers, config, padding), self._network(layers, config.pooling)
+        spec, network = self._spec(size, layers, config, padding, precision), self._network(layers, config.pooling)
         return network.open(spec, forward_only=forward_only, pixel_range=config.pixel_range)
 
     def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:
@@ -483,12 +421,35 @@ class Stylizer:
                 depth, with_max = max(had[0], depth), had[1] or with_max
                 layers = vgg.LAYERS[:depth]
                 weights = load_weights(self._source, layers)
+                self._check_same(weights, depth)
                 opener = open_network(weights, layers, self.device, self._threads, with_max=with_max)
                 self._opened = _Network(depth, with_max, weights.name, weights.digests, opener)
                 del weights
                 give_back_freed_memory()
             assert self._opened
             return self._opened
+
+    def _check_same(self, weights: Weights, depth: int) -> None:
+        """Raise ValueError if the weights are not those that were loaded before, which made what is cached."""
+        self._source = weights.name if self._source == "auto" else self._source
+        digests = weights.digests[:depth]
+        if any(ours != theirs for ours, theirs in zip(self._digests, digests, strict=False)):
+            raise ValueError(f"weights {weights.name} have changed since they were loaded: start afresh")
+        self._digests = max(self._digests, digests, key=len)
+
+
+def _checkpoint(
+    identity: Callable[[], dict[str, Any]],
+    precision: str,
+    scale: int,
+    iteration: int,
+    iterate: Iterate,
+    counts: list[int],
+    stall: Stall,
+) -> Checkpoint:
+    """The run behind `iterate`, the newest of it."""
+    tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
+    return Checkpoint(identity() | {"precision": precision}, scale, iteration, tensors)
 
 
 def _of_statistics(found: Statistics) -> list[Tensor]:

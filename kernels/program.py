@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib import resources
 from typing import Any
 
@@ -50,8 +50,13 @@ class Threads:
         """Run the program; `scratch` is memory for each thread, as much as its steps need."""
         taken, done = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
         places = [each.data_ptr() for each in scratch]
-        others = [self._others.submit(_work, table, taken, done, place) for place in places[1:]] if self._others else []
-        _work(table, taken, done, places[0])
+        others: list[Future[None]] = []
+        try:
+            for place in places[1:] if self._others else ():
+                others.append(self._others.submit(_work, table, taken, done, place))
+            _work(table, taken, done, places[0])
+        finally:  # of a Ctrl-C, too: the memory that they work on may be gone afterwards
+            wait(others)
         for other in others:
             other.result()
 

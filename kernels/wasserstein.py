@@ -35,14 +35,19 @@ class Wasserstein:
     """L to a style's mean (C,) and covariance (C, C), both fp32; computed in fp64, where the tensors are.
 
     `mean` (C,) fp32 is where the image's mean has to stand when the object is called. The eigenvalues are the host's
-    to wait for, so that a call cannot be part of a CUDA graph.
+    to wait for, so that a call cannot be part of a CUDA graph. Raises FloatingPointError for a target that is not
+    finite, and gives NaN for a covariance of the image that is not.
     """
 
     def __init__(self, mean: Tensor, target_mean: Tensor, target: Tensor) -> None:
         self.mean, self._target_mean = mean, target_mean
         self._ridge = EPSILON * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
         covariance = target.double() + self._ridge
-        self._root, self._trace = torch.linalg.cholesky(covariance), covariance.trace()
+        if not torch.isfinite(covariance).all():
+            raise FloatingPointError("the covariance of a style is not finite")
+        # Not Cholesky's: with fewer positions than channels rounding makes eigenvalues negative.
+        values, vectors = torch.linalg.eigh(covariance)
+        self._root, self._trace = vectors * values.clamp_min(EPSILON).sqrt(), covariance.trace()
 
     @property
     def slope(self) -> Tensor:
@@ -52,7 +57,11 @@ class Wasserstein:
     def __call__(self, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L, D and mean (m - n)^2 for the image's covariance (C, C) = X X^T / M fp32: dL/dX = D X / (C^2 M)."""
         own, channels = covariance.double() + self._ridge, len(covariance)
-        values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)
+        try:
+            values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)
+        except torch.linalg.LinAlgError:  # of a covariance that is not finite
+            nothing = torch.full_like(own, torch.nan).float()
+            return nothing[0, 0], nothing, nothing[0, 0]
         roots = values.clamp_min(EPSILON**2).sqrt()  # no eigenvalue is smaller but by rounding
         means = self.slope.double().square().mean()
         loss = means + (own.trace() + self._trace - 2 * roots.sum()) / channels

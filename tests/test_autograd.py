@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Config, goal, image
+from engine import Config, image
 from engine.autograd import loss
 
 
@@ -12,7 +12,7 @@ def objective(stylizer, pictures):
         size=40, style_weight=50, tv_weight=3, style_layers=("relu1_1", "relu3_1"), content_layers=("relu2_2",)
     )
     content = image.resize(image.load(pictures["content"]), (40, 36))
-    return stylizer._objective(content, goal.load(content, pictures["style"], config, None, None))
+    return stylizer.objective(content, pictures["style"], config)
 
 
 def pixels(seed=0):

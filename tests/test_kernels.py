@@ -1,5 +1,7 @@
 """The operations on a CPU against their references, and the references against their own derivatives."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,28 @@ def test_wasserstein_of_one_distribution_to_itself_is_zero():
     assert abs(float(loss)) < 1e-6
     assert float(means) == 0
     assert float(slope.abs().max()) < 1e-5
+
+
+def test_wasserstein_of_fewer_positions_than_channels():
+    """Loud features leave covariances with eigenvalues that rounding makes negative."""
+    f, a = 300 * random(96, 7), 300 * random(96, 9, seed=1)
+    mean, covariance = a.mean(1), np.cov(a, bias=True)
+    own = np.cov(f, bias=True)
+    expected = wasserstein_reference(f.mean(1), own, mean, covariance)
+    given = [torch.from_numpy(each).float() for each in (f.mean(1), mean, covariance)]
+    assert float(torch.linalg.eigvalsh(given[2])[0]) < -1e-3
+    loss, slope, _ = Wasserstein(*given)(torch.from_numpy(own).float())
+    assert float(loss) == pytest.approx(expected, rel=1e-3)
+    assert torch.isfinite(slope).all()
+
+
+def test_wasserstein_of_what_is_not_finite():
+    matrix = torch.eye(5)
+    loss, slope, _ = Wasserstein(torch.zeros(5), torch.zeros(5), matrix)(matrix * math.nan)
+    assert torch.isnan(loss)
+    assert torch.isnan(slope).all()
+    with pytest.raises(FloatingPointError, match="covariance of a style"):
+        Wasserstein(torch.zeros(5), torch.zeros(5), matrix * math.inf)
 
 
 def test_losses_alone_need_no_cotangents():

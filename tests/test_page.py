@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def submit(page, size="256", iterations="10"):
 def test_from_two_pictures_to_a_download(page):
     shot(page, "empty")
     assert page.get_by_role("button", name="Paint", exact=True).is_disabled()
-    card = submit(page, iterations="30")
+    card = submit(page, iterations="60")
     card.locator("img.after:not([hidden])").wait_for()
     card.locator("polyline[points*=' ']").wait_for(state="attached")
     assert re.search(r"iteration \d+ of \d+", card.locator(".detail").inner_text())
@@ -163,3 +164,39 @@ def test_a_server_that_is_killed_and_comes_back_loses_no_picture(page, server):
     for card in cards:
         card.get_by_text(re.compile("^Done in")).wait_for()
     assert page.get_by_text("cannot be reached").count() == 0
+
+
+def test_a_last_picture_that_is_lost_is_asked_for_again(page, server):
+    page.route("**/image?*", lambda route: route.abort())
+    card = submit(page, iterations="3")
+    page.get_by_text("cannot be reached").wait_for()  # it ended: a preview that is lost is not worth a word
+    assert server.get(f"/v1/jobs/{card.get_attribute('data-id')}")["state"] == "succeeded"
+    page.unroute("**/image?*")
+    card.get_by_text(re.compile("^Done in")).wait_for()
+    assert card.locator("img.after").is_visible()
+    assert page.get_by_text("cannot be reached").count() == 0
+
+
+def test_many_jobs_leave_connections_for_the_rest(browser, tmp_path):
+    with Server(tmp_path / "data", "--workers", "3") as server:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(WAIT)
+        streams = []  # 1 for each that was opened, -1 for each that is over
+        for event, change in (("request", 1), ("requestfinished", -1), ("requestfailed", -1)):
+            page.on(event, lambda request, by=change: request.url.endswith("/events") and streams.append(by))
+        page.goto(server.url)
+        cards = [submit(page, iterations="5000") for _ in range(8)]
+        for card in cards[:3]:  # they run at once
+            card.locator("img.after:not([hidden])").wait_for()
+            card.get_by_text(re.compile("^Painting")).wait_for()
+        assert page.get_by_text(re.compile("^Waiting")).count() == 5
+        assert max(accumulate(streams)) == 2
+        shot(page, "many")
+        with page.expect_event("requestfailed", lambda request: sum(streams) == 0):  # none while nobody looks
+            page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
+        page.evaluate("delete document.hidden")
+        for card in reversed(cards):
+            card.get_by_role("button", name="Cancel").click()
+            card.get_by_text(re.compile("^Cancelled")).wait_for()
+        submit(page, iterations="3").get_by_text(re.compile("^Done in")).wait_for()
+        page.close()

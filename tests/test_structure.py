@@ -34,10 +34,11 @@ ALLOWED = {
     "autograd": {"losses"},
     "optimize": {"config", "kernels", "stages"},
     "checkpoint": set(),
+    "result": {"checkpoint", "colour", "config", "image", "optimize"},
     "start": {"config", "image"},
     "stylizer": (
         {"cache", "checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider"}
-        | {"regions", "start", "targets", "export", "kernels"}
+        | {"regions", "result", "start", "targets", "export", "kernels"}
     ),
     "forecast": {
         "config",

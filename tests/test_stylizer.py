@@ -1,6 +1,7 @@
 import gc
 import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -315,8 +316,8 @@ def test_a_run_that_fp16_cannot_hold_goes_on_in_fp32(pictures, monkeypatch, capl
     own = Stylizer(weights="embedded", precision="auto")
     with caplog.at_level("INFO", logger="engine"):
         result = own(pictures["content"], pictures["style"], TINY)
-    assert "fp32 from here on" in caplog.text
-    assert own.precision == "fp32"
+    assert "this run goes on in fp32" in caplog.text
+    assert (own.precision, result.last.precision) == ("fp16", "fp32")  # the next run starts in fp16
     assert len(result.trace) == TINY.iterations
     named = Stylizer(weights="embedded", precision="fp16")
     with pytest.raises(FloatingPointError):
@@ -337,7 +338,7 @@ def test_a_score_that_fp16_cannot_hold_is_taken_in_fp32(pictures, monkeypatch):
     arguments = (pictures["content"], pictures["content"], pictures["style"])
     own = Stylizer(weights="embedded", precision="auto")
     assert np.isfinite(own.evaluate(*arguments).loss)
-    assert own.precision == "fp32"
+    assert own.precision == "fp16"
     assert np.isnan(Stylizer(weights="embedded", precision="fp16").evaluate(*arguments).loss)
 
 
@@ -485,6 +486,36 @@ def test_networks_and_targets_are_kept_up_to_the_limit(pictures, monkeypatch):
         Stylizer(weights="embedded", device="cpu")
 
 
+def test_weights_that_change_under_a_stylizer_are_refused(pictures, states, tmp_path):
+    """What it keeps of styles was made by those that it loaded first."""
+    from safetensors.torch import save_file
+
+    file, state = tmp_path / "own.safetensors", states["torchvision"][1]
+    save_file(state, file)
+    own = Stylizer(weights=file, device="cpu")
+    own(pictures["content"], pictures["style"], TINY)
+    save_file(state | {"features.5.bias": 2 * state["features.5.bias"]}, file)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="have changed since they were loaded"):
+            own(pictures["content"], pictures["style"], replace(TINY, pooling="max"))
+
+
+def test_weights_that_are_downloaded_meanwhile_wait_for_the_next_stylizer(pictures, own_cache, monkeypatch):
+    from engine import stylizer as module
+
+    asked, load = [], module.load_weights
+    monkeypatch.setattr(module, "load_weights", lambda source, layers: (asked.append(source), load(source, layers))[1])
+    own = Stylizer(weights="auto", device="cpu")
+    own(pictures["content"], pictures["style"], replace(TINY, pooling="max"))
+    assert asked == ["auto", "embedded"]
+
+
+def test_a_thread_of_a_style_is_refused(stylizer, pictures):
+    thread = np.zeros((1, 600, 3), np.uint8)
+    with pytest.raises(ValueError, match="a style of 600 x 1 pixels would have to be 19200 long: crop it"):
+        stylizer(pictures["content"], thread, TINY)
+
+
 def test_a_style_is_looked_at_once(pictures, monkeypatch):
     from engine import stylizer as module
 
@@ -503,7 +534,7 @@ def test_a_network_that_overflows_stops_the_run(tmp_path, pictures):
 
     state = {key: value * (1e6 if value.ndim == 4 else 1) for key, value in oracle.random_state().items()}
     save_file(state, tmp_path / "loud.safetensors")
-    with pytest.raises(FloatingPointError, match="not finite at iteration 1"):
+    with pytest.raises(FloatingPointError, match="not finite, after iteration 0"):
         Stylizer(weights=tmp_path / "loud.safetensors", device="cpu")(pictures["content"], pictures["style"], TINY)
 
 

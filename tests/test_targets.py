@@ -45,6 +45,8 @@ def test_targets_of_a_part_of_a_style(stylizer):
         ({"pooling": "max"}, "made for pooling avg, this run has max"),
         ({"style_loss": "shifted"}, "made for style loss gram"),
         ({"style_layers": ("relu1_2",)}, "not for relu1_2"),
+        ({"style_scale": 2}, "made for style scale 1.0, this run has 2"),
+        ({"style_size": 40}, "made for style size auto, this run has 40"),
     ],
 )
 def test_targets_of_another_run_are_refused(stylizer, options, words):
@@ -52,6 +54,16 @@ def test_targets_of_another_run_are_refused(stylizer, options, words):
     targets = stylizer.targets(noise(40, 50, 2), TWO_SCALES)
     with pytest.raises(ValueError, match=words):
         stylizer(noise(48, 64, 1), targets, config)
+
+
+def test_targets_for_the_scales_of_a_thin_content(stylizer):
+    """A thin content has fewer scales than a square; iterations may be named for those."""
+    config = replace(TWO_SCALES, iterations=(1,))
+    content, style = noise(40, 64, 1), noise(40, 50, 2)
+    targets = stylizer.targets(style, config)
+    assert stylizer(content, targets, config).image.tobytes() == stylizer(content, style, config).image.tobytes()
+    with pytest.raises(ValueError, match="size original is that of a content"):
+        stylizer.targets(style, replace(config, size="original"))
 
 
 def test_targets_of_other_weights_are_refused(stylizer, states):

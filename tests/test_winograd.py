@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,6 +335,24 @@ def test_the_memory_of_a_default_run(network):
 
 def test_scratch_rows_cover_the_rows_that_multiply_takes():
     assert kernel.TILES % vector.ROWS == kernel.TILES % vector.SQUARE == 0
+
+
+def test_an_interrupted_program_leaves_no_thread_at_work(monkeypatch):
+    """Ctrl-C before our own share: the others work on memory that the caller may give back."""
+    working = []
+
+    def work(table, taken, done, place):
+        if place == 1:
+            raise KeyboardInterrupt
+        working.append(place)
+        time.sleep(0.1)
+        working.remove(place)
+
+    monkeypatch.setattr(program, "_work", work)
+    scratch = [SimpleNamespace(data_ptr=lambda place=place: place) for place in (1, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        program.Threads(2).run(np.zeros(1), scratch)
+    assert not working
 
 
 def test_no_thread_works_on_after_a_call(pictures):

@@ -5,9 +5,12 @@ const $ = (selector, root = document) => root.querySelector(selector);
 const KEY = "stylize.jobs";
 const KEPT = 30; // jobs that this browser remembers
 const FINISHED = ["succeeded", "failed", "cancelled"];
+const POLL = 1000; // milliseconds between two looks at a job
+const STREAMS = 2; // each holds one of the six connections that browsers open to a host, over all tabs
 const form = $("#form");
 const pictures = { content: null, style: null };
 const shown = new Map(); // id -> card
+let streams = 0;
 
 // Server.
 
@@ -213,6 +216,8 @@ class Card {
   constructor(entry) {
     this.id = entry.id;
     this.losses = [];
+    this.preview = 0; // the number of the picture that is shown
+    this.loading = null;
     this.following = false;
     this.root = $("#job").content.cloneNode(true).firstElementChild;
     this.root.dataset.id = entry.id;
@@ -234,43 +239,49 @@ class Card {
     this.root.scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
 
-  // Read the events until the end; a lost connection is taken up again where it was lost.
+  // Look at the job until its end is shown, or at its events where that is worth a connection.
   async follow() {
     if (this.following) return;
     this.following = true;
-    for (let wait = 500; this.following; wait = Math.min(8000, wait * 2)) {
+    for (let wait = POLL; this.following; wait = Math.min(8000, wait * 2)) {
       try {
-        const last = this.losses.length ? this.losses[this.losses.length - 1][0] : 0;
-        const answer = await ask(`/v1/jobs/${this.id}/events`, { headers: { "last-event-id": String(last) } });
+        const job = await (await ask(`/v1/jobs/${this.id}`)).json();
         connection(true);
-        for await (const [name, data] of events(answer.body)) {
-          wait = 500;
-          if (name === "progress") this.progress(data);
-          if (name === "preview") await this.picture(data.image);
-          if (name === "end") {
-            this.following = false;
-            await this.end(data);
-          }
-        }
+        wait = POLL;
+        this.progress(job);
+        if (FINISHED.includes(job.state) || (live(job) && streams < STREAMS)) await this.stream();
       } catch (error) {
-        if (error.status === 404) {
-          this.following = false;
-          this.state("failed", "This picture was removed from the server.");
-          break;
-        }
-        if (error.status === 401) {
-          this.following = false;
-          break;
-        }
-        connection(false);
+        this.following = ![401, 404].includes(error.status);
+        connection(!this.following);
+        if (error.status === 404) this.state("failed", "This picture was removed from the server.");
       }
-      if (this.following) await sleep(wait);
+      if (this.following) await sleep(document.hidden ? 5 * wait : wait);
     }
   }
 
+  // Read the events from where they were lost; those of a finished job end at once.
+  async stream() {
+    streams += 1;
+    try {
+      const answer = await ask(`/v1/jobs/${this.id}/events`, { headers: { "last-event-id": String(this.known()) } });
+      for await (const [name, data] of events(answer.body)) {
+        if (name === "end") return await this.end(data);
+        if (name !== "progress") continue;
+        this.progress(data);
+        if (!live(data) && !FINISHED.includes(data.state)) return;
+      }
+    } finally {
+      streams -= 1;
+    }
+  }
+
+  // The last iteration whose loss has come.
+  known() {
+    return this.losses.length ? this.losses[this.losses.length - 1][0] : 0;
+  }
+
   progress(job) {
-    const known = this.losses.length ? this.losses[this.losses.length - 1][0] : 0;
-    this.losses.push(...job.losses.filter(([iteration]) => iteration > known));
+    this.losses.push(...(job.losses || []).filter(([iteration]) => iteration > this.known()));
     this.draw(job.total);
     $("progress", this.root).value = job.total ? job.iteration / job.total : 0;
     const size = job.options.size || 512;
@@ -284,10 +295,16 @@ class Card {
     if (job.total && job.scale !== size) parts.push(`at ${job.scale} px`);
     if (job.loss !== null) parts.push(`loss ${job.loss.toPrecision(3)}`);
     $(".detail", this.root).textContent = parts.join(" · ");
+    if (job.preview !== this.preview && !FINISHED.includes(job.state)) {
+      // One at a time, while events are read on; one that is lost or left out is made up for by the next.
+      this.loading ||= this.picture(job).catch(() => {}).finally(() => { this.loading = null; });
+    }
   }
 
-  async picture(url) {
+  async picture(job) {
+    const url = `${job.image}?v=${job.preview}`;
     const blob = await (await ask(url, { headers: { accept: "image/png" } })).blob();
+    this.preview = job.preview;
     URL.revokeObjectURL(this.after.src);
     this.after.src = URL.createObjectURL(blob);
     this.blob = blob;
@@ -299,6 +316,10 @@ class Card {
   }
 
   async end(job) {
+    await this.loading; // it would come after the last picture
+    if (job.preview) await this.picture(job);
+    else $(".wait", this.root).textContent = "no picture";
+    this.following = false; // not before: a picture that does not come is asked for again
     const took = duration(job.seconds);
     const text = {
       succeeded: `Done in ${took}`,
@@ -307,8 +328,6 @@ class Card {
     }[job.state];
     this.state(job.state, text);
     if (job.state === "succeeded") this.after.alt = "The finished picture";
-    if (job.preview) await this.picture(job.image);
-    else $(".wait", this.root).textContent = "no picture";
   }
 
   state(state, text) {
@@ -361,7 +380,6 @@ class Card {
   }
 
   forget() {
-    this.following = false;
     this.root.remove();
     shown.delete(this.id);
     remember(remembered().filter((entry) => entry.id !== this.id));
@@ -369,21 +387,30 @@ class Card {
   }
 }
 
-// [name, data] of each server-sent event of a stream.
+// Whether the events of a job are worth a connection: they come often, and somebody looks.
+function live(job) {
+  return job.state === "running" && !document.hidden;
+}
+
+// [name, data] of each server-sent event of a stream; leaving the loop over them closes it.
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    rest += value;
-    const blocks = rest.split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const name = /^event: (.*)$/m.exec(block);
-      const data = /^data: (.*)$/m.exec(block);
-      if (name && data) yield [name[1], JSON.parse(data[1])];
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      rest += value;
+      const blocks = rest.split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const name = /^event: (.*)$/m.exec(block);
+        const data = /^data: (.*)$/m.exec(block);
+        if (name && data) yield [name[1], JSON.parse(data[1])];
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }
 

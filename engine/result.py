@@ -1,0 +1,94 @@
+"""What a run hands out: its steps, its end, and the score of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import colour
+from . import image as images
+from .checkpoint import Checkpoint, dump
+from .config import Config
+from .optimize import Iterate
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Step:
+    """State of a run after one iteration.
+
+    `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one as far as
+    is known: a scale that stops early makes it smaller. `precision` is that of the network, which may fall back once in
+    a run. `loss`, that of this iteration, and `image`, the best picture of this scale so far (the average of its
+    pictures with `Config.average`), are converted when they are asked for, by the thread that takes the steps: a GPU
+    works ahead, and asking waits for it.
+    """
+
+    scale: int
+    iteration: int
+    total: int
+    precision: str
+    _iterate: Iterate = field(repr=False)
+    _content: images.Picture = field(repr=False)
+    _config: Config = field(repr=False)
+    _checkpoint: Callable[[], Checkpoint] = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """The weighted total loss of this iteration's picture."""
+        return self._iterate.loss
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of this iteration by stage: forward, losses, cotangents, vjp, optimiser; empty on a GPU."""
+        return self._iterate.stages
+
+    @property
+    def image(self) -> Image.Image:
+        """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
+        alpha, pixels = self._content.alpha, self._iterate.best
+        if alpha is not None:
+            height, width = pixels.shape[2:]
+            rgb = np.zeros((*alpha.shape, 3), np.float32)
+            alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
+        own = self._config
+        shown = colour.finish(own.colour, images.from_tensor(pixels), self._content, own.tile)
+        return images.to_pil(images.to_tensor(shown), alpha)
+
+    def checkpoint(self) -> bytes:
+        """The run so far, for `Stylizer.steps(.., resume=..)`: 1.2 kB a pixel with L-BFGS (GPU: 0.3), else 60 bytes.
+
+        To be called before the next step is asked for, or after the iterator was closed at this step; raises
+        RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way.
+        """
+        return dump(self._checkpoint())
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: the picture, the last step, and (scale, loss, seconds since the start) of each iteration."""
+
+    image: Image.Image
+    last: Step
+    trace: tuple[tuple[int, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses of a picture and the gradient of the total.
+
+    `loss` is the weighted total; `content_loss` is the sum over its layers by their weights, `style_loss` (by layer)
+    and `tv_loss` are unweighted; `gradient` is float32 (H, W, 3): d loss / d pixel, for pixels in [0, 1].
+    """
+
+    loss: float
+    content_loss: float
+    style_loss: dict[str, float]
+    tv_loss: float
+    gradient: NDArray[np.float32]
