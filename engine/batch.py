@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from .config import Config
-from .jobs import SUFFIXES, Job, combine
+from .jobs import SUFFIXES, Job, brief, combine
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,29 @@ class DiedError(Exception):
 
 
 class Painter:
-    """What a worker holds. Runs in its process or actor."""
+    """What a worker holds. Runs in its process or actor, by default on its share of the threads, one of `sharing`."""
 
-    def __init__(self, weights: str, device: str, config: Config, threads: int | None) -> None:
+    def __init__(self, weights: str, device: str, config: Config, threads: int | None, sharing: int = 1) -> None:
+        import torch
+
         from .stylizer import Stylizer
 
-        self._stylizer, self._config = Stylizer(weights, device, threads=threads), config
+        self._config, self._mistake = config, None
+        share = max(1, torch.get_num_threads() // sharing)
+        try:
+            self._stylizer = Stylizer(weights, device, threads=threads or share)
+        except (ValueError, OSError, RuntimeError) as error:  # BackendError is a RuntimeError
+            self._mistake = ValueError(brief(error))
 
-    def paint(self, task: Job) -> str:
-        """Paint one picture, with its manifest: an empty string, or why it cannot be painted."""
+    def paint(self, task: Job) -> str | ValueError:
+        """Paint one picture, with its manifest: an empty string, or why it cannot be painted.
+
+        A ValueError is the answer where no picture can be, as there is something wrong with what the worker was given.
+        """
         from . import manifest, painting
 
+        if self._mistake:
+            return self._mistake
         try:
             start, losses = time.perf_counter(), []
             job = replace(task, content=_load(task.content), styles=tuple(map(_load, task.styles)))
@@ -56,7 +68,7 @@ class Painter:
             step.image.save(stream, "PNG", **manifest.embed("PNG", record))
             _write(task.out, stream.getvalue())
         except Exception as error:  # one picture's failure is recorded, the others go on
-            return " ".join(str(error).split()) or type(error).__name__
+            return brief(error)
         return ""
 
 
@@ -84,7 +96,7 @@ class Processes:
         except OSError:  # dead already: `outcome` will say so
             log.debug("a worker died while it was idle")
 
-    def outcome(self) -> tuple[Any, str | DiedError]:
+    def outcome(self) -> tuple[Any, str | ValueError | DiedError]:
         """The next worker that is done, and its answer."""
         connection = wait(list(self._busy))[0]
         assert isinstance(connection, Connection)
@@ -131,7 +143,7 @@ class Actors:
         """Give an idle worker a task."""
         self._busy[worker.paint.remote(task)] = worker
 
-    def outcome(self) -> tuple[Any, str | DiedError]:
+    def outcome(self) -> tuple[Any, str | ValueError | DiedError]:
         """The next worker that is done, and its answer."""
         (reference,), _ = self._ray.wait(list(self._busy), num_returns=1)
         worker = self._busy.pop(reference)
@@ -148,7 +160,8 @@ class Actors:
 def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Iterator[tuple[Job, str]]:
     """Run the tasks, one in the hand of each worker: each with an empty string or why it failed.
 
-    A worker that dies is replaced and its task goes to the end of the list; after the third it is given up.
+    A worker that dies is replaced and its task goes to the end of the list; after the third it is given up. Raises the
+    ValueError of a worker that was given something wrong: others would be, too.
     """
     left, tries = deque(tasks), dict.fromkeys(tasks, 0)
     hands: dict[int, Job] = {}
@@ -159,6 +172,8 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
     while hands:
         worker, answer = pool.outcome()
         task = hands.pop(id(worker))
+        if isinstance(answer, ValueError):
+            raise answer
         if isinstance(answer, DiedError):
             log.warning("a worker died over %s: %s", task.out, answer)
             tries[task] += 1
@@ -233,14 +248,16 @@ def _there(url: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {_NAME}", allow_abbrev=False, description=(__doc__ or "")[:75])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_NAME}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     several = "files, folders or fsspec URLs"
     parser.add_argument("contents", nargs="+", metavar="CONTENT", help=f"pictures to paint: {several}")
     parser.add_argument("--styles", nargs="+", required=True, metavar="STYLE", help=several)
     parser.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder or URL of CONTENT--STYLE.png")
     parser.add_argument("--options", default="{}", metavar="JSON", help='fields of Config, as {"size": 512}')
     parser.add_argument("--workers", type=int, default=1, help="processes or actors (default 1)")
-    parser.add_argument("--threads", type=int, help="threads of a worker on a CPU")
+    parser.add_argument("--threads", type=int, help="threads of a worker on a CPU (default: its share)")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there; auto finds this machine's")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of an actor (default 0)")
     parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
@@ -257,21 +274,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.workers < 1:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
+        if given.threads is not None and given.threads < 1:
+            raise ValueError(f"--threads {given.threads}: give a number from 1")
         config = Config(**json.loads(given.options))
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
-        make = given.weights, given.device, config, given.threads
+        sharing = 1 if given.ray else min(given.workers, len(missing))  # an actor has processors of its own
+        make = given.weights, given.device, config, given.threads, sharing
         pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)
     except ImportError as error:
         return _fail(2, f"{error.name} is missing: pip install 'gatys-engine[ray]'")
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        return _fail(2, " ".join(str(error).split()))
+        return _fail(2, brief(error))
     from tqdm import tqdm
 
     failed = {}
-    for task, reason in tqdm(drive(pool, missing, given.workers), total=len(missing), disable=None, file=sys.stderr):
-        if reason:
-            failed[task] = reason
+    answers = drive(pool, missing, given.workers)
+    try:
+        for task, reason in tqdm(answers, total=len(missing), disable=None, file=sys.stderr):
+            if reason:
+                failed[task] = reason
+    except ValueError as error:
+        return _fail(2, str(error))
     summary = {
         "painted": len(missing) - len(failed),
         "there_already": len(tasks) - len(missing),

@@ -6,22 +6,20 @@ import argparse
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from . import image
 from .config import Config
-from .jobs import Job, missing
+from .jobs import Job, brief, missing
 from .painting import loaded, paint
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
 
-Line = Callable[[BaseException], str]  # an exception as one line
 
-
-def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace, line: Line) -> tuple[int, str]:
+def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple[int, str]:
     """Make the pictures of the jobs that are not there yet, `given.jobs` at a time; exit status and message.
 
     One that fails does not stop the others; an interrupt leaves no picture unfinished.
@@ -31,7 +29,7 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace, line: Li
         log.info("%d of %d pictures are there already", len(jobs) - len(todo), len(jobs))
     if not todo:
         return 0, ""
-    for folder in {Path(job.out).parent: job for job in todo}:
+    for folder in {Path(job.out).parent for job in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     for job in todo:
         image.check_output(job.out, given.overwrite)
@@ -47,7 +45,7 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace, line: Li
                 return 130, ""
             return paint(stylizer, loaded(job), config, given, whole_only=True, stop=stop)
         except Exception as error:
-            return 1, line(error)
+            return 1, brief(error)
 
     with ThreadPoolExecutor(given.jobs, "picture") as pool:
         waiting = {pool.submit(make, job): job for job in todo}

@@ -52,19 +52,19 @@ def prepare(
 
 def finish(colour: str, result: Picture, content: Picture, wrap: bool = False) -> Picture:
     """What is shown of `result`, the optimised picture, with this `Config.colour`; `wrap` if it tiles."""
-    return keep(result, content, wrap=wrap) if colour.startswith("keep") else result
+    return keep(result, content, wrap) if colour.startswith("keep") else result
 
 
-def keep(result: Picture, content: Picture, mask: Mask = None, wrap: bool = False) -> Picture:
+def keep(result: Picture, content: Picture, wrap: bool = False) -> Picture:
     """The lightness of `result` with the chroma of `content`, which is resized to it, around its borders if `wrap`."""
     lab = to_oklab(result.rgb)
     lab[..., 1:] = to_oklab(resize(content, result.size, wrap).rgb)[..., 1:]
-    return _painted(result, lab, mask)
+    return _painted(result, lab)
 
 
 def grey(picture: Picture) -> Picture:
     """The picture without its chroma."""
-    return _painted(picture, to_oklab(picture.rgb) * np.array([1, 0, 0], np.float32), None)
+    return _painted(picture, to_oklab(picture.rgb) * np.array([1, 0, 0], np.float32))
 
 
 def match_lightness(style: Picture, content: Picture, style_mask: Mask = None, content_mask: Mask = None) -> Picture:
@@ -116,7 +116,7 @@ def from_oklab(lab: Array) -> Array:
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
 
 
-def _painted(picture: Picture, lab: Array, mask: Mask) -> Picture:
+def _painted(picture: Picture, lab: Array, mask: Mask = None) -> Picture:
     """The picture in these colours where the mask is 1.
 
     A colour outside sRGB loses chroma until it is inside (to 1/256 of it), so that lightness and hue stay.

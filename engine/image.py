@@ -91,6 +91,17 @@ def load(source: Source) -> Picture:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pil(source)
+    named = isinstance(source, str | os.PathLike) and source != "-"
+    with opened(source) as picture:
+        return replace(_from_pil(picture), name=Path(source).name if named else None)
+
+
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[Image.Image]:
+    """The picture in a file or in bytes, decoded by Pillow within the limits of `load`; raises what `load` raises.
+
+    What fails while it is in use is told as damage of the file.
+    """
     most, pixels = limit("STYLIZE_MAX_BYTES", MAX_BYTES), limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
     if isinstance(source, bytes | bytearray | memoryview):
         name, data = "picture", bytes(source)
@@ -108,10 +119,9 @@ def load(source: Source) -> Picture:
         raise ValueError(f"{name} has more than {most} bytes (STYLIZE_MAX_BYTES)")
     try:
         with _bounded(pixels):
-            opened = Image.open(io.BytesIO(data), formats=_READ)
-            opened.load()
-        named = isinstance(source, str | os.PathLike) and source != "-"
-        return replace(_from_pil(opened), name=Path(source).name if named else None)
+            picture = Image.open(io.BytesIO(data), formats=_READ)
+            picture.load()
+        yield picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} has more than {pixels} pixels (STYLIZE_MAX_PIXELS)") from error
     except UnidentifiedImageError as error:

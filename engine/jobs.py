@@ -1,4 +1,7 @@
-"""Lists of pictures to make: contents times styles, each with the file it goes to. Standard library only."""
+"""Lists of pictures to make: contents times styles, each with the file it goes to; what went wrong with one, in a line.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # what is taken from a folder
+SUFFIXES = (  # what is taken from a folder: all that can be read
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,13 @@ def shard(jobs: Sequence[Job], part: str) -> list[Job]:
     if not 1 <= index <= count:
         raise ValueError(f"--shard {part}: give I/N with I from 1 to N")
     return list(jobs[index - 1 :: count])
+
+
+def brief(error: BaseException) -> str:
+    """An exception as one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def missing(jobs: Iterable[Job]) -> list[Job]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -26,6 +25,19 @@ _COMMENT, _EXIF, _ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 _FORMAT = 1
 _LONGEST = 60_000  # characters: an EXIF block holds 64 kB
 _LOSSES = 500  # of the trace
+_STARTS, _ALPHA = ("content", "noise", "style"), ("alpha",)  # words that may stand in the place of a file
+_PICTURE = {"name": (str, None), "sha256": str}
+_SHAPE = {  # of a manifest that can be replayed: types, keys of objects, [shape of all in a list], (alternatives)
+    "options": {"init": str},
+    "files": dict,
+    "content": (_PICTURE, None),
+    "styles": [_PICTURE],
+    "masks": ([(str, [str])], None),
+    "freeze": (str, None),
+    "engine": dict.fromkeys(("device", "precision", "weights", "sha256"), str),
+    "versions": dict,
+    "iterations": {"done": int, "total": int},
+}
 _LIBRARIES = ("gatys-engine", "torch", "numpy", "numba", "pillow")
 
 
@@ -33,7 +45,7 @@ def describe(
     config: Config,
     content: tuple[str | None, str] | None,
     styles: Sequence[tuple[str | None, str]],
-    masks: list[Any] | None,
+    masks: list[str | tuple[str, str]] | None,
     freeze: str | None,
     engine: Mapping[str, str],
     losses: Sequence[tuple[int, float]],
@@ -43,19 +55,19 @@ def describe(
     """The manifest of a run.
 
     `content` (None without) and `styles` are (name, sha256 of the decoded picture), `masks` and `freeze` as in a call,
-    `engine` the device, precision, weights and
-    their sha256, `losses` (iteration, loss), of which at most some 500 are kept, `total` the iterations of the run.
+    of file names, `engine` the device, precision, weights and their sha256, `losses` (iteration, loss), of which at
+    most some 500 are kept, `total` the iterations of the run.
     """
     files: dict[str, str] = {}
     done = losses[-1][0] if losses else 0
     return {
         "format": _FORMAT,
-        "options": {name: _portable(value, files) for name, value in asdict(config).items()},
+        "options": asdict(config) | {"init": _portable(config.init, files, _STARTS)},
         "files": files,
         "content": content and {"name": content[0], "sha256": content[1]},
         "styles": [{"name": name, "sha256": digest} for name, digest in styles],
-        "masks": _portable(masks, files),
-        "freeze": _portable(freeze, files),
+        "masks": _portable(masks, files, _ALPHA),
+        "freeze": _portable(freeze, files, _ALPHA),
         "engine": dict(engine),
         "versions": versions(),
         "iterations": {"done": done, "total": total},
@@ -100,90 +112,83 @@ def beside(path: str) -> Path:
     return Path(f"{path}.json")
 
 
-def read(path: str) -> dict[str, Any]:
-    """The manifest in or beside a picture, or in a JSON file. Raises ValueError if there is none, OSError."""
-    data = Path(path).read_bytes()
-    text: Any = data
-    if not data.lstrip().startswith(b"{"):
-        text = _embedded(path)
-        if text is None and beside(path).is_file():
-            text = beside(path).read_bytes()
-    if text is None:
-        raise ValueError(f"{path} carries no manifest")
-    try:
-        manifest = json.loads(text)
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"{path} has a manifest of format {manifest['format']}, this version reads {_FORMAT}")
-        if "sheet" in manifest:
-            raise ValueError(f"{path} is a contact sheet: replay a manifest of its list")
-        for name in ("options", "files", "content", "styles", "masks", "freeze", "engine", "versions", "iterations"):
-            manifest[name]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no manifest of this program") from error
-    return dict(manifest)
-
-
-def _embedded(path: str) -> str | None:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            if _KEY in picture.info:
-                return str(picture.info[_KEY])
-            comment = picture.getexif().get_ifd(_EXIF).get(_COMMENT, b"")
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        raise ValueError(f"{path} is neither a picture nor a manifest ({error})") from error
+def extract(picture: Image.Image) -> str | None:
+    """The text of the manifest in a picture, or None."""
+    if _KEY in picture.info:
+        return str(picture.info[_KEY])
+    comment = picture.getexif().get_ifd(_EXIF).get(_COMMENT, b"")
     if isinstance(comment, bytes) and comment.startswith(_ASCII):
         return comment.removeprefix(_ASCII).decode("ascii", "replace")
     return None
 
 
+def parse(text: str | bytes, path: str) -> dict[str, Any]:
+    """The manifest of a run from the text in or beside `path`. Raises ValueError if it is none."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        manifest = None
+    if isinstance(manifest, dict) and manifest.get("format", _FORMAT) != _FORMAT:
+        raise ValueError(f"{path} has a manifest of format {manifest['format']}, this version reads {_FORMAT}")
+    if isinstance(manifest, dict) and "sheet" in manifest:
+        raise ValueError(f"{path} is a contact sheet: replay a manifest of its list")
+    if not _fits(manifest, _SHAPE):
+        raise ValueError(f"{path} holds no manifest of this program")
+    return dict(manifest)
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a value from JSON has a shape such as _SHAPE."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and _fits(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(each, shape[0]) for each in value)
+    if isinstance(shape, tuple):
+        return any(_fits(value, each) for each in shape)
+    return value is None if shape is None else isinstance(value, shape)
+
+
 def config(manifest: Mapping[str, Any], folder: Path) -> Config:
     """The options again, with files found in `folder`. Raises ValueError if one differs or an option is unknown."""
+    start = _found(manifest["options"]["init"], manifest["files"], folder, _STARTS)
     try:
-        values = {name: _found(value, manifest["files"], folder) for name, value in manifest["options"].items()}
-        return Config(**values)
+        return Config(**manifest["options"] | {"init": start})
     except TypeError as error:
         raise ValueError(f"the manifest's options are not those of this version: {error}") from error
 
 
 def regions(manifest: Mapping[str, Any], folder: Path) -> tuple[list[Any] | None, Any]:
     """Masks and freeze again, as `config` finds files. Raises ValueError if one differs."""
-    masks, freeze = (_found(manifest[name], manifest["files"], folder) for name in ("masks", "freeze"))
+    masks, freeze = (_found(manifest[name], manifest["files"], folder, _ALPHA) for name in ("masks", "freeze"))
     return masks and list(masks), freeze
 
 
-def _portable(value: Any, files: dict[str, str]) -> Any:
-    """The value with files named without their folders; their sha256 goes into `files`."""
-    if isinstance(value, dict):
-        return {key: _portable(each, files) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_portable(each, files) for each in value]
-    if not isinstance(value, str):
+def _portable(value: Any, files: dict[str, str], words: Sequence[str]) -> Any:
+    """The value, of files but for `words`, with files named without their folders.
+
+    Their sha256 goes into `files`, or nothing for a name that does not tell which file it was.
+    """
+    if value is None or value in words:
         return value
-    parts = re.split(r"([:,])", value) if not Path(value).is_file() else [value]
-    for i, part in enumerate(parts):
-        path = Path(part)
-        if path.suffix and path.is_file():  # `content` is a word even where a file has that name
-            files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-            parts[i] = path.name
-    return "".join(parts)
+    if not isinstance(value, str):
+        return [_portable(each, files, words) for each in value]
+    path = Path(value)
+    name = f"./{path.name}" if path.name in words else path.name
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""  # a pipe is read only once
+    if files.setdefault(name, digest) != digest:
+        files[name] = ""
+    return name
 
 
-def _found(value: Any, files: Mapping[str, str], folder: Path) -> Any:
+def _found(value: Any, files: Mapping[str, str], folder: Path, words: Sequence[str]) -> Any:
     """The reverse of `_portable`; lists become tuples."""
-    if isinstance(value, dict):
-        return {key: _found(each, files, folder) for key, each in value.items()}
-    if isinstance(value, list):
-        return tuple(_found(each, files, folder) for each in value)
-    if not isinstance(value, str):
+    if value is None or value in words:
         return value
-    parts = re.split(r"([:,])", value) if value not in files else [value]
-    for i, part in enumerate(parts):
-        if part in files:
-            path = folder / part
-            if hashlib.sha256(path.read_bytes()).hexdigest() != files[part]:
-                raise ValueError(f"{path} is not the file of the manifest: its sha256 differs")
-            parts[i] = str(path)
-    return "".join(parts)
+    if not isinstance(value, str):
+        return tuple(_found(each, files, folder, words) for each in value)
+    if not files.get(value):
+        raise ValueError(f"{value!r} does not tell which file it was, a pipe or one of several: no replay is possible")
+    path = f"{folder}/{Path(value).name}"  # a Path would make a word of ./alpha
+    if hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[value]:
+        raise ValueError(f"{path} is not the file of the manifest: its sha256 differs")
+    return path

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import image, manifest
 from .config import Config
-from .jobs import Job
+from .jobs import Job, brief
 
 if TYPE_CHECKING:
-    from .stylizer import Step, Stylizer
+    from .result import Step
+    from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
+
+BREAKS = (ArithmeticError, MemoryError, OSError, RuntimeError)  # what may end a run that had begun well
 
 
 @dataclass
@@ -39,11 +42,9 @@ def load(source: Any) -> Any:
     """A picture as `image.load` takes it, a file of style targets, or None for the word none."""
     if source is None or source == "none":
         return None
-    if isinstance(source, str) and source.endswith(".safetensors"):
-        from .targets import Targets
+    from .targets import Targets, is_targets
 
-        return Targets.load(source)
-    return image.load(source)
+    return Targets.load(source) if is_targets(source) else image.load(source)
 
 
 def loaded(job: Job) -> Job:
@@ -83,18 +84,22 @@ def paint(
                 stages = {name: round(value, 6) for name, value in step.stages.items()}
                 run.rows.append(row | {"seconds": round(now - start, 4), "stages": stages})
                 if given.save_every and step.iteration % given.save_every == 0:
-                    image.save(step.image, _numbered(job.out, step.iteration))
+                    with _spared(_numbered(job.out, step.iteration)) as path:
+                        image.save(step.image, path)
                 interrupted = asked() or (stop is not None and stop.is_set())
                 due = interrupted or now - saved >= given.checkpoint_every
                 if given.checkpoint and due and step.iteration < step.total:
-                    _write(given.checkpoint, step.checkpoint())
+                    with _spared(given.checkpoint) as path:
+                        _write(path, step.checkpoint())
                     saved = time.perf_counter()
                 if interrupted:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
-            status, message = 130, "interrupted"
-        except FloatingPointError as error:
-            status, message = 1, str(error)
+            status, message = 130, "interrupted" if run.last else "interrupted before there was a picture"
+        except BREAKS as error:
+            if run.last is None:
+                raise
+            status, message = 1, brief(error)
     if run.last is not None and not (status and whole_only):
         losses = [(row["iteration"], row["loss"]) for row in run.rows]
         seconds = time.perf_counter() - start
@@ -105,11 +110,18 @@ def paint(
             _write_trace(Path(given.trace), stylizer, run)
         if given.plot:
             plot(run.rows, given.plot)
-    elif status == 130:
-        message = "interrupted before there was a picture"
     if given.checkpoint and not status:
         Path(given.checkpoint).unlink(missing_ok=True)
     return status, message
+
+
+@contextlib.contextmanager
+def _spared(path: str) -> Iterator[str]:
+    """Warn where `path` cannot be written: the run, which does not need it, goes on."""
+    try:
+        yield path
+    except OSError as error:
+        log.warning("%s could not be written: %s", path, error.strerror or error)
 
 
 @contextlib.contextmanager
@@ -176,6 +188,15 @@ def named(source: Any) -> tuple[str | None, str] | None:
     if source is None:
         return None
     return (source.name, image.digest(source)) if isinstance(source, image.Picture) else (None, source.digest())
+
+
+def check_plot(path: str) -> None:
+    """Raise ValueError unless `plot` writes pictures of this name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = [f".{kind}" for kind in FigureCanvasAgg.get_supported_filetypes()]
+    if Path(path).suffix.lower() not in known:
+        raise ValueError(f"--plot {path}: unknown picture format; choose from {', '.join(known)}")
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:

@@ -8,13 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import manifest
+from . import image, manifest
 from .config import Config
 from .jobs import Job
 from .painting import load, named
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
+
+
+def read(path: str) -> dict[str, Any]:
+    """The manifest in or beside a picture, or in a JSON file. Raises ValueError if there is none, OSError."""
+    with Path(path).open("rb") as file:
+        bare = file.read(64).lstrip().startswith(b"{")
+    if bare:
+        return manifest.parse(Path(path).read_bytes(), path)
+    with image.opened(path) as picture:
+        text: str | bytes | None = manifest.extract(picture)
+    if text is None and manifest.beside(path).is_file():
+        text = manifest.beside(path).read_bytes()
+    if text is None:
+        raise ValueError(f"{path} carries no manifest")
+    return manifest.parse(text, path)
 
 
 def inputs(record: Mapping[str, Any], folder: Path, sources: Sequence[Any], out: str) -> tuple[Config, Job]:
@@ -40,11 +55,11 @@ def inputs(record: Mapping[str, Any], folder: Path, sources: Sequence[Any], out:
 
 
 def take_engine(record: Mapping[str, Any], folder: Path, given: argparse.Namespace) -> None:
-    """Device, precision and weights of the manifest, where none were named."""
+    """Device, precision and weights of the manifest, where none were named; its precision goes with its device."""
     engine = record["engine"]
     if given.device == "auto":
         given.device = engine["device"]
-    if given.precision == "auto":
+    if given.precision == "auto" and given.device == engine["device"]:
         given.precision = engine["precision"]
     if given.weights == "auto":
         name = engine["weights"]

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import image, manifest
 from .config import Config, choice, options
-from .jobs import Job
-from .painting import begin, describe, progress
+from .jobs import Job, brief
+from .painting import BREAKS, begin, describe, progress
 from .stylizer import Stylizer
 
 _CELL, _GAP, _LINE = 384, 8, 18  # pixels: longest side of a cell, gap, height of a line of text
@@ -57,31 +57,48 @@ def configs(config: Config, grid: Sequence[Axis]) -> list[tuple[list[str], Confi
 
 def make(
     stylizer: Stylizer, job: Job, cells: Sequence[tuple[list[str], Config]], columns: int, given: argparse.Namespace
-) -> None:
-    """Make the pictures of the cells and the sheet, whose manifest lists the manifests of the cells."""
-    made, records = [], []
-    for labels, config in cells:
-        start = time.perf_counter()
-        losses = []
-        for step in progress(begin(stylizer, job, config), given, ", ".join(labels)):
-            last = step
-            losses.append((step.iteration, step.loss))
-        made.append((labels, last.image))
-        seconds = time.perf_counter() - start
-        record = describe(stylizer, config, job, losses[-1:], seconds, last.total)
-        records.append({"labels": labels} | record)
-    image.save(draw(made, columns), job.out, manifest.of_sheet(records))
+) -> tuple[int, str]:
+    """Make the pictures of the cells and the sheet, whose manifest lists the manifests of the cells.
+
+    Returns exit status and message, 0 and nothing if all went well. Cells that an interrupt left out, or whose runs
+    broke, stay blank.
+    """
+    made: dict[int, Image.Image] = {}
+    records, failures, status = [], [], 0
+    try:
+        for i, (labels, config) in enumerate(cells):
+            start, losses, name = time.perf_counter(), [], ", ".join(labels)
+            steps = begin(stylizer, job, config)
+            try:
+                for step in progress(steps, given, name):
+                    losses.append((step.iteration, step.loss))
+                made[i] = step.image
+            except BREAKS as error:
+                status = 1
+                failures.append(f"{name}: {brief(error)}")
+                continue
+            record = describe(stylizer, config, job, losses[-1:], time.perf_counter() - start, step.total)
+            records.append({"labels": labels} | record)
+    except KeyboardInterrupt:
+        status = 130
+        failures.append("interrupted")
+    if made:
+        drawn = draw([(labels, made.get(i)) for i, (labels, _) in enumerate(cells)], columns)
+        image.save(drawn, job.out, manifest.of_sheet(records))
+        if failures:
+            failures.append(f"the other pictures are in {job.out}")
+    return status, "; ".join(failures)
 
 
-def draw(cells: Sequence[tuple[Sequence[str], Image.Image]], columns: int) -> Image.Image:
-    """The labelled pictures in rows of `columns`, RGB."""
-    longest = min(_CELL, max(max(picture.size) for _, picture in cells))
-    fitted = [(labels, _fit(picture, longest)) for labels, picture in cells]
+def draw(cells: Sequence[tuple[Sequence[str], Image.Image | None]], columns: int) -> Image.Image:
+    """The labelled pictures in rows of `columns`, RGB; there is one at least, the others may be missing."""
+    longest = min(_CELL, max(max(picture.size) for _, picture in cells if picture))
+    fitted = [(labels, picture and _fit(picture, longest)) for labels, picture in cells]
     font = ImageFont.load_default(_LINE - 4)
     widest = max(math.ceil(font.getlength(text)) for labels, _ in cells for text in labels)
-    width = _GAP + max(widest, *(picture.width for _, picture in fitted))
+    width = _GAP + max(widest, *(picture.width for _, picture in fitted if picture))
     text = _LINE * max(len(labels) for labels, _ in cells)
-    height = _GAP + text + max(picture.height for _, picture in fitted)
+    height = _GAP + text + max(picture.height for _, picture in fitted if picture)
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (_GAP + columns * width, _GAP + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -89,7 +106,8 @@ def draw(cells: Sequence[tuple[Sequence[str], Image.Image]], columns: int) -> Im
         left, top = _GAP + i % columns * width, _GAP + i // columns * height
         for line, label in enumerate(labels):
             pen.text((left, top + line * _LINE), label, "black", font)
-        sheet.paste(picture, (left, top + text), picture if picture.mode == "RGBA" else None)
+        if picture:
+            sheet.paste(picture, (left, top + text), picture if picture.mode == "RGBA" else None)
     return sheet
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import Config, choice, options
-from .jobs import Job, product, shard
+from .jobs import Job, brief, product, shard
 from .presets import PRESETS
 
 _NAME = "engine.stylize"
@@ -132,13 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted before there was a picture")
+        return _fail(130, "interrupted")
     except (ValueError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        return _fail(2, _line(error))
+        return _fail(2, brief(error))
     except (OSError, MemoryError, ArithmeticError) as error:
-        return _fail(1, _line(error))
+        return _fail(1, brief(error))
     except RuntimeError as error:  # BackendError, and what ONNX Runtime and torch raise when a run breaks
-        return _fail(1, _line(error))
+        return _fail(1, brief(error))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -154,20 +154,22 @@ def _run(given: argparse.Namespace) -> int:
     for path in (given.trace, given.plot, given.checkpoint, given.save_targets):
         if path:
             image.check_writable(path)
+    if given.plot:
+        painting.check_plot(given.plot)
     verbose = not given.quiet and given.progress != "json"
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     if given.contents:
         from . import batches
 
         jobs = product(given.contents, given.style_list, given.out)
-        status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given, _line)
+        status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
         return _fail(status, message) if status else 0
     if not given.forecast:
         image.check_output(given.out, given.overwrite)
     if given.replay:
-        from . import manifest, replay
+        from . import replay
 
-        record, folder = manifest.read(given.replay), Path(given.replay).parent
+        record, folder = replay.read(given.replay), Path(given.replay).parent
         config, job = replay.inputs(record, folder, sources, given.out)
         replay.take_engine(record, folder, given)
     else:
@@ -190,9 +192,9 @@ def _run(given: argparse.Namespace) -> int:
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if grid:
-        sheet.make(stylizer, job, cells, len(grid[-1][1]), given)
-        return 0
-    status, message = painting.paint(stylizer, job, config, given)
+        status, message = sheet.make(stylizer, job, cells, len(grid[-1][1]), given)
+    else:
+        status, message = painting.paint(stylizer, job, config, given)
     return _fail(status, message) if status else 0
 
 
@@ -225,6 +227,8 @@ def _check(given: argparse.Namespace) -> None:
             if getattr(given, name, None) is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"--replay takes the options of the manifest: leave {flag} out")
+    if given.save_targets and Path(given.save_targets).suffix != ".safetensors":
+        raise ValueError(f"--save-targets {given.save_targets}: give a name that ends in .safetensors")
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("--plot: matplotlib is missing: pip install 'gatys-engine[plot]'")
 
@@ -237,8 +241,10 @@ def _masks(given: list[str] | None) -> list[Any] | None:
 
 
 def _save_targets(given: argparse.Namespace, stylizer: Any, job: Job, config: Config) -> None:
-    if len(job.styles) != 1 or job.styles[0] is None:
-        raise ValueError("--save-targets keeps one STYLE: give one")
+    from .image import Picture
+
+    if len(job.styles) != 1 or not isinstance(job.styles[0], Picture):
+        raise ValueError("--save-targets keeps what is used of one STYLE: give one, a picture")
     if config.colour not in ("none", "keep-after"):
         raise ValueError(f"--save-targets keeps the STYLE as it is, --colour {config.colour} changes it")
     if job.content is not None:
@@ -297,7 +303,7 @@ def _sources(given: argparse.Namespace) -> list[Any]:
         sources = [given.content, *given.styles]
         if "none" in given.styles and len(given.styles) > 1:
             raise ValueError("none stands for all styles: give it alone")
-        if given.content.endswith(".safetensors"):
+        if Path(given.content).suffix == ".safetensors":
             raise ValueError(f"{given.content} is no picture: style targets take the place of a STYLE")
         if sources.count("-") > 1:
             raise ValueError("only one picture can come from standard input")
@@ -308,13 +314,6 @@ def _sources(given: argparse.Namespace) -> list[Any]:
     if given.save_every and given.out == "-":
         raise ValueError("--save-every needs a file name for -o, not a pipe")
     return sources
-
-
-def _line(error: BaseException) -> str:
-    """An exception as one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(status: int, message: str) -> int:

@@ -6,6 +6,7 @@ A file gets its final name only after both graphs have passed the check.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -54,15 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(spec: vgg.Spec, weights: Weights, folder: Path) -> list[tuple[str, ...]]:
     """Validate the pair, then write both graphs and their weights file; returns the table, its head first.
 
+    A graph is named after its weights file, its shape and whatever else it depends on, so that others can stand beside.
+
     Raises ArithmeticError if a graph is off, OSError if `folder` cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     errors = validate.check(spec, weights)
     arrays = {**graph.forward_initializers(spec, weights), **graph.vjp_initializers(spec, weights)}
     location = graph.weights_file(spec, weights)
-    kind_of = f"{spec.convs[-1].relu}-{spec.pooling}-{spec.precision}"
     padding = "" if spec.padding == "zero" else f"-{spec.padding}"
-    suffix = f"{kind_of}{padding}-{spec.height}x{spec.width}.onnx"
+    used = tuple(layer for layer in vgg.LOSS_LAYERS if layer in spec.layers)
+    layers = "" if used == DEFAULT_LAYERS else f"-{hashlib.sha256(','.join(used).encode()).hexdigest()[:8]}"
+    suffix = f"{Path(location).stem}{padding}{layers}-{spec.height}x{spec.width}.onnx"
     rows: list[tuple[str, ...]] = [("file", "inputs", "outputs", "opset", "size", "max error")]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as staging:
         with (Path(staging) / location).open("wb") as file:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("fsspec")
-from engine import Config, batch, manifest, stylize
+from engine import BackendError, Config, batch, replay, stylize
 from engine.jobs import Job
 
 OPTIONS = '{"size": 48, "iterations": 2, "scales": 1, "init": "noise"}'
@@ -57,7 +57,7 @@ def test_pictures_of_a_batch_are_replayed(folders, capsys):
     painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
     task = batch.plan([str(folders / "contents")], [str(folders / "styles")], str(folders / "out"))[1]
     assert painter.paint(task) == ""
-    record = manifest.read(task.out)
+    record = replay.read(task.out)
     assert (record["content"]["name"], record["styles"][0]["name"]) == ("c1.png", "s.jpg")
     assert record["iterations"] == {"done": 2, "total": 2}
     again = str(folders / "again.png")
@@ -67,10 +67,11 @@ def test_pictures_of_a_batch_are_replayed(folders, capsys):
 
 
 class Stub:
-    """A pool whose workers answer as they are told: an error, or how often they die over a task."""
+    """A pool whose workers answer as they are told: how often they die over a task, or that they cannot work."""
 
-    def __init__(self, deaths):
+    def __init__(self, deaths=(), answer=""):
         self.deaths, self.waiting, self.started, self.most = dict(deaths), [], 0, 0
+        self.answer = answer
 
     def start(self):
         self.started += 1
@@ -85,7 +86,7 @@ class Stub:
         if self.deaths.get(task, 0) > 0:
             self.deaths[task] -= 1
             return worker, batch.DiedError("killed")
-        return worker, ""
+        return worker, self.answer
 
     def stop(self, worker):
         pass
@@ -98,6 +99,38 @@ def test_a_task_outlives_two_workers_and_no_more():
     assert len(answers) == 6
     assert [task.content for task, reason in answers.items() if reason] == ["c4"]
     assert pool.most == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "said"),
+    [("missing.pth", "cpu", "does not exist"), ("embedded", "cqu", "did you mean cpu"), ("embedded", "cuda", "device")],
+)
+def test_a_worker_that_cannot_work_ends_the_batch(folders, capsys, monkeypatch, weights, device, said):
+    """At once: no other one is started."""
+    if device == "cuda":
+        monkeypatch.setattr("engine.provider.check", lambda name: (_ for _ in ()).throw(BackendError("device cuda")))
+    answer = batch.Painter(weights, device, Config(), None).paint(Job("c.png", ("s.png",), "o.png"))
+    pool = Stub(answer=answer)
+    monkeypatch.setattr(batch, "Processes", lambda *make: pool)
+    assert batch.main(words(folders)) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert pool.started == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "expected"), [(1, None, 8), (2, None, 4), (16, None, 2), (2, "3", 3)]
+)  # three pictures
+def test_workers_share_the_processors(folders, capsys, monkeypatch, workers, threads, expected):
+    found = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *a, threads: found.append(threads))
+    monkeypatch.setattr(batch, "Processes", lambda *make: (batch.Painter(*make), Stub())[1])
+    more = ["--threads", threads] if threads else []
+    assert batch.main(words(folders, "--workers", str(workers), *more)) == 0
+    assert found == [expected]
 
 
 def test_urls_are_read_and_written(pictures, stylizer):
@@ -119,12 +152,13 @@ def test_urls_are_read_and_written(pictures, stylizer):
         ({"--options": '{"size": 1}'}, "size"),
         ({"--options": "["}, ""),
         ({"--workers": "0"}, "from 1"),
+        ({"--threads": "0"}, "from 1"),
         ({"--styles": "/nowhere"}, "does not exist"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folders, capsys, change, said):
     ((flag, value),) = change.items()
-    given = words(folders, "--workers", "1")
+    given = words(folders, "--workers", "1", "--threads", "1")
     given[given.index(flag) + 1] = value
     assert batch.main(given) == 2
     error = capsys.readouterr().err

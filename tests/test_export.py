@@ -13,8 +13,20 @@ def test_writes_validated_files_and_prints_a_table(tmp_path, capsys):
     files = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert [row.split()[0] for row in sorted(rows)] == files
     for kind in ("forward", "vjp"):
-        path = tmp_path / "new" / f"{kind}-relu2_1-avg-fp32-40x37.onnx"
+        (path,) = (tmp_path / "new").glob(f"{kind}-*-relu2_1-avg-fp32-*-40x37.onnx")
         onnx.checker.check_model(str(path), full_check=True)
+
+
+def test_exports_of_one_depth_stand_side_by_side(tmp_path, monkeypatch, states):
+    """Other loss layers, other weights."""
+    monkeypatch.setattr(command, "DEFAULT_LAYERS", ("relu1_1", "conv1_2"))
+    for layers, source in (("conv1_2,relu1_1", "embedded"), ("conv1_2", "embedded"), ("conv1_2", states["caffe"][0])):
+        command.export(vgg.Spec(33, 34, tuple(layers.split(","))), weights.load(source, ("conv1_2",)), tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("forward-*.onnx"))
+    assert len(names) == 3
+    (plain,) = (name for name in names if name.endswith("-relu1_2-avg-fp32-33x34.onnx"))
+    assert (tmp_path / plain.replace("forward-", "").replace("-33x34.onnx", ".bin")).exists()
+    assert len(list(tmp_path.glob("*.bin"))) == 2
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -33,7 +45,8 @@ def test_writes_16_bit_files(tmp_path, precision):
     ]
     assert command.main([*arguments, "--weights", "embedded"]) == 0
     for kind in ("forward", "vjp"):
-        onnx.checker.check_model(str(tmp_path / f"{kind}-relu2_1-avg-{precision}-33x34.onnx"), full_check=True)
+        (path,) = tmp_path.glob(f"{kind}-*-relu2_1-avg-{precision}-*-33x34.onnx")
+        onnx.checker.check_model(str(path), full_check=True)
 
 
 def test_written_files_compute_the_same_as_the_engine(tmp_path):
@@ -44,7 +57,8 @@ def test_written_files_compute_the_same_as_the_engine(tmp_path):
     spec = vgg.Spec(33, 40, ("relu2_1",))
     net = weights.load("embedded", spec.layers)
     command.export(spec, net, tmp_path)
-    session = onnxruntime().InferenceSession(tmp_path / "forward-relu2_1-avg-fp32-33x40.onnx")
+    (path,) = tmp_path.glob("forward-*.onnx")
+    session = onnxruntime().InferenceSession(path)
     image = np.random.default_rng(0).random((1, 3, 33, 40), np.float32)
     names = [output.name for output in session.get_outputs()]
     from_file = dict(zip(names, session.run(None, {"image": image}), strict=True))

@@ -1,6 +1,8 @@
 import pytest
+from PIL import Image
 
-from engine.jobs import Job, missing, product, shard
+from engine import image
+from engine.jobs import SUFFIXES, Job, missing, product, shard
 
 
 @pytest.fixture
@@ -28,6 +30,10 @@ def test_files_folders_and_patterns_each_file_once(folder):
         ("c/deep/d.png", "out/d.jpg"),
         ("c/b.JPG", "out/b.jpg"),
     ]
+
+
+def test_a_folder_gives_all_that_can_be_read():
+    assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in image._READ} <= set(SUFFIXES)
 
 
 def test_a_name_with_brackets_is_a_file_if_there_is_one(folder):

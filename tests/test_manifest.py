@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import Config, image, manifest
+from engine import Config, image, manifest, replay
 
 ENGINE = {"device": "cpu", "precision": "fp32", "weights": "embedded", "sha256": "ab"}
 
@@ -25,7 +25,7 @@ def picture(mode="RGB"):
 def test_the_picture_carries_it(tmp_path, suffix, mode):
     path = str(tmp_path / f"out.{suffix}")
     image.save(picture(mode), path, record())
-    assert manifest.read(path) == json.loads(json.dumps(record()))
+    assert replay.read(path) == json.loads(json.dumps(record()))
     assert [each.name for each in tmp_path.iterdir()] == [f"out.{suffix}"]
     image.save(picture(mode), str(tmp_path / f"bare.{suffix}"))
     assert image.digest(image.load(path)) == image.digest(image.load(str(tmp_path / f"bare.{suffix}")))
@@ -35,7 +35,7 @@ def test_the_picture_carries_it(tmp_path, suffix, mode):
 def test_beside_where_the_format_has_no_place(tmp_path, suffix):
     path = str(tmp_path / f"out.{suffix}")
     image.save(picture(), path, record())
-    assert manifest.read(path) == manifest.read(f"{path}.json") == json.loads(json.dumps(record()))
+    assert replay.read(path) == replay.read(f"{path}.json") == json.loads(json.dumps(record()))
     with pytest.raises(ValueError, match="exists already"):
         image.check_output(path, overwrite=False)
     Path(path).unlink()
@@ -47,7 +47,7 @@ def test_a_long_trace_fits(tmp_path):
     losses = [(i, 1 / 3 * i) for i in range(1, 100_001)]
     path = str(tmp_path / "out.jpg")
     image.save(picture(), path, record(losses=losses))
-    found = manifest.read(path)
+    found = replay.read(path)
     assert 400 < len(found["losses"]) <= 500
     assert found["losses"][0] == [1, 1 / 3]
     assert found["iterations"] == {"done": 100_000, "total": 100_000}
@@ -78,6 +78,8 @@ def test_a_file_that_is_called_like_an_option_is_not_named(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "content").touch()
     assert record()["files"] == {}
+    made = record(Config(init="./content"))
+    assert manifest.config(made, Path()) == Config(init="./content")
 
 
 def test_options_of_another_version_are_refused(tmp_path):
@@ -91,15 +93,18 @@ def test_what_carries_none_is_told(tmp_path):
     bare, text = tmp_path / "bare.png", tmp_path / "text.txt"
     picture().save(bare)
     text.write_text("hello")
-    for path, words in ((bare, "carries no manifest"), (text, "neither a picture nor a manifest")):
+    for path, words in ((bare, "carries no manifest"), (text, "not a picture")):
         with pytest.raises(ValueError, match=words):
-            manifest.read(str(path))
-    for content in ("{}", "{", '{"format": 1}', '{"format": 99}'):
+            replay.read(str(path))
+    pieces = [{"engine": {}}, {"styles": ["x"]}, {"styles": [{"name": "s.png"}]}, {"options": []}, {"options": {}}]
+    pieces += [{"masks": [["a.png", 1]]}, {"iterations": {"done": "1", "total": 1}}, {"files": None}]
+    broken = [json.dumps(record() | piece) for piece in pieces]
+    for content in ("{}", "{", '{"format": 1}', '{"format": 99}', '{"a":' * 10**5, *broken):
         text.write_text(content)
         with pytest.raises(ValueError, match="manifest"):
-            manifest.read(str(text))
+            replay.read(str(text))
     with pytest.raises(FileNotFoundError):
-        manifest.read(str(tmp_path / "missing.png"))
+        replay.read(str(tmp_path / "missing.png"))
 
 
 def test_masks_come_back_by_their_names(tmp_path):
@@ -114,3 +119,34 @@ def test_masks_come_back_by_their_names(tmp_path):
     with pytest.raises(ValueError, match="sha256"):
         manifest.regions(found, tmp_path)
     assert manifest.regions(json.loads(json.dumps(record())), tmp_path) == (None, None)
+
+
+def test_a_name_that_does_not_tell_which_file_is_refused(tmp_path):
+    """Two files of one name, and a pipe; not one file that is named twice, whatever its suffix."""
+    for name in ("sky/mask", "land/mask", "mask"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    sky, land, beside = (str(tmp_path / name) for name in ("sky/mask", "land/mask", "mask"))
+    for masks, freeze in (([sky, land], None), ([sky], land), ([(sky, land)], None), (["-"], None)):
+        found = json.loads(json.dumps(record(masks=masks, freeze=freeze)))
+        assert str(tmp_path) not in json.dumps(found)
+        with pytest.raises(ValueError, match="does not tell which file"):
+            manifest.regions(found, tmp_path)
+    assert manifest.regions(record(masks=[beside, "alpha"], freeze=beside), tmp_path) == ([beside, "alpha"], beside)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_manifest_is_read_within_the_limits_of_pictures(tmp_path, monkeypatch, suffix):
+    path = str(tmp_path / f"out.{suffix}")
+    image.save(picture(), path, record())
+    monkeypatch.setenv("STYLIZE_MAX_PIXELS", "64")
+    with pytest.raises(ValueError, match="more than 64 pixels"):
+        replay.read(path)
+
+
+def test_no_other_program_reads_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **b: pytest.fail("Ghostscript"))
+    path = tmp_path / "out.eps"
+    picture().save(path)
+    with pytest.raises(ValueError, match="not a picture"):
+        replay.read(str(path))

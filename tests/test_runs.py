@@ -1,5 +1,6 @@
 """The command line's checkpoints, replays, batches, progress, plots and contact sheets."""
 
+import argparse
 import io
 import json
 import shutil
@@ -8,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engine import batches, manifest, painting, sheet, stylize
+from engine import BackendError, Config, batches, image, manifest, painting, replay, sheet, stylize
 from engine import stylizer as module
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "4", "--weights", "embedded", "--device", "cpu"]
@@ -56,7 +58,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, ca
         interrupt_at(patch, 2)
         assert main(*options, "-o", "out.png", "--checkpoint", "run.ckpt") == 130
     assert "the picture so far is in out.png" in capsys.readouterr().err
-    assert manifest.read("out.png")["iterations"] == {"done": 2, "total": 4}
+    assert replay.read("out.png")["iterations"] == {"done": 2, "total": 4}
     assert not np.array_equal(pixels("out.png"), pixels("whole.png"))
     before = (tmp_path / "run.ckpt").read_bytes()
     assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--seed", "3", "--overwrite") == 2
@@ -75,6 +77,43 @@ def test_checkpoints_are_written_by_the_clock(main, monkeypatch):
         options = ["--checkpoint", "run.ckpt", "--checkpoint-every", seconds, "--overwrite"]
         assert main("c.png", "s.png", "-o", "out.png", *SMALL, *options) == 0
         assert len(written) == count
+
+
+def test_files_on_the_way_that_cannot_be_written_end_no_run(main, monkeypatch, caplog, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    save = image.save
+    monkeypatch.setattr(painting, "_write", full)
+    monkeypatch.setattr(image, "save", lambda *a: save(*a) if len(a) == 3 else full())  # with its manifest: the result
+    options = ["--checkpoint", "run.ckpt", "--checkpoint-every", "0", "--save-every", "2"]
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, *options) == 0
+    for name in ("run.ckpt", "out-00002.png"):
+        assert f"{name} could not be written: No space left on device" in caplog.text
+    assert manifest.versions() == replay.read("out.png")["versions"]
+
+
+@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize("error", [FloatingPointError("broken"), MemoryError("broken"), BackendError("broken")])
+def test_a_run_that_breaks_keeps_its_picture_if_there_is_one(main, stylizer, monkeypatch, capsys, error, done):
+    steps = type(stylizer).steps
+
+    def breaking(*arguments, **options):
+        for step in steps(*arguments, **options):
+            if step.iteration > done:
+                raise error
+            yield step
+
+    monkeypatch.setattr(type(stylizer), "steps", breaking)
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--progress", "none") == 1
+    assert capsys.readouterr().err.endswith("broken; the picture so far is in out.png\n" if done else ": broken\n")
+    assert Path("out.png").exists() == bool(done)
+
+
+def test_ctrl_c_outside_of_the_iterations_says_no_more_than_it_knows(main, monkeypatch, capsys):
+    monkeypatch.setattr(image, "save", lambda *a: signal.raise_signal(signal.SIGINT))
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--progress", "none") == 130
+    assert capsys.readouterr().err.endswith("engine.stylize: interrupted\n")
 
 
 def test_a_second_ctrl_c_does_not_wait():
@@ -101,7 +140,7 @@ def test_a_replay_makes_the_same_bytes(main, name):
     assert main("c.png", "s.png", "-o", name, *SMALL, "--init", "noise", "--seed", "7") == 0
     assert main("--replay", name, "-o", f"again-{name}") == 0
     assert pixels(name).tobytes() == pixels(f"again-{name}").tobytes()
-    first, second = (manifest.read(path) for path in (name, f"again-{name}"))
+    first, second = (replay.read(path) for path in (name, f"again-{name}"))
     assert first.pop("timings")
     assert second.pop("timings")
     assert first == second
@@ -122,7 +161,7 @@ def test_a_picture_tells_nothing_of_folders(main, tmp_path):
     paths = [str(tmp_path / "private" / name) for name in ("c.png", "s.png")]
     assert main(*paths, "-o", "out.png", *SMALL, "--init", paths[0]) == 0
     assert b"private" not in (tmp_path / "out.png").read_bytes()
-    assert manifest.read("out.png")["content"]["name"] == "c.png"
+    assert replay.read("out.png")["content"]["name"] == "c.png"
     assert main("--replay", "out.png", "-o", "again.png") == 2  # neither is beside it
     shutil.copy("private/c.png", "c.png")
     assert main("--replay", "out.png", *paths, "-o", "again.png") == 0
@@ -131,7 +170,7 @@ def test_a_picture_tells_nothing_of_folders(main, tmp_path):
 
 def test_replay_refuses_other_inputs_and_warns_of_other_versions(main, capsys, caplog, tmp_path, monkeypatch):
     assert main("c.png", "s.png", "-o", "out.png", *SMALL) == 0
-    record = manifest.read("out.png")
+    record = replay.read("out.png")
     for arguments, words in (
         (["d.png", "s.png"], "d.png is not the content"),
         (["c.png", "c.png"], "c.png is not style 1"),
@@ -149,6 +188,16 @@ def test_replay_refuses_other_inputs_and_warns_of_other_versions(main, capsys, c
     assert main("--replay", "out.png", "-o", "again.png") == 0
     assert "is 1.0: the picture may differ" in caplog.text
     assert np.array_equal(pixels("out.png"), pixels("again.png"))
+
+
+@pytest.mark.parametrize(
+    ("device", "found"), [("auto", ("cudnn", "fp16")), ("cudnn", ("cudnn", "fp16")), ("cpu", ("cpu", "auto"))]
+)
+def test_a_replay_takes_the_precision_only_with_its_device(device, found):
+    record = {"engine": {"device": "cudnn", "precision": "fp16", "weights": "embedded"}}
+    given = argparse.Namespace(device=device, precision="auto", weights="auto")
+    replay.take_engine(record, Path(), given)
+    assert (given.device, given.precision) == found
 
 
 def test_a_picture_from_a_pipe_is_replayed_from_a_pipe(main, monkeypatch, capsys, tmp_path):
@@ -174,7 +223,7 @@ def test_a_batch_makes_what_single_runs_make(main, jobs, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["c--s.png", "d--s.png"]
     assert main("d.png", "s.png", "-o", "single.png", *SMALL) == 0
     assert np.array_equal(pixels("out/d--s.png"), pixels("single.png"))
-    assert manifest.read("out/d--s.png")["content"]["name"] == "d.png"
+    assert replay.read("out/d--s.png")["content"]["name"] == "d.png"
 
 
 def test_jobs_share_the_processors(main, stylizer, monkeypatch):
@@ -193,7 +242,7 @@ def test_pictures_that_are_there_are_left_alone(main, tmp_path, capsys):
     assert (tmp_path / "out" / "c--s.png").read_bytes() == b"mine"
     assert (tmp_path / "out" / "d--s.png").exists()
     assert main(*BATCH, *SMALL, "--overwrite") == 0
-    assert manifest.read("out/c--s.png")
+    assert replay.read("out/c--s.png")
 
 
 def test_shards_make_their_part(main, tmp_path):
@@ -248,15 +297,19 @@ def test_progress_for_programs(main, capsys):
     assert [(row["iteration"], row["total"], row["scale"], row["out"]) for row in rows] == [
         (i, 4, 48, "out.png") for i in range(1, 5)
     ]
-    assert [row["loss"] for row in rows] == [loss for _, loss in manifest.read("out.png")["losses"]]
+    assert [row["loss"] for row in rows] == [loss for _, loss in replay.read("out.png")["losses"]]
 
 
-def test_plot_of_the_losses(main, tmp_path):
+def test_plot_of_the_losses(main, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--plot", "loss.png") == 0
     drawn = pixels("loss.png")
     assert drawn.shape[:2] == (500, 800)
     assert drawn.std() > 0
+    for name in ("losses", "losses.xyz"):
+        assert main("c.png", "s.png", "-o", "again.png", *SMALL, "--plot", name) == 2
+        assert f"--plot {name}: unknown picture format; choose from" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "d.png", "loss.png", "out.png", "s.png"]
 
 
 def test_plot_without_matplotlib_names_the_extra(main, capsys, monkeypatch, tmp_path):
@@ -283,13 +336,47 @@ def test_a_contact_sheet_over_options(main, monkeypatch, capsys):
     assert "contact sheet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "blank", "words"),
+    [
+        (FloatingPointError("broken"), 1, [1], "seed 1: broken; the other pictures are in sheet.png"),
+        (KeyboardInterrupt(), 130, [1, 2], "interrupted; the other pictures are in sheet.png"),
+    ],
+)
+def test_a_contact_sheet_keeps_what_there_is(main, stylizer, monkeypatch, capsys, error, status, blank, words):
+    made, steps, draw = [], type(stylizer).steps, sheet.draw
+
+    def breaking(self, content, style, config, **options):
+        yield from steps(self, content, style, config, **options)
+        if config.seed == 1:
+            raise error
+
+    monkeypatch.setattr(type(stylizer), "steps", breaking)
+    monkeypatch.setattr(sheet, "draw", lambda cells, columns: (made.extend(cells), draw(cells, columns))[1])
+    options = ["--iterations", "1", "--grid", "seed=0,1,2", "--progress", "none"]
+    assert main("c.png", "s.png", "-o", "sheet.png", *SMALL, *options) == status
+    assert capsys.readouterr().err.endswith(f"{words}\n")
+    assert [i for i, (_, picture) in enumerate(made) if picture is None] == blank
+    with Image.open("sheet.png") as drawn:
+        cells = json.loads(drawn.info["gatys-engine"])["sheet"]
+    assert [cell["options"]["seed"] for cell in cells] == [i for i in range(3) if i not in blank]
+
+
 def test_cells_lie_in_rows_under_their_labels():
-    colours = ["red", "lime", "blue", "black"]
-    cells = [([name], Image.new("RGB", (40, 20), name)) for name in colours]
+    colours = ["red", "lime", "blue"]
+    cells = [([name], Image.new("RGB", (40, 20), name)) for name in colours] + [(["blank"], None)]
     drawn = sheet.draw(cells, 2)
     found = [[drawn.getpixel((x, y)) for x in (20, drawn.width // 2 + 20)] for y in (36, drawn.height // 2 + 32)]
-    assert found == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (0, 0, 0)]]
+    assert found == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]]
     assert np.asarray(drawn)[8:26, 8:40].min() < 128  # the label
+
+
+def test_targets_are_saved_of_pictures_only(main, stylizer, capsys):
+    stylizer.targets("s.png", Config(size=48, scales=1)).save("t.safetensors")
+    for styles in (["t.safetensors"], ["none"], ["s.png", "s.png"]):
+        assert main("c.png", *styles, "-o", "out.png", *SMALL, "--save-targets", "u.safetensors") == 2
+        assert "--save-targets keeps what is used of one STYLE: give one, a picture" in capsys.readouterr().err
+    assert not Path("u.safetensors").exists()
 
 
 MISTAKES = [
@@ -307,6 +394,7 @@ MISTAKES = [
     (["c.png", "s.png", "-o", "out.png", "--grid", "size=8,64"], "from 32"),
     (["c.png", "s.png", "-o", "out.png", "--grid", "size"], "OPTION=VALUE"),
     (["c.png", "s.png", "-o", "out.png", "--grid", "size=64", "--trace", "t"], "--trace is for one picture"),
+    (["c.png", "s.png", "-o", "out.png", "--save-targets", "t.bin"], "t.bin: give a name that ends in .safetensors"),
     (["--replay", "c.png", "-o", "out.png"], "carries no manifest"),
 ]
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "image": {"manifest"},
     "colour": {"image"},
     "jobs": set(),
-    "painting": {"config", "image", "jobs", "manifest", "stylizer", "targets", "__version__"},
+    "painting": {"config", "image", "jobs", "manifest", "result", "stylizer", "targets", "__version__"},
     "batches": {"config", "image", "jobs", "painting", "stylizer"},
     "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
