@@ -15,9 +15,9 @@ from .presets import preset
 
 if TYPE_CHECKING:
     from .export.ort import BackendError as BackendError
-    from .stylizer import Result as Result
-    from .stylizer import Score as Score
-    from .stylizer import Step as Step
+    from .result import Result as Result
+    from .result import Score as Score
+    from .result import Step as Step
     from .stylizer import Stylizer as Stylizer
     from .targets import Targets as Targets
 

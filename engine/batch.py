@@ -63,7 +63,7 @@ class Painter:
             for step in painting.begin(self._stylizer, job, self._config):
                 losses.append((step.iteration, step.loss))
             seconds = time.perf_counter() - start
-            record = painting.describe(self._stylizer, self._config, job, losses, seconds, step.total)
+            record = painting.describe(self._stylizer, self._config, job, losses, seconds, step)
             stream = io.BytesIO()
             step.image.save(stream, "PNG", **manifest.embed("PNG", record))
             _write(task.out, stream.getvalue())

@@ -103,7 +103,7 @@ def paint(
     if run.last is not None and not (status and whole_only):
         losses = [(row["iteration"], row["loss"]) for row in run.rows]
         seconds = time.perf_counter() - start
-        record = describe(stylizer, config, job, losses, seconds, run.last.total)
+        record = describe(stylizer, config, job, losses, seconds, run.last)
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
         if given.trace:
@@ -173,14 +173,14 @@ def describe(
     job: Job,
     losses: Sequence[tuple[int, float]],
     seconds: float,
-    total: int,
+    last: Step,
 ) -> dict[str, Any]:
-    """The manifest of the run of a job whose sources are loaded; see `manifest.describe`."""
-    engine = {"device": stylizer.device, "precision": stylizer.precision, "weights": stylizer.weights_name}
+    """The manifest of the run of a job whose sources are loaded, up to its step `last`; see `manifest.describe`."""
+    engine = {"device": stylizer.device, "precision": last.precision, "weights": stylizer.weights_name}
     engine["sha256"] = stylizer.weights_digest(config.layers)
     content, *styles = (named(source) for source in (job.content, *job.styles))
     used = [each for each in styles if each is not None]
-    return manifest.describe(config, content, used, job.masks, job.freeze, engine, losses, seconds, total)
+    return manifest.describe(config, content, used, job.masks, job.freeze, engine, losses, seconds, last.total)
 
 
 def named(source: Any) -> tuple[str | None, str] | None:
@@ -232,7 +232,7 @@ def _write_trace(path: Path, stylizer: Stylizer, run: Run) -> None:
     record = {
         "version": __version__,
         "device": stylizer.device,
-        "precision": stylizer.precision,
+        "precision": run.last and run.last.precision,
         "weights": stylizer.weights_name,
         "config": asdict(run.config),
         "steps": run.rows,

@@ -77,7 +77,7 @@ def make(
                 status = 1
                 failures.append(f"{name}: {brief(error)}")
                 continue
-            record = describe(stylizer, config, job, losses[-1:], time.perf_counter() - start, step.total)
+            record = describe(stylizer, config, job, losses[-1:], time.perf_counter() - start, step)
             records.append({"labels": labels} | record)
     except KeyboardInterrupt:
         status = 130

@@ -52,8 +52,8 @@ class Threads:
         places = [each.data_ptr() for each in scratch]
         others: list[Future[None]] = []
         try:
-            for place in places[1:] if self._others else ():
-                others.append(self._others.submit(_work, table, taken, done, place))
+            if self._others:
+                others.extend(self._others.submit(_work, table, taken, done, place) for place in places[1:])
             _work(table, taken, done, places[0])
         finally:  # of a Ctrl-C, too: the memory that they work on may be gone afterwards
             wait(others)

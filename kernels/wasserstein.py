@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 EPSILON = 1e-4
 
@@ -59,7 +60,7 @@ class Wasserstein:
         own, channels = covariance.double() + self._ridge, len(covariance)
         try:
             values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)
-        except torch.linalg.LinAlgError:  # of a covariance that is not finite
+        except LinAlgError:  # of a covariance that is not finite
             nothing = torch.full_like(own, torch.nan).float()
             return nothing[0, 0], nothing, nothing[0, 0]
         roots = values.clamp_min(EPSILON**2).sqrt()  # no eigenvalue is smaller but by rounding

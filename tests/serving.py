@@ -1,5 +1,6 @@
 """A real server in a process of its own, for the tests that kill it."""
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
+
 PATIENCE = 180  # seconds; only a server that is broken takes so long
+
+
+def pixels(file: bytes) -> bytes:
+    """What a picture shows, whatever manifest it carries."""
+    return Image.open(io.BytesIO(file)).tobytes()
 
 
 class Server:

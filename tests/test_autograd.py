@@ -114,3 +114,14 @@ def test_the_result_is_a_scalar_of_the_right_type(objective):
     assert value.shape == ()
     assert value.dtype == torch.float32
     assert np.isfinite(float(value.detach()))
+
+
+@pytest.mark.parametrize(("given", "size"), [("content", (46, 64)), (None, (40, 56))])
+def test_the_objective_of_a_run_is_that_of_its_last_scale(stylizer, pictures, given, size):
+    content = pictures.get(given)
+    config = Config(size=64 if given else (56, 40), scales=2)
+    objective = stylizer.objective(content, pictures["style"], config)
+    shown = torch.rand_like(objective.network.image)
+    assert shown.shape == (1, 3, *size)
+    score = stylizer.evaluate(shown[0].permute(1, 2, 0).numpy(), content, pictures["style"], config)
+    assert float(loss(shown, objective)) == pytest.approx(score.loss, rel=1e-5)

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import io
 import json
+import random
 import re
 import struct
 import threading
@@ -13,12 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from serving import pixels
 
 pytest.importorskip("fastapi")
+import uvicorn
 from fastapi.testclient import TestClient
 
-from engine import Config
-from engine.serve import api, guard, problems, store, worker
+from engine import Config, replay
+from engine.serve import __main__ as command
+from engine.serve import api, guard, logs, problems, store, supervisor, worker
 from engine.serve.settings import Settings
 
 OPTIONS = {"size": 48, "iterations": 4, "scales": 1}
@@ -72,6 +76,9 @@ class Wrapped:
     def __init__(self, stylizer, act):
         self.stylizer, self.act = stylizer, act
 
+    def __getattr__(self, name):
+        return getattr(self.stylizer, name)
+
     def steps(self, *arguments, **options):
         return self._acting(self.stylizer.steps(*arguments, **options))
 
@@ -84,7 +91,7 @@ class Wrapped:
 # What a job becomes.
 
 
-def test_a_job_gives_the_librarys_bytes(client, files, stylizer):
+def test_a_job_gives_the_librarys_pixels(client, files, stylizer):
     answer = post(client[0], files)
     assert answer.status_code == 202
     job = answer.json()
@@ -97,8 +104,19 @@ def test_a_job_gives_the_librarys_bytes(client, files, stylizer):
     result = client[0].get(job["image"])
     assert result.headers["content-type"] == "image/png"
     config = Config(size=48, iterations=4, scales=1)
-    assert result.content == worker.png(stylizer(files["content"], files["style"], config).image)
+    assert pixels(result.content) == stylizer(files["content"], files["style"], config).image.tobytes()
     assert sorted(path.name for path in client[1].folder(job["id"]).iterdir()) == ["result.png"]
+
+
+def test_a_result_carries_the_manifest_of_which_it_can_be_made_again(client, files, stylizer, tmp_path):
+    job = post(client[0], files).json()
+    run(client, stylizer)
+    path = tmp_path / "result.png"
+    path.write_bytes(client[0].get(job["image"]).content)
+    record = replay.read(str(path))
+    config, again = replay.inputs(record, tmp_path, [files["content"], files["style"]], "again.png")
+    replay.check_engine(record, stylizer, config)
+    assert stylizer(again.content, again.style, config).image.tobytes() == pixels(path.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -162,54 +180,101 @@ def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, styli
     run(client, Wrapped(stylizer, seen.append))
     assert seen == [1, 2, 3, 4, 5, *range(1 if damage else 6, 10)]
     whole = stylizer(files["content"], files["style"], Config(**options))
-    assert client[0].get(job["image"]).content == worker.png(whole.image)
+    assert pixels(client[0].get(job["image"]).content) == whole.image.tobytes()
+    record = replay.read(str(client[1].folder(job["id"]) / "result.png"))
+    assert record["iterations"] == {"done": 9, "total": 9}
+    assert [iteration for iteration, _ in record["losses"]][-1] == 9
 
 
-def test_without_room_for_a_checkpoint_the_job_goes_on(client, files, stylizer, monkeypatch):
+def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, monkeypatch):
     job = post(client[0], files).json()
-    monkeypatch.setattr(worker, "_CHECKPOINT", 0.0)
-    monkeypatch.setattr(worker, "_SHARE", 0.0)
-    written = []
+    for name in ("_CHECKPOINT", "_REPORT", "_PREVIEW", "_SHARE"):
+        monkeypatch.setattr(worker, name, 0.0)
+    written, progress = [], client[1].progress
 
-    def full(path, data):
+    def write(path, data):
         written.append(path.name)
-        if path.name == "checkpoint":
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if path.name != "result.png":
+            raise OSError(errno.ENOSPC, "No space left on device", path)
         store.write(path, data)
 
-    monkeypatch.setattr(worker, "write", full)
+    def report(*arguments):
+        written.append("progress")
+        if written.count("progress") < 3:
+            raise store.sqlite3.OperationalError("database or disk is full")
+        progress(*arguments)
+
+    monkeypatch.setattr(worker, "write", write)
+    monkeypatch.setattr(client[1], "progress", report)
     run(client, stylizer)
-    assert written.count("checkpoint") == 3
-    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+    assert (written.count("checkpoint"), written.count("preview.png")) == (3, 4)
+    done = client[0].get(f"/v1/jobs/{job['id']}").json()
+    assert (done["state"], done["preview"]) == ("succeeded", 0)
+    assert [iteration for iteration, *_ in client[1].losses(job["id"])] == [1, 2, 3, 4]
+
+
+def test_what_a_dead_worker_ran_is_put_back_once_there_is_room(client, files, monkeypatch):
+    post(client[0], files)
+    client[1].claim(0)
+    watch = supervisor.Supervisor(client[1], Settings())
+    watch._workers[0] = SimpleNamespace(poll=lambda: -9, returncode=-9, stdin=None)
+
+    def full(worker, crashed):
+        raise store.sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client[1], "unclaim", full)
+        with pytest.raises(store.sqlite3.OperationalError):
+            watch._look(0)
+    watch._look(0)
+    assert client[1].counts() == {"queued": 1}
+
+
+def test_what_is_left_of_a_run_counts_the_pixels_of_all_scales(monkeypatch):
+    sides, now = [64] * 3 + [128] * 2, 0.0
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))
+    clock = worker._Clock([(64, 4), (128, 2)])
+    left = sum(side**2 for side in sides)
+    for i, side in enumerate(sides, 1):
+        now, left = now + side**2, left - side**2
+        step = SimpleNamespace(scale=side, iteration=i, total=6 if i < 3 else 5)  # the first scale stops early
+        clock.tick(step)
+        assert clock.left(step) == (None if i == 1 else left + 64**2 if i < 3 else left)
 
 
 def test_a_waiting_job_is_cancelled_at_once(client, files):
     job = post(client[0], files).json()
     assert client[0].delete(f"/v1/jobs/{job['id']}").json()["state"] == "cancelled"
     assert client[1].claim(0) is None
+    assert not list(client[1].folder(job["id"]).iterdir())
 
 
 def test_a_job_that_breaks_says_why_and_hurts_no_other(client, files, stylizer):
-    jobs = [post(client[0], files).json() for _ in range(3)]
+    jobs = [post(client[0], files).json() for _ in range(4)]
 
     def breaks(iteration):
         raise FloatingPointError("a loss that is\nnot finite")
 
     run(client, Wrapped(stylizer, breaks))
     client[1].progress(jobs[1]["id"], {"deadline": 1e-9}, [])
-    run(client, stylizer)
-    run(client, stylizer)
+    (client[1].folder(jobs[2]["id"]) / "style-0").unlink()
+    for _ in range(3):
+        run(client, stylizer)
     ends = [client[0].get(f"/v1/jobs/{job['id']}").json() for job in jobs]
-    assert [end["state"] for end in ends] == ["failed", "failed", "succeeded"]
+    assert [end["state"] for end in ends] == ["failed", "failed", "failed", "succeeded"]
     assert ends[0]["reason"] == "a loss that is not finite"
     assert "deadline" in ends[1]["reason"]
+    assert "read or write a file" in ends[2]["reason"]
+    assert "style-0" not in ends[2]["reason"]
 
 
 def test_a_job_in_which_the_worker_dies_twice_is_given_up(client, files):
     job = post(client[0], files).json()
+    (client[1].folder(job["id"]) / "preview.png").write_bytes(b"x")
     for _ in range(2):
         assert client[1].claim(0)["id"] == job["id"]
         client[1].unclaim(0, crashed=True)
+    assert [path.name for path in client[1].folder(job["id"]).iterdir()] == ["preview.png"]
     end = client[0].get(f"/v1/jobs/{job['id']}").json()
     assert (end["state"], end["reason"]) == ("failed", "the worker died twice in this job")
 
@@ -217,9 +282,32 @@ def test_a_job_in_which_the_worker_dies_twice_is_given_up(client, files):
 def test_jobs_go_by_priority_then_by_turns_of_the_clients(client, files):
     ids = [post(client[0], files, priority=p).json()["id"] for p in (0, 0, 5, 0)]
     client[1].progress(ids[3], {"client": "another"}, [])
-    assert client[0].get(f"/v1/jobs/{ids[1]}").json()["place"] == 2
+    assert client[0].get(f"/v1/jobs/{ids[1]}").json()["place"] == 3
     order = [client[1].claim(0)["id"] for _ in range(4)]
     assert order == [ids[2], ids[3], ids[0], ids[1]]
+
+
+def test_the_places_of_waiting_jobs_are_the_order_in_which_they_are_taken(tmp_path):
+    jobs, dice = store.Store(tmp_path), random.Random(0)
+    row = {"key": None, "fingerprint": "", "options": "{}", "styles": 0, "deadline": 1}
+
+    def add(number):
+        for _ in range(number):
+            own = {"id": dice.randbytes(16).hex(), "client": dice.choice("aabc"), "priority": dice.choice((0, 0, 1, 5))}
+            jobs.add(row | own, b"", [], (99, 99))
+
+    add(8)
+    for _ in range(5):
+        jobs.claim(0)
+    jobs.unclaim(0, crashed=False)  # these go before the others of their priority
+    add(12)
+    waiting = jobs._rows("SELECT * FROM jobs")
+    while waiting:
+        order = sorted(waiting, key=jobs.place)
+        assert [jobs.place(job) for job in order] == list(range(len(waiting)))
+        assert order.pop(0)["id"] == jobs.claim(0)["id"]
+        waiting = order
+    jobs.close()
 
 
 def test_results_are_kept_and_then_removed(client, files, stylizer):
@@ -341,6 +429,14 @@ def test_a_missing_or_doubled_part_is_named(client, files):
     )
 
 
+def test_a_style_as_thin_as_a_thread_is_refused(client, files):
+    threads = [png(np.zeros((1, length, 3), np.uint8)) for length in (64, 65)]
+    stored = [client[0].post("/v1/styles", files={"style": thread}).json()["id"] for thread in threads]
+    assert "crop it" in problem(post(client[0], {**files, "style": threads[1]}), 422)
+    assert "crop it" in problem(post(client[0], files, style_id=stored[1]), 422)
+    assert post(client[0], {**files, "style": threads[0]}, style_id=stored[0]).status_code == 202
+
+
 def test_a_key_gives_the_same_job_and_refuses_another_request(client, files):
     key = {"idempotency-key": "a"}
     first, again = (post(client[0], files, headers=key) for _ in range(2))
@@ -422,7 +518,7 @@ def test_an_upload_that_takes_too_long_is_given_up(files):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/jobs", "headers": [(b"host", b"localhost")]}
-    asyncio.run(guard.Guard(app, Settings(upload_seconds=0.1), "")(scope, receive, send))
+    asyncio.run(guard.Guard(app, Settings(upload_seconds=0.1), "", problems.Problem.response)(scope, receive, send))
     assert sent[0]["status"] == 408
 
 
@@ -453,10 +549,50 @@ def test_the_token_is_asked_for_everything_but_the_page_and_health(tmp_path, fil
 
 
 @pytest.mark.parametrize(
-    "headers", [{"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}, {"host": "evil.example"}]
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "http://["},
+        {"sec-fetch-site": "cross-site"},
+        {"host": "evil.example"},
+        {"host": "["},
+    ],
 )
 def test_other_sites_and_names_are_not_served(client, headers):
     problem(client[0].get("/v1/styles", headers=headers), 403)
+
+
+def test_every_refusal_is_counted_once(tmp_path, files, monkeypatch):
+    client, _ = service(tmp_path, token="secret", max_bytes=1000)
+    token = {"authorization": "Bearer secret"}
+    form = {**token, "content-type": "multipart/form-data; boundary=b"}
+    client.get("/v1/styles")
+    client.get("/v1/styles", headers={**token, "sec-fetch-site": "cross-site"})
+    client.get("/nothing", headers=token)
+    client.post("/v1/styles", content=b"x" * 2000, headers=form)
+    client.post("/v1/jobs", content=iter([b"x" * 600] * 3), headers=form)
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "_UPLOADS", 0)
+        client.post("/v1/styles", headers=form)
+    text = client.get("/metrics", headers=token).text
+    found = dict(re.findall(r'stylize_rejected_total{status="(\d+)"} (.*)', text))
+    assert found == {"401": "1.0", "403": "1.0", "404": "1.0", "413": "2.0", "503": "1.0"}
+
+
+@pytest.mark.parametrize(("proxy", "clients"), [("", {"10.0.0.9"}), ("10.0.0.9", {"192.0.2.1", "192.0.2.2"})])
+def test_clients_behind_a_proxy_are_told_apart(tmp_path, files, monkeypatch, proxy, clients):
+    def ask(server):
+        server.config.load()
+        client = TestClient(server.config.loaded_app, base_url="http://localhost", client=("10.0.0.9", 1))
+        for own in ("192.0.2.1", "192.0.2.2"):
+            assert post(client, files, headers={"x-forwarded-for": f"192.0.2.9, {own}"}).status_code == 202
+
+    monkeypatch.setattr(uvicorn.Server, "run", ask)
+    monkeypatch.setattr(logs, "set_up", lambda form: None)
+    command.main(["--data", str(tmp_path), "--proxy", proxy, "--reserve", "0"])
+    jobs = store.Store(tmp_path)
+    assert {row["client"] for row in jobs._rows("SELECT client FROM jobs")} == clients
+    jobs.close()
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/styles", "/nothing", "/v1/jobs/..%2f..%2fetc", "/samples/..%2f__init__.py"])

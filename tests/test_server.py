@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Server, post
+from serving import Server, pixels, post
 
 pytest.importorskip("fastapi")
 from engine import Config
-from engine.serve import worker
 
 OPTIONS = {"size": 64, "iterations": 4, "scales": 1}
 
@@ -40,7 +39,7 @@ def pair(pictures):
 
 def expected(stylizer, pair, seed, **options) -> bytes:
     config = Config(**{**OPTIONS, **options}, init="noise", seed=seed)
-    return worker.png(stylizer(*pair, config).image)
+    return stylizer(*pair, config).image.tobytes()
 
 
 def submit(server, pair, number, clients, over=None, series="a", lengths=(4,)):
@@ -76,7 +75,7 @@ def submit(server, pair, number, clients, over=None, series="a", lengths=(4,)):
 
 
 def check_all(server, accepted, pair, stylizer):
-    """Every accepted job is done, each with the library's bytes, and no two are the same job."""
+    """Every accepted job is done, each with the library's pixels, and no two are the same job."""
     wanted = {
         (seed, iterations): expected(stylizer, pair, seed, iterations=iterations)
         for seed, iterations in {(seed, iterations) for _, seed, iterations in accepted.values()}
@@ -85,7 +84,7 @@ def check_all(server, accepted, pair, stylizer):
     for job, seed, iterations in accepted.values():
         done = server.finished(job)
         assert done["state"] == "succeeded", done
-        assert server.bytes(done["image"]) == wanted[seed, iterations]
+        assert pixels(server.bytes(done["image"])) == wanted[seed, iterations]
 
 
 def kill_under_load(server, pair, stylizer, jobs, clients, kills, longest, seed, lengths=(4,)):
@@ -194,7 +193,7 @@ def test_a_worker_that_dies_is_started_again(tmp_path, pair, stylizer):
         urllib.request.urlopen(request).close()
         assert server.finished(body["id"])["state"] == "cancelled"
         done = server.finished(other["id"])
-        assert server.bytes(done["image"]) == expected(stylizer, pair, 0)
+        assert pixels(server.bytes(done["image"])) == expected(stylizer, pair, 0)
 
 
 def children(pid: int) -> list[str]:
@@ -220,6 +219,7 @@ def serve(*words, **environment):
         (["--workers", "0"], "from 1"),
         (["--keep", "-1"], "above 0"),
         (["--log", "xml"], "text, json"),
+        (["--proxy", "*"], "IPv4"),
         (["--token-file", "/nowhere"], "No such file"),
         (["--port", "http"], "invalid int"),
     ],

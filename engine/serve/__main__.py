@@ -70,7 +70,8 @@ def _serve(settings: Settings, token: str) -> int:
         config = uvicorn.Config(
             app, host=settings.host, port=settings.port, http=Protocol, ws="none",
             log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=_GRACE, timeout_keep_alive=10, limit_concurrency=1024, proxy_headers=False,
+            timeout_graceful_shutdown=_GRACE, timeout_keep_alive=10, limit_concurrency=1024,
+            proxy_headers=bool(settings.proxy), forwarded_allow_ips=settings.proxy,
         )  # fmt: skip
         server = Server(config)
         server.run()

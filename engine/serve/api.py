@@ -137,6 +137,11 @@ class Service:
                 return row, (self.store.folder(job) / name).read_bytes()
         raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
 
+    def refuse(self, problem: Problem) -> Response:
+        """The problem document, counted."""
+        self.metrics.rejected.labels(problem.status_code).inc()
+        return problem.response()
+
     def check_open(self) -> None:
         """Raise Problem if nothing can be stored now."""
         if self.stopping:
@@ -182,17 +187,11 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         description="Style transfer by optimisation, as jobs.",
     )  # fmt: skip
     app.state.service = service
-    app.add_middleware(Guard, settings=settings, token=token)
-
-    async def refuse(request: Request, problem: Problem) -> Response:
-        service.metrics.rejected.labels(problem.status_code).inc()
-        return problem.response()
+    app.add_middleware(Guard, settings=settings, token=token, refuse=service.refuse)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        response = await refuse(
-            request, error if isinstance(error, Problem) else Problem(error.status_code, error.detail)
-        )
+        response = service.refuse(error if isinstance(error, Problem) else Problem(error.status_code, error.detail))
         response.headers.update(error.headers or {})
         return response
 
@@ -200,7 +199,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return await refuse(request, Problem(422, f"{where}: {first['msg']}"))
+        return service.refuse(Problem(422, f"{where}: {first['msg']}"))
 
     @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.Error)
@@ -208,11 +207,11 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         problem = problems.of_storage(error)
         if problem.status_code == 500:
             problems.log.error("store", exc_info=error)
-        return await refuse(request, problem)
+        return service.refuse(problem)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return await refuse(request, Problem(500, "something broke; the log has the rest"))
+        return service.refuse(Problem(500, "something broke; the log has the rest"))
 
     @app.post(
         "/v1/jobs", status_code=202, response_model=None, summary="Ask for a picture",
@@ -237,8 +236,8 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         if len(style or []) + len(style_id or []) > 8:
             raise Problem(422, "style: at most 8 are mixed")
         data, size = service.picture("content", content)
-        styles: list[bytes | str] = [service.picture("style", each)[0] for each in style or []]
-        styles += style_id or []
+        pictures = [service.picture("style", each) for each in style or []]
+        styles: list[bytes | str] = [*(each for each, _ in pictures), *(style_id or [])]
         if not styles:
             raise Problem(422, "style: send at least one picture, or style_id")
         checked = problems.check_options(options, size, settings)
@@ -255,8 +254,8 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
             "deadline": allowed,
         }
         try:
-            for each in style_id or []:
-                store.style_size(each)
+            for shape in (*(shape for _, shape in pictures), *map(store.style_size, style_id or [])):
+                problems.check_style(shape, settings)
             with service.full():
                 job = store.add(row, data, styles, (settings.queue, settings.per_client))
         except KeyError as error:

@@ -7,9 +7,11 @@ import hmac
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .problems import Problem
@@ -37,10 +39,13 @@ _HEADERS = {
 
 
 class Guard:
-    """ASGI middleware: request ids, log lines, token, origin, limits of bytes and time, security headers."""
+    """ASGI middleware: request ids, log lines, token, origin, limits of bytes and time, security headers.
 
-    def __init__(self, app: ASGIApp, settings: Settings, token: str) -> None:
-        self._app, self._settings, self._token = app, settings, token.encode()
+    `refuse` makes the answer of a problem, here as behind it.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, token: str, refuse: Callable[[Problem], Response]) -> None:
+        self._app, self._settings, self._token, self._refuse = app, settings, token.encode(), refuse
         self._uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +77,7 @@ class Guard:
         except Problem as problem:  # also those that reading the body raises
             if status:
                 raise
-            await problem.response()(scope, receive, answer)
+            await self._refuse(problem)(scope, receive, answer)
         finally:
             self._uploads -= uploads
             seconds = round(time.monotonic() - start, 4)
@@ -84,10 +89,14 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         origin = headers.get("origin")
+        try:
+            name, foreign = urlsplit(f"//{host}").hostname, bool(origin and urlsplit(origin).netloc != host)
+        except ValueError as error:
+            raise Problem(403, "Host or Origin is no address") from error
         link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
-        if (headers.get("sec-fetch-site") == "cross-site" and not link) or (origin and urlsplit(origin).netloc != host):
+        if (headers.get("sec-fetch-site") == "cross-site" and not link) or foreign:
             raise Problem(403, "requests of other sites are not served")
-        if not self._token and urlsplit(f"//{host}").hostname not in ("localhost", "::1", "127.0.0.1", "testserver"):
+        if not self._token and name not in ("localhost", "::1", "127.0.0.1"):
             raise Problem(403, f"without a token this server answers to localhost, not to {host[:100]!r}")
         path = scope["path"]
         if self._token and not (path in _OPEN or path.startswith(("/samples/", "/health/"))):

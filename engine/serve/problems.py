@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import math
 import re
 import sqlite3
 import warnings
@@ -17,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.config import Config, choice, options
+from engine.config import MIN_SIDE, Config, choice, options
 
 from .settings import Settings
 
@@ -77,6 +78,17 @@ def check_picture(name: str, data: bytes, max_pixels: int) -> tuple[int, int]:
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         raise Problem(422, f"{name} is damaged ({' '.join(str(error).split())[:200]})") from error
     return width, height
+
+
+def check_style(size: tuple[int, int], settings: Settings) -> None:
+    """Refuse a style that would be looked at beyond the largest size, for its short side. Raises Problem."""
+    side = math.ceil(MIN_SIDE * max(size) / min(size))
+    if side > settings.max_size:
+        raise Problem(
+            422,
+            f"style has {size[0]} x {size[1]} pixels: its long side would be {side} for a short one of {MIN_SIDE}, "
+            f"and this server paints up to {settings.max_size}; crop it",
+        )
 
 
 def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:

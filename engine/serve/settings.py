@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ class Settings:
 
     host: str = _option("127.0.0.1", "address to listen at; any but a loopback one needs a token")
     port: int = _option(8000, "port to listen at")
+    proxy: str = _option("", "address of the reverse proxy whose X-Forwarded-For names the clients")
     data: str = _option("stylize-data", "folder of jobs and results, made if it is missing")
     keep: float = _option(24.0, "hours that a finished job is kept")
     token_file: str = _option("", "file whose first line is the bearer token (or set STYLIZE_TOKEN)")
@@ -49,6 +51,8 @@ class Settings:
             raise ValueError(f"max_pixels {self.max_pixels}: Pillow decodes up to {_MAX_PIXELS}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port {self.port}: give a number from 0 to 65535")
+        if self.proxy:
+            ipaddress.ip_network(self.proxy)  # a name would never match, and `*` would trust everybody
         if self.log not in ("text", "json"):
             raise ValueError(f"log {self.log!r}: choose from text, json")
 

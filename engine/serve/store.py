@@ -7,18 +7,20 @@ is whole after a kill at any moment; what neither side names is swept when the s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 UNFINISHED = ("queued", "running")
+_TURN = "coalesce((SELECT max(started) FROM jobs WHERE client = j.client), 0)"  # the client with the lowest goes first
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -186,9 +188,12 @@ class Store:
         return found[0]
 
     def place(self, row: Row) -> int:
-        """How many jobs go before this waiting one, by priority and age."""
-        query = "SELECT count(*) n FROM jobs WHERE state = 'queued' AND (priority > ? OR priority = ? AND seq < ?)"
-        return int(self._rows(query, (row["priority"], row["priority"], row["seq"]))[0]["n"])
+        """How many jobs `claim` will take before this waiting one, if none comes any more."""
+        query = f"""
+            SELECT seq, client, priority, started IS NULL AS fresh, {_TURN} AS turn
+            FROM jobs AS j WHERE state = 'queued' AND priority >= ? ORDER BY priority DESC, fresh, seq"""
+        order = _in_turn(self._rows(query, (row["priority"],)))
+        return next((i for i, each in enumerate(order) if each["seq"] == row["seq"]), 0)  # 0: it was taken meanwhile
 
     def losses(self, job: str, after: int = 0) -> list[tuple[int, int, float]]:
         """(iteration, scale, loss) of a job, from iteration `after` + 1 on."""
@@ -198,11 +203,13 @@ class Store:
     def cancel(self, job: str) -> Row:
         """Cancel a waiting job at once, ask a running one to stop; a finished one stays. Raises KeyError."""
         with self._write() as database:
-            database.execute(
-                "UPDATE jobs SET state = 'cancelled', finished = ? WHERE id = ? AND state = 'queued'",
+            waited = database.execute(
+                "UPDATE jobs SET state = 'cancelled', eta = NULL, finished = ? WHERE id = ? AND state = 'queued'",
                 (time.time(), job),
-            )
+            ).rowcount
             database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND state = 'running'", (job,))
+        if waited:
+            self._tidy(job)
         return self.job(job)
 
     def counts(self) -> dict[str, int]:
@@ -262,10 +269,10 @@ class Store:
 
     def claim(self, worker: int) -> Row | None:
         """Take the next job: by priority, then the client that has waited longest for its turn, then age."""
-        query = """
+        query = f"""
             UPDATE jobs SET state = 'running', worker = ?, started = coalesce(started, ?) WHERE seq = (
                 SELECT seq FROM jobs AS j WHERE state = 'queued' ORDER BY priority DESC, started IS NULL,
-                coalesce((SELECT max(started) FROM jobs WHERE client = j.client), 0), seq LIMIT 1)
+                {_TURN}, seq LIMIT 1)
             RETURNING *"""
         if not self._rows("SELECT 1 FROM jobs WHERE state = 'queued' LIMIT 1"):
             return None
@@ -280,12 +287,14 @@ class Store:
                 "UPDATE jobs SET state = 'queued', crashes = crashes + ? WHERE state = 'running' AND worker = ?",
                 (crashed, worker),
             )
-            database.execute(
-                "UPDATE jobs SET state = 'failed', reason = 'the worker died twice in this job', finished = ? "
-                "WHERE state = 'queued' AND crashes > 1",
+            given_up = database.execute(
+                "UPDATE jobs SET state = 'failed', reason = 'the worker died twice in this job', eta = NULL, "
+                "finished = ? WHERE state = 'queued' AND crashes > 1 RETURNING id",
                 (time.time(),),
-            )
+            ).fetchall()
             database.execute("DELETE FROM workers WHERE number = ?", (worker,))
+        for row in given_up:
+            self._tidy(row["id"])
 
     def cancelled(self, job: str) -> bool:
         """Whether a running job was asked to stop."""
@@ -299,14 +308,18 @@ class Store:
             database.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?, ?, ?)", [(job, *each) for each in losses])
 
     def finish(self, job: str, state: str, reason: str | None) -> None:
-        """End a running job; of its files only the last picture stays."""
+        """End a running job."""
         with self._write() as database:
             database.execute(
                 "UPDATE jobs SET state = ?, reason = ?, eta = NULL, finished = ? WHERE id = ? AND state = 'running'",
                 (state, reason, time.time(), job),
             )
+        self._tidy(job, "result.png" if state == "succeeded" else "preview.png")
+
+    def _tidy(self, job: str, last: str = "preview.png") -> None:
+        """Of the files of a job that has ended only the last picture stays."""
         for path in self.folder(job).iterdir():
-            if path.name != ("result.png" if state == "succeeded" else "preview.png"):
+            if path.name != last:
                 path.unlink()
 
     def announce(self, worker: int, device: str, weights: str) -> None:
@@ -343,6 +356,24 @@ def write(path: Path, data: bytes) -> None:
     finally:
         half.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def _in_turn(waiting: Iterable[Row]) -> Iterator[Row]:
+    """Jobs in the order in which `claim` takes them; given by priority, those that have started first, and age."""
+    turns: dict[str, float] = {}
+    moments = itertools.count(time.time())
+    for (_, fresh), group in itertools.groupby(waiting, lambda job: (job["priority"], job["fresh"])):
+        lines: dict[str, list[Row]] = {}
+        for job in group:
+            lines.setdefault(job["client"], []).append(job)
+            turns.setdefault(job["client"], job["turn"])
+        by_client = [lines[client] for client in sorted(lines, key=turns.__getitem__)]
+        # Only a first start ends a client's turn.
+        rounds: Iterable[Iterable[Row | None]] = itertools.zip_longest(*by_client) if fresh else by_client
+        for job in filter(None, itertools.chain.from_iterable(rounds)):
+            if fresh:
+                turns[job["client"]] = next(moments)
+            yield job
 
 
 def _link(source: Path, target: Path, style: str) -> None:

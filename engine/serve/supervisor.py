@@ -68,11 +68,11 @@ class Supervisor:
     def _look(self, number: int) -> None:
         process = self._workers.get(number)
         if process is not None and process.poll() is not None:
+            ready = any(worker["number"] == number for worker in self._store.workers())
+            self._store.unclaim(number, crashed=True)  # first: on a full disk this look ends here, and comes again
             del self._workers[number]
             if process.stdin is not None:
                 process.stdin.close()
-            ready = any(worker["number"] == number for worker in self._store.workers())
-            self._store.unclaim(number, crashed=True)
             self._failures[number] = 0 if ready else self._failures.get(number, 0) + 1
             pause = min(60.0, 2.0 ** self._failures[number] - 1)  # one that never gets ready is not hurried
             self._again[number] = time.monotonic() + pause

@@ -7,22 +7,26 @@ when the server was killed. Either way the running job is checkpointed and waits
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from engine import image, manifest, painting
 from engine.config import Config
+from engine.jobs import Job
 
 from . import logs
 from .store import Row, Store, write
@@ -30,7 +34,7 @@ from .store import Row, Store, write
 if TYPE_CHECKING:
     from PIL import Image
 
-    from engine.stylizer import Step, Stylizer
+    from engine import Step, Stylizer
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +82,8 @@ def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> No
     except Exception as error:  # whatever one job does must not hurt the next
         log.warning("job failed", exc_info=not isinstance(error, ValueError | ArithmeticError), extra={"job": job})
         state, reason = "failed", " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError):  # names a path, which is nobody's business
+            reason = "the server could not read or write a file; its log has the rest"
     if state == "queued":
         store.unclaim(row["worker"], crashed=False)
     else:
@@ -89,33 +95,41 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
     """The state that the job is left in, and why."""
     job, folder = row["id"], store.folder(row["id"])
     config = Config(**json.loads(row["options"]))
-    content = (folder / "content").read_bytes()
-    styles = [(folder / f"style-{i}").read_bytes() for i in range(row["styles"])]
+    content, *styles = (
+        image.load((folder / name).read_bytes()) for name in ("content", *(f"style-{i}" for i in range(row["styles"])))
+    )
+    task = Job(content, tuple(styles), "result.png")
     report, preview = _Every(_REPORT, first=True), _Every(_PREVIEW, first=True)
     checkpoint = _Every(_CHECKPOINT, first=False)
     losses: list[tuple[int, int, float]] = []
     number, start = row["preview"], time.monotonic()
-    clock = _Clock()
+    clock = _Clock(config.sized(max(content.size)).schedule(content.aspect))
     step: Step | None = None
 
-    def tell(step: Step) -> None:
-        seconds = row["seconds"] + time.monotonic() - start
-        values = {"scale": step.scale, "iteration": step.iteration, "total": step.total, "loss": losses[-1][2]}
-        store.progress(job, {**values, "eta": clock.left(step), "preview": number, "seconds": seconds}, losses)
-        losses.clear()
+    def seconds() -> float:
+        return float(row["seconds"]) + time.monotonic() - start
 
-    for step in _steps(stylizer, content, styles, config, folder / "checkpoint"):
+    def show(step: Step, fast: bool) -> None:
+        nonlocal number
+        with _optional("preview"):
+            write(folder / "preview.png", png(step.image, fast))
+            number += 1
+
+    def tell(step: Step) -> None:
+        losses.append((step.iteration, step.scale, step.loss))
+        values = {"scale": step.scale, "iteration": step.iteration, "total": step.total, "loss": step.loss}
+        with _optional("progress"):
+            store.progress(job, {**values, "eta": clock.left(step), "preview": number, "seconds": seconds()}, losses)
+            losses.clear()
+
+    for step in _steps(stylizer, task, config, folder / "checkpoint"):
         clock.tick(step)
         for _ in preview.due():
-            number += 1
-            write(folder / "preview.png", png(step.image, fast=True))
+            show(step, fast=True)
         for _ in report.due():
-            losses.append((step.iteration, step.scale, step.loss))
             tell(step)
         if store.cancelled(job):
-            write(folder / "preview.png", png(step.image))
-            number += 1
-            losses.append((step.iteration, step.scale, step.loss))
+            show(step, fast=False)
             tell(step)
             return "cancelled", None
         if step.iteration < step.total and stopping():
@@ -123,57 +137,69 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
             return "queued", None
         for _ in checkpoint.due() if step.iteration < step.total else ():
             _save(step, folder / "checkpoint")
-        if row["seconds"] + time.monotonic() - start > row["deadline"]:
+        if seconds() > row["deadline"]:
             return "failed", f"the deadline of {row['deadline']:g} s has passed"
     assert step is not None
-    write(folder / "result.png", png(step.image))
-    losses.append((step.iteration, step.scale, step.loss))
     tell(step)
+    known = {iteration: loss for iteration, _, loss in (*store.losses(job), *losses)}
+    record = painting.describe(stylizer, config, task, sorted(known.items()), seconds(), step)
+    write(folder / "result.png", png(step.image, record=record))
     return "succeeded", None
 
 
-def _steps(stylizer: Stylizer, content: bytes, styles: list[bytes], config: Config, path: Path) -> Iterator[Step]:
+def _steps(stylizer: Stylizer, task: Job, config: Config, path: Path) -> Iterator[Step]:
     """The steps of a run, from its checkpoint on if there is one."""
     if path.exists():
         try:
-            return stylizer.steps(content, styles, config, resume=path.read_bytes())
+            return painting.begin(stylizer, task, config, path.read_bytes())
         except ValueError as error:  # of another version or other weights
             log.warning("checkpoint left out of account: %s", error)
-    return stylizer.steps(content, styles, config)
+    return painting.begin(stylizer, task, config)
+
+
+@contextlib.contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """Something that is not written, for want of room, does not stop the run."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        log.warning("no %s: %s", what, error)
 
 
 def _save(step: Step, path: Path) -> None:
-    """Write a checkpoint; without room for it, the run goes on with the one before."""
-    try:
+    with _optional("checkpoint"):
         write(path, step.checkpoint())
-    except OSError as error:
-        log.warning("no checkpoint: %s", error)
 
 
 class _Clock:
     """Estimates what is left of a run from what an iteration costs for each pixel."""
 
-    def __init__(self) -> None:
-        self._last = time.monotonic()
+    def __init__(self, schedule: Sequence[tuple[int, int]]) -> None:
+        self._schedule = schedule
+        self._last, self._scale = 0.0, 0
         self._rate: float | None = None  # seconds for each iteration and squared pixel of the long side
 
     def tick(self, step: Step) -> None:
         """An iteration is done."""
         now = time.monotonic()
-        rate = (now - self._last) / step.scale**2
-        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
-        self._last = now
+        if step.scale == self._scale:  # the first one of a scale also opened networks and looked at styles
+            rate = (now - self._last) / step.scale**2
+            self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        self._last, self._scale = now, step.scale
 
-    def left(self, step: Step) -> float:
-        """Seconds."""
-        assert self._rate is not None
-        return round(self._rate * step.scale**2 * (step.total - step.iteration), 2)
+    def left(self, step: Step) -> float | None:
+        """Seconds, None before anything can be said."""
+        if self._rate is None:
+            return None
+        later = [(side, count) for side, count in self._schedule if side > step.scale]
+        here = step.total - step.iteration - sum(count for _, count in later)
+        return round(self._rate * sum(side**2 * count for side, count in [(step.scale, here), *later]), 2)
 
 
-def png(image: Image.Image, fast: bool = False) -> bytes:
-    """The picture as a PNG file."""
+def png(picture: Image.Image, fast: bool = False, record: Mapping[str, Any] | None = None) -> bytes:
+    """The picture as a PNG file, with its manifest if one is given."""
     stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=1 if fast else 6)
+    picture.save(stream, "PNG", compress_level=1 if fast else 6, **manifest.embed("PNG", record))
     return stream.getvalue()
 
 
