@@ -16,6 +16,9 @@ One convolution after another, without labels or gradients, from the pictures of
 4. The filter is rounded to the bits it is stored with; the bias makes the ReLU pass the same share of positions in each
    channel; the length makes what passes have root mean square `RMS`. The next layer learns from the rounded one.
 
+Behind the first convolution that share is larger: filters without a mean see nothing in a flat area of a middling
+colour, and where next to nothing passes, the style has no gradient and the area stays as it is.
+
 With every channel of a layer at one scale, all of them have a say in its Gram matrix. Layers past `deepest` are random
 directions (see `embedded`), calibrated in the same way.
 
@@ -68,6 +71,7 @@ class Recipe:
     length_floor: float = 0.3  # softens the normalisation of the vectors, in mean lengths: flat patches stay short
     rounds: int = 15
     active: float = 0.45  # share of positions that pass the ReLU
+    first_active: float = 0.75  # behind the first convolution: so that nearly every colour passes, a flat area's too
     bits: tuple[int, ...] = (8, 8, 8, 4, 4)
 
 
@@ -97,7 +101,8 @@ def learn(recipe: Recipe, progress: bool = True) -> dict[str, Tensor]:
         else:
             stored, step = embedded.directions(conv, recipe.seed), torch.ones(conv.out_channels)
         weight = embedded.expand(stored, step, conv)
-        length, bias = _calibration(patches.flatten(1) @ weight.flatten(1).T, recipe.active, RMS[conv.block - 1])
+        active = recipe.first_active if conv is vgg.CONVS[0] else recipe.active
+        length, bias = _calibration(patches.flatten(1) @ weight.flatten(1).T, active, RMS[conv.block - 1])
         tensors[f"{conv.name}.step"], tensors[f"{conv.name}.bias"] = step * length, bias
         weight = embedded.expand(stored, step * length, conv)
         x = torch.cat([functional.relu(functional.conv2d(part, weight, bias, padding=1)) for part in x.split(_CHUNK)])

@@ -54,6 +54,22 @@ def test_the_shipped_features_are_calibrated():
         assert float((value > 0).float().mean()) > 0.1, layer
 
 
+@pytest.mark.parametrize("colour", [(0.5, 0.5, 0.5), (0.47, 0.45, 0.41), (0.42, 0.31, 0.29), (0.3, 0.5, 0.4)])
+def test_the_shipped_features_see_a_flat_area(colour):
+    """Whose style gradient is a multiple of its activations: it would stay as it is."""
+    from engine.export import weights
+    from engine.export.validate import picture
+
+    layer = ("relu1_1",)
+    module = weights.load("embedded", layer).module(layer, "avg")
+    flat = torch.tensor(colour).reshape(1, 3, 1, 1).expand(1, 3, 32, 32)
+    with torch.no_grad():
+        usual = module(picture(160, 160, seed=5).float())["relu1_1"].norm(dim=1).mean()
+        passed = module(flat)["relu1_1"][0, :, 16, 16]
+    assert float(passed.norm()) > 0.3 * float(usual)
+    assert float((passed > 0).float().mean()) > 0.7
+
+
 def test_learned_filters_are_smoother_than_noise():
     """Neighbouring taps of the first layer agree, as edges and colour blobs do and random taps do not."""
     first = embedded.load_embedded(vgg.CONVS[:1])["conv1_1.weight"].numpy()

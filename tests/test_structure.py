@@ -69,7 +69,7 @@ ALLOWED = {
         }
         | {"stylizer", "__version__"}
     ),
-    "__init__": {"config", "presets", "stylizer", "targets", "export"},
+    "__init__": {"config", "presets", "result", "stylizer", "targets", "export"},
 }
 
 
