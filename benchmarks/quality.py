@@ -6,7 +6,8 @@ public domain), `camera` (Lav Varshney, CC0), `chelsea` (Stefan van der Walt, CC
 
 The table: results of three sets of weights, judged by networks that were not optimised:
 
-    learned  features of the same method from another seed and other photographs; content at relu4_2
+    learned  features of the same method, but that the first convolution is like the others, from another seed and other
+             photographs; content at relu4_2
     gabor    moduli of complex Gabor filters of eight orientations on five octaves, none of it learned; content at the
              third octave
 
@@ -55,7 +56,8 @@ CONTENTS = ("astronaut", "camera", "chelsea")
 PAIRS = (("astronaut", "mosaic"), ("camera", "engraving"), ("chelsea", "oil"))
 STYLE_WEIGHTS = (1e2, 3e2, 1e3, 3e3, 1e4)
 SHARES = (0.5, 1.0)  # of the content distance that all sets of weights reach
-SMALL = Recipe(pictures=32, side=160, patches=20_000)
+# One share of positions passes behind every convolution: of the judge, so that it does not change with what it judges.
+SMALL = Recipe(pictures=32, side=160, patches=20_000, first_active=Recipe.active)
 JUDGE = replace(SMALL, seed=77, photographs=("coins", "gravel", "hubble_deep_field", "retina"))
 FLOOR = replace(SMALL, channel_power=1, patch_power=1, channel_floor=1e-3, patch_floor=1e-2, deepest="conv4_1")
 CELL = 160  # pixels of a picture in the sheet
@@ -150,7 +152,7 @@ def he() -> dict[str, Tensor]:
 
 
 def other() -> dict[str, Tensor]:
-    """Features of the same method from another seed and other photographs."""
+    """Features of the same method, but for its first convolution, from another seed and other photographs."""
     return _parameters(JUDGE)
 
 
