@@ -86,8 +86,8 @@ class Host:
             else:
                 values.append((ord("f"), struct.unpack("<I", struct.pack("<f", argument))[0], 0))
         tables = {place(each.tensor)[0] for each in arguments if isinstance(each, _cuda.Table)}
-        answers = []
-        for direction in (1, -1):
+        running, answers = [], []
+        for direction in (1, -1):  # side by side
             request = bytearray(struct.pack("<5q", kernels.index(kernel), direction, *(*grid, 1, 1)[:3]))
             request += struct.pack("<q", len(memories))
             for memory in memories:
@@ -96,11 +96,14 @@ class Host:
                 request += struct.pack("<q", len(rows))
                 for row in rows:
                     request += struct.pack(f"<{len(row)}q", *row)
-            (self.folder / "request").write_bytes(request)
-            command = [str(program), str(self.folder / "request"), str(self.folder / "answer")]
-            done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-            assert done.returncode == 0, f"{name}: {kernel}\n{done.stderr[:3000]}"
-            content = (self.folder / "answer").read_bytes()
+            asked, answer = (self.folder / f"{what}{direction}" for what in ("request", "answer"))
+            asked.write_bytes(request)
+            command = [str(program), str(asked), str(answer)]
+            running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT), answer))
+        for process, answer in running:
+            errors = process.communicate()[1]
+            assert process.returncode == 0, f"{name}: {kernel}\n{errors[:3000]}"
+            content = answer.read_bytes()
             found, position = [], 0
             for i, memory in enumerate(memories):
                 found.append(None if i in tables else content[position : position + len(memory)])

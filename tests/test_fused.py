@@ -109,13 +109,13 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     """All of it is one sequence of launches for pixels and a gradient in the same memory, and one of its own else."""
     config = Config(content_layers=("relu3_2",), style_layers=("relu1_1", "relu3_1"), tv_weight=0.1)
     layers = config.layers
-    pixels, content, style = torch.rand(3, 1, 3, 40, 33, generator=torch.Generator().manual_seed(5))
-    held = torch.zeros(1, 1, 40, 33, dtype=torch.bool)
+    pixels, content, style = torch.rand(3, 1, 3, 32, 33, generator=torch.Generator().manual_seed(5))
+    held = torch.zeros(1, 1, 32, 33, dtype=torch.bool)
     held[..., :7] = frozen
     runs = []
     with pytest.MonkeyPatch.context() as patch:  # not for the truth
         patch.setattr(torch.Tensor, "is_cuda", property(lambda self: False))
-        truth = objective(open_network(net, layers, "cpu", 1)(vgg.Spec(40, 33, layers)), content, style, config, held)
+        truth = objective(open_network(net, layers, "cpu", 1)(vgg.Spec(32, 33, layers)), content, style, config, held)
         wanted, slope = truth.evaluate(pixels)
 
     class Counted(kernels.Recorded):
@@ -124,7 +124,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
             super().__call__(launches)
 
     monkeypatch.setattr(kernels, "Recorded", Counted)
-    spec = vgg.Spec(40, 33, layers, precision=precision)
+    spec = vgg.Spec(32, 33, layers, precision=precision)
     own = objective(fused.Features(spec, fused.Network(net)), content, style, config, held)
     assert set(own.network.cotangents) == ({"relu3_1"} if precision != "fp32" else set(layers))
     runs.clear()

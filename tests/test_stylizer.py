@@ -442,7 +442,7 @@ def test_two_hundred_calls_do_not_grow_memory(stylizer, pictures):
         style = np.roll(pictures["style"], index, axis=0)  # 44 styles in turn
         stylizer(pictures["content"], style, config)
 
-    for index in range(60):
+    for index in range(45):
         call(index)
     gc.collect()
     before = resident()
