@@ -17,7 +17,7 @@ COARSE = 0.4  # iterations of each coarse scale over those of the last one
 TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
-MAX_SIZE = 16384
+MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -28,6 +28,11 @@ def choice(name: str, value: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
+
+
+def least_side(size: tuple[int, int]) -> int:
+    """Long side at which the short one of a picture of this (width, height) has MIN_SIDE pixels."""
+    return math.ceil(MIN_SIDE * max(size) / min(size))
 
 
 def _option(default: Any, help: str) -> Any:

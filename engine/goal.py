@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from . import colour
 from . import image as images
-from .config import LAYERS, MAX_SIZE, MIN_SIDE, Config
+from .config import LAYERS, MAX_SIZE, Config, least_side
 from .regions import Mask, fitted, load_mask, report_coverage
 from .targets import Targets, is_targets
 
@@ -135,7 +134,7 @@ def style_size(style: images.Picture, side: int, config: Config) -> tuple[int, i
     The style's long side follows the image's, and is longer where its short side needs it. Raises ValueError for a
     style so thin that its long side would have more than MAX_SIZE pixels.
     """
-    needed = math.ceil(MIN_SIDE * style.aspect)
+    needed = least_side(style.size)
     if needed > MAX_SIZE:
         width, height = style.size
         raise ValueError(f"a style of {width} x {height} pixels would have to be {needed} long: crop it")

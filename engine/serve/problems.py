@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import logging
-import math
 import re
 import sqlite3
 import warnings
@@ -18,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.config import MIN_SIDE, Config, choice, options
+from engine.config import MIN_SIDE, Config, choice, least_side, options
 
 from .settings import Settings
 
@@ -82,7 +81,7 @@ def check_picture(name: str, data: bytes, max_pixels: int) -> tuple[int, int]:
 
 def check_style(size: tuple[int, int], settings: Settings) -> None:
     """Refuse a style that would be looked at beyond the largest size, for its short side. Raises Problem."""
-    side = math.ceil(MIN_SIDE * max(size) / min(size))
+    side = least_side(size)
     if side > settings.max_size:
         raise Problem(
             422,
