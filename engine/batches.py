@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import torch
+
 from . import image
 from .config import Config
-from .jobs import Job, brief, missing
+from .jobs import Job, brief, check_apart
 from .painting import loaded, paint
 from .stylizer import Stylizer
 
@@ -24,16 +26,22 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
 
     One that fails does not stop the others; an interrupt leaves no picture unfinished.
     """
-    todo = list(jobs) if given.overwrite else missing(jobs)
+    if config.init == "-":
+        raise ValueError("--init - can be read for one picture only, give a file")
+    todo = [job for job in jobs if given.overwrite or not Path(job.out).exists()]
     if len(todo) < len(jobs):
         log.info("%d of %d pictures are there already", len(jobs) - len(todo), len(jobs))
     if not todo:
         return 0, ""
+    sources = {each for job in jobs for each in (job.content, *job.styles)}
+    check_apart([("a picture to write", job.out) for job in todo], [("one to read", each) for each in sources])
+    for job in todo:
+        image.output_format(job.out)  # before a folder is made
     for folder in {Path(job.out).parent for job in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     for job in todo:
         image.check_output(job.out, given.overwrite)
-    threads = None if given.jobs == 1 else max(1, _processors() // given.jobs)
+    threads = None if given.jobs == 1 else max(1, torch.get_num_threads() // given.jobs)
     stylizer = Stylizer(given.weights, given.device, given.precision, threads)
     start, stop = time.perf_counter(), threading.Event()
     failures: list[str] = []
@@ -67,9 +75,3 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     if failures:
         return 1, f"{len(failures)} of {len(todo)} pictures failed:\n  " + "\n  ".join(failures)
     return 0, ""
-
-
-def _processors() -> int:
-    import torch
-
-    return torch.get_num_threads()

@@ -141,10 +141,10 @@ class Config:
         if isinstance(self.iterations, list):
             object.__setattr__(self, "iterations", tuple(self.iterations))
         counts = self.iterations if isinstance(self.iterations, tuple) else (self.iterations,)
-        for count in counts[:-1] if counts[-1:] == ("...",) else counts:
-            _whole("iterations", count, 1, 10**6)
         if self.iterations in ((), ("...",)):
             raise ValueError("iterations: give at least one number")
+        for count in counts[:-1] if counts[1:] and counts[-1] == "..." else counts:
+            _whole("iterations", count, 1, 10**6)
         _whole_or_auto("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
             _weight(name, getattr(self, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -171,14 +171,18 @@ def _ranged(network: Features, normalisation: tuple[Sequence[float], Sequence[fl
     return Ranged(network, *normalisation, float(pixel_range.removeprefix("0-")))
 
 
-def within(network: Features, values: Iterator[_T]) -> Iterator[_T]:
+def within(network: Features, values: Generator[_T, None, None]) -> Iterator[_T]:
     """Advance the iterator on the stream of `network`, whose memory is free for others between two iterations."""
-    while True:
+    try:
+        while True:
+            with network.use():
+                value = next(values, None)
+            if value is None:
+                return
+            yield value
+    finally:  # of an iterator that is left early as well: its last launches must not be amid those of others
         with network.use():
-            value = next(values, None)
-        if value is None:
-            return
-        yield value
+            values.close()
 
 
 def give_back_freed_memory() -> None:

@@ -80,11 +80,18 @@ def forecast(
 def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
     """While the statistics of a style are taken: the network at its size."""
     config, most, spec = goal.config, 0, None
-    for style in goal.styles:
+    masks = goal.masks or ((None, None),) * len(goal.styles)
+    for style, (_, mask) in zip(goal.styles, masks, strict=True):
         if isinstance(style, images.Picture):
             size = style_size(style, side, config)
             spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding, stylizer.precision)
-            most = max(most, _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size))
+            own = _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size)
+            if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
+                element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
+                own += element * max(math.prod(spec.shapes[layer]) for layer in spec.layers)
+            most = max(most, own)
+        else:
+            stylizer._saved(style, side, config)  # or it is refused
     return {"network of the style": most, **(_beside(stylizer, spec) if spec else {})}
 
 
@@ -94,7 +101,7 @@ def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int
     spec = stylizer._spec(size, goal.layers, config, "circular" if config.tile else config.padding, stylizer.precision)
     own, made = _losses(goal, spec, gpu)
     return {
-        "network": _network(stylizer, spec, made),
+        "network": _network(stylizer, spec, made) + (20 * count if config.pixel_range != "auto" else 0),  # see `Ranged`
         **_beside(stylizer, spec),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import kernels
+from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError
 from .export.weights import Weights
@@ -35,7 +35,7 @@ from .kernels import network
 
 log = logging.getLogger(__name__)
 
-PLACE = torch.device("cuda:0")
+PLACE = torch.device(provider.place("cudnn"))
 PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 REPLAYS = 5  # of one round of timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
@@ -46,7 +46,7 @@ _free_handles: list[int] = []
 
 
 class Network:
-    """The weights of a VGG-19 on the GPU, turned for the VJP as well, once for each precision, pooling and depth."""
+    """The weights of a VGG-19 on the GPU, turned for the VJP as well, once for each precision and pooling."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -55,14 +55,15 @@ class Network:
 
     def parameters(self, spec: vgg.Spec) -> dict[str, Tensor]:
         """By the names of the ONNX graphs' initializers; kernels in NHWC order, those at the pixels filled up."""
-        key = spec.precision, spec.pooling, len(spec.convs)
         with self._lock:
-            if key not in self._made:
+            made = self._made.setdefault((spec.precision, spec.pooling), {})
+            if f"{spec.convs[-1].name}.weight" not in made:
                 plain = replace(spec, precision="fp32", nhwc=False)
                 arrays = graph.forward_initializers(plain, self._weights) | graph.vjp_initializers(plain, self._weights)
-                self._made[key] = {name: self._placed(name, torch.from_numpy(arrays[name]), spec) for name in arrays}
-                self._made[key]["mean"] = torch.tensor(self._weights.mean, device=PLACE)
-            return self._made[key]
+                new = [name for name in arrays if name not in made]
+                made |= {name: self._placed(name, torch.from_numpy(arrays[name]), spec) for name in new}
+                made["mean"] = torch.tensor(self._weights.mean, device=PLACE)
+            return made
 
     @staticmethod
     def _placed(name: str, array: Tensor, spec: vgg.Spec) -> Tensor:
@@ -158,7 +159,10 @@ class _Convolution:
         with _timing:
             if key not in _chosen:
                 _chosen[key] = self._fastest(key)
-        self._take(_chosen[key])
+        try:
+            self._take(_chosen[key])
+        except Exception as error:  # as above; there may be less room than when it was chosen
+            raise BackendError(f"device cudnn: the plan of {key} cannot be had again ({error})") from error
 
     def run(self) -> None:
         """Queue it on the stream of the handle."""
@@ -182,6 +186,7 @@ class _Convolution:
         launch it, count as they will.
         """
         best, least, tried = -1, math.inf, 0
+        failure: Exception | None = None
         for plan in range(self._plans.get_execution_plan_count()):
             if tried == PLANS:
                 break
@@ -190,12 +195,13 @@ class _Convolution:
                 taken = kernels.seconds(self.run, PLACE, REPLAYS)
             except Exception as error:  # a plan that is not wanted, or that the GPU has no room for
                 log.debug("plan %d of %s: %s", plan, key, error)
+                failure = error
                 continue
             tried += 1
             if taken < least:
                 best, least = plan, taken
         if best < 0:
-            raise BackendError(f"device cudnn: none of the plans for {key} runs here")
+            raise BackendError(f"device cudnn: none of the plans for {key} runs here ({failure})") from failure
         return best
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from . import colour
 from . import image as images
 from .config import LAYERS, MAX_SIZE, Config, least_side
-from .regions import Mask, fitted, load_mask, report_coverage
+from .regions import Mask, fitted, load_freeze, load_mask, report_coverage
 from .targets import Targets, is_targets
 
 
@@ -73,8 +73,14 @@ def _digest(mask: Mask | None) -> str | None:
     return None if mask is None else hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()
 
 
-def load(content: Any, style: Any, config: Config, masks: Any, freeze: Any) -> Goal:
-    """Load and check the pictures of a call; raises ValueError, TypeError or OSError."""
+def load(
+    content: Any, style: Any, config: Config, masks: Any, freeze: Any, image: images.Picture | None = None
+) -> Goal:
+    """Load and check the pictures of a call; raises ValueError, TypeError or OSError.
+
+    `image`, if there is one already, has the size that counts instead of that of `config`, and without content the
+    masks are of it.
+    """
     if content is None and style is None:
         raise ValueError("give a content or a style: with neither there is nothing to aim at")
     picture = None if content is None else images.load(content)
@@ -102,10 +108,15 @@ def load(content: Any, style: Any, config: Config, masks: Any, freeze: Any) -> G
         config = config.sized(max(picture.size))
     if config.colour not in ("none", "keep-after") and any(isinstance(each, Targets) for each in styles):
         raise ValueError(f"colour {config.colour} needs the pictures of the styles, not their targets")
-    pairs = () if masks is None else _load_masks(masks, picture or canvas(config), styles)
+    pairs = () if masks is None else _load_masks(masks, picture or image or canvas(config), styles)
     if freeze is not None and picture is None:
         raise ValueError("freeze keeps pixels of the content: give one")
-    held = None if freeze is None or picture is None else load_mask(freeze, picture, "freeze mask")
+    held = None
+    if freeze is not None and picture is not None:
+        held = load_freeze(freeze, picture, config.whole(picture.fit(config.long_side)))
+    for each in styles:
+        if isinstance(each, images.Picture):
+            style_size(each, max(image.size) if image else config.long_side, config)  # told now
     return Goal(config, picture, styles, pairs, held)
 
 
@@ -118,11 +129,11 @@ def _load_masks(
     pairs = []
     for i, (mask, style) in enumerate(zip(given, styles, strict=True), 1):
         own, theirs = mask if isinstance(mask, tuple | list) else (mask, None)
-        if theirs is not None and isinstance(style, Targets):
-            raise ValueError(f"mask {i}: style targets have their mask in them; give the mask of the content alone")
-        plane = load_mask(own, content, f"content mask {i}")
-        assert not isinstance(style, Targets) or theirs is None
-        part = None if theirs is None or isinstance(style, Targets) else load_mask(theirs, style, f"style mask {i}")
+        plane, part = load_mask(own, content, f"content mask {i}"), None
+        if theirs is not None:
+            if isinstance(style, Targets):
+                raise ValueError(f"mask {i}: style targets have their mask in them; give the mask of the content alone")
+            part = load_mask(theirs, style, f"style mask {i}")
         pairs.append((plane, part))
     report_coverage([plane for plane, _ in pairs])
     return tuple(pairs)
@@ -132,13 +143,16 @@ def style_size(style: images.Picture, side: int, config: Config) -> tuple[int, i
     """(width, height) at which a style is looked at for an image with this long side.
 
     The style's long side follows the image's, and is longer where its short side needs it. Raises ValueError for a
-    style so thin that its long side would have more than MAX_SIZE pixels.
+    style whose long side would have more than MAX_SIZE pixels.
     """
     needed = least_side(style.size)
     if needed > MAX_SIZE:
         width, height = style.size
         raise ValueError(f"a style of {width} x {height} pixels would have to be {needed} long: crop it")
-    return style.fit(max(config.style_side(side), needed))
+    wanted = max(config.style_side(side), needed)
+    if wanted > MAX_SIZE:
+        raise ValueError(f"style_scale {config.style_scale}: styles would have to be {wanted} pixels long: give less")
+    return style.fit(wanted)
 
 
 def canvas(config: Config) -> images.Picture:

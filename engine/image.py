@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from . import manifest
 
@@ -42,8 +43,10 @@ FORMATS = {
 }
 _READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none that runs other programs
 MAX_PIXELS = 89_478_485  # of a picture, Pillow's own limit against decompression bombs; $STYLIZE_MAX_PIXELS
+_BITS = 258  # TIFF's tag of bits per sample
 MAX_BYTES = 2**28  # of a file; $STYLIZE_MAX_BYTES
 _OPAQUE = ("JPEG", "BMP")  # formats without an alpha channel
+_LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side
 _pillow_lock = threading.Lock()  # filters of warnings and Pillow's limit are process-wide
 
 
@@ -70,9 +73,12 @@ class Picture:
 
     def fit(self, long_side: int) -> tuple[int, int]:
         """(width, height) with this aspect and that long side."""
-        width, height = self.size
-        scale = long_side / max(width, height)
-        return max(1, round(width * scale)), max(1, round(height * scale))
+        short = max(1, round(long_side / self.aspect))  # to the bit what `Config.schedule` reckons with
+        return (long_side, short) if self.size[0] >= self.size[1] else (short, long_side)
+
+
+class _RangeError(ValueError):
+    """A picture that is sound, with values that mean no colour."""
 
 
 def load(source: Source) -> Picture:
@@ -106,6 +112,8 @@ def opened(source: Source) -> Iterator[Image.Image]:
     if isinstance(source, bytes | bytearray | memoryview):
         name, data = "picture", bytes(source)
     elif isinstance(source, str) and source == "-":
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: no picture can be read from it")
         name, data = "standard input", sys.stdin.buffer.read(most + 1)
     elif isinstance(source, str | os.PathLike):
         name = str(source)
@@ -128,6 +136,8 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise ValueError(f"{name} is not a picture that Pillow can read") from error
     except MemoryError:
         raise
+    except _RangeError as error:
+        raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         raise ValueError(f"{name} is damaged ({error})") from error
 
@@ -167,10 +177,14 @@ def _from_array(array: NDArray[Any]) -> Picture:
 
 
 def _from_pil(image: Image.Image) -> Picture:
+    bits = image.tag_v2.get(_BITS, (16,))[0] if isinstance(image, TiffImageFile) else 16
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
-        return _from_deep_grey(image)
+        return _from_deep_grey(image, min(bits, 16))
     alpha = None
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16-bit colour, which Pillow has brought to 8
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("L", "LA", "La") else "RGBA")
         alpha = _unit(image.getchannel("A"))
@@ -198,14 +212,22 @@ def _unit(image: Image.Image) -> NDArray[np.float32]:
     return np.asarray(image, np.float32) / np.float32(255)
 
 
-def _from_deep_grey(image: Image.Image) -> Picture:
-    """Grey with more than 8 bits: 16-bit integers, or floats in [0, 1]."""
+def _from_deep_grey(image: Image.Image, bits: int) -> Picture:
+    """Grey with more than 8 bits: integers of so many, at most 16, or floats in [0, 1]."""
     grey = np.asarray(image, np.float32)
+    key = image.info.get("transparency")
+    alpha = (grey != key).astype(np.float32) if isinstance(key, int) else None
     if image.mode != "F":
-        grey = grey / np.float32(65535)
+        grey = grey / np.float32(2**bits - 1)
     if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
-        raise ValueError(f"grey values of mode {image.mode} outside its range")
-    return Picture(np.repeat(grey[..., None], 3, axis=2))
+        raise _RangeError(f"grey values outside of [0, {1 if image.mode == 'F' else 2**bits - 1}]")
+    if "icc_profile" not in image.info:
+        return Picture(np.repeat(grey[..., None], 3, axis=2), alpha)
+    shades = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # what lies between them is interpolated
+    shades.info["icc_profile"] = image.info["icc_profile"]
+    curve = _unit(_to_srgb(shades))[0]
+    colours = [np.interp(grey, np.linspace(0, 1, 256), curve[:, channel]) for channel in range(3)]
+    return Picture(np.stack(colours, axis=2).astype(np.float32), alpha)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -237,13 +259,16 @@ def resize(picture: Picture, size: tuple[int, int], wrap: bool = False) -> Pictu
     """
     if picture.size == size:
         return picture
-    channels = [_resize_plane(picture.rgb[..., c], size, wrap) for c in range(3)]
-    alpha = None if picture.alpha is None else _resize_plane(picture.alpha, size, wrap)
+    channels = [resize_plane(picture.rgb[..., c], size, wrap) for c in range(3)]
+    alpha = None if picture.alpha is None else resize_plane(picture.alpha, size, wrap)
     return Picture(np.stack(channels, axis=2), alpha)
 
 
-def _resize_plane(plane: NDArray[np.float32], size: tuple[int, int], wrap: bool) -> NDArray[np.float32]:
+def resize_plane(plane: NDArray[np.float32], size: tuple[int, int], wrap: bool) -> NDArray[np.float32]:
+    """One channel (H, W), as `resize` does it."""
     height, width = plane.shape
+    if size == (width, height):
+        return plane
     box = (0, 0, width, height)
     if wrap:  # Pillow's filter also reads what lies around the box
         frame = [math.ceil(3 * max(1, have / want)) for have, want in zip((height, width), size[::-1], strict=True)]
@@ -286,22 +311,39 @@ def output_format(path: str) -> str:
 
 def check_output(path: str, overwrite: bool) -> None:
     """Raise ValueError or OSError now if `save` could not write the picture `path` later; leaves nothing behind."""
-    output_format(path)
-    if path != "-":
-        check_writable(path)
-        written = [Path(path)] if manifest.holds(output_format(path)) else [Path(path), manifest.beside(path)]
-        for each in written:
-            if each.exists() and not overwrite:
-                raise ValueError(f"{each} exists already; pass --overwrite to replace it")
+    if path == "-" and sys.stdout is None:
+        raise ValueError("standard output is closed: no picture can be written to it")
+    for each in written(path):
+        check_writable(each, overwrite)
 
 
-def check_writable(path: str) -> None:
-    """Raise ValueError or OSError if no file can be written at `path`; leaves nothing behind."""
+def check_size(path: str, size: tuple[int, int]) -> None:
+    """Raise ValueError if the format of `path` cannot hold a picture of this (width, height)."""
+    kind = output_format(path)
+    most = _LONGEST.get(kind, max(size))
+    if max(size) > most:
+        raise ValueError(f"{path}: {kind} holds {most} pixels a side, not {size[0]} x {size[1]}: choose another format")
+
+
+def written(path: str) -> list[str]:
+    """The files that `save` may write for the picture `path`, its manifest among them; none for the pipe."""
+    kind = output_format(path)
+    if path == "-":
+        return []
+    return [path] if kind == "PNG" else [path, str(manifest.beside(path))]  # PNG alone holds any manifest
+
+
+def check_writable(path: str, overwrite: bool) -> None:
+    """Raise ValueError or OSError if no file can be written at `path`, or one is there; leaves nothing behind."""
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"{path} is a folder")
     if not target.parent.is_dir():
         raise ValueError(f"{path}: {target.parent} is not a folder")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no ordinary file")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; pass --overwrite to replace it")
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".stylize-"):
         pass
 

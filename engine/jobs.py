@@ -1,4 +1,4 @@
-"""Lists of pictures to make: contents times styles, each with the file it goes to; what went wrong with one, in a line.
+"""Lists of pictures to make: contents times styles, each with the file it goes to; what may go wrong with one.
 
 Standard library only.
 """
@@ -16,6 +16,7 @@ SUFFIXES = (  # what is taken from a folder: all that can be read
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm",
     ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs",
 )  # fmt: skip
+BREAKS = (ArithmeticError, MemoryError, OSError, RuntimeError)  # what may end a run that had begun well
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,25 @@ def product(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Jo
 def combine(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """The jobs of `product` for single files, which may be URLs if `out` is a pattern.
 
-    Raises ValueError if two jobs would write one file.
+    Raises ValueError if two jobs would write one file, or `out` is neither a folder nor a pattern.
     """
-    pattern = out if "{content}" in out or "{style}" in out else str(Path(out) / "{content}--{style}.png")
+    pattern = out
+    if "{content}" not in out and "{style}" not in out:
+        if out == "-" or (Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir()):
+            raise ValueError(f"-o {out} is one picture: give a folder, or a pattern with {{content}} and {{style}}")
+        pattern = str(Path(out) / "{content}--{style}.png")
     jobs: dict[str, Job] = {}
     for content in contents:
         for style in styles:
             target = pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
-            if target in jobs:
-                other = jobs[target]
+            other = jobs.get(target.casefold())  # on some file systems A.png and a.png are one file
+            if other:
                 raise ValueError(
                     f"{content} with {style} and {other.content} with {other.styles[0]} would both be written to "
                     f"{target}: "
                     "give -o a pattern with {content} and {style}, and names that differ"
                 )
-            jobs[target] = Job(content, (style,), target)
+            jobs[target.casefold()] = Job(content, (style,), target)
     return list(jobs.values())
 
 
@@ -85,9 +90,18 @@ def brief(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def missing(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs whose picture is not there yet."""
-    return [job for job in jobs if not Path(job.out).exists()]
+def same_file(one: str, other: str) -> bool:
+    """Whether two paths lead to one file, which need not be there."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def check_apart(written: Iterable[tuple[str, str]], read: Iterable[tuple[str, str]]) -> None:
+    """Raise ValueError if a file would be written that is read or written as another; (what it is, path) of each."""
+    known = {Path(path).resolve(): name for name, path in read}
+    for name, path in written:
+        other = known.setdefault(Path(path).resolve(), name)
+        if other != name:
+            raise ValueError(f"{path} is both {other} and {name}: give another file")
 
 
 def _files(sources: Sequence[str]) -> list[str]:

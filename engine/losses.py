@@ -59,7 +59,7 @@ class Objective:
         frozen: Tensor | None = None,
     ) -> None:
         self.network = network
-        self._frozen = None if frozen is None else frozen.to(network.image.device)
+        self.frozen = None if frozen is None else frozen.to(network.image.device)
         self._views: dict[str, tuple[View, kernels.Layer]] = {}  # by term
         self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
         self._styles = tuple(config.style_layer_weights) if regions else ()
@@ -127,8 +127,8 @@ class Objective:
                 network.vjp(self._write_cotangents, self._chained)
         with self.stages.stage("losses"):
             self._pixels.finish(pixels, gradient, measured=measured)
-        if gradient is not None and self._frozen is not None:
-            gradient.masked_fill_(self._frozen, 0)
+        if gradient is not None and self.frozen is not None:
+            gradient.masked_fill_(self.frozen, 0)
 
     def _read(self, layers: tuple[str, ...]) -> None:
         with self.stages.stage("losses"):

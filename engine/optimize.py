@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -95,15 +95,17 @@ def minimise(
     clamp: bool = False,
     average: float = 0,
     wrap: bool = False,
+    frozen: Tensor | None = None,
     recorded: Tensor | None = None,
-) -> Iterator[Iterate]:
+) -> Generator[Iterate, None, None]:
     """Yield an `Iterate` after each of `iterations` evaluations of loss and gradient.
 
     `evaluate` gets pixels (1, 3, H, W) fp32 and a tensor of that shape, into which it writes the gradient of the loss
     that it returns, 0-dim. `lbfgs` takes full quasi-Newton steps without a line search (one evaluation a step), takes a
     step back, half by half, when it has diverged, and keeps the pixels in [0, 1] if `clamp`, as `adam` always does.
     `rate` is Adam's, `history` the pairs of L-BFGS (see `kernels.pairs`); with `wrap` the borders of the image see each
-    other. With a decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU
+    other. Pixels that are `frozen`, bools (1, 1, H, W), whose gradient has to be zero, take no moments over from the
+    scale before. With a decay `average` in (0, 1) the images that are yielded are averages (see `_Average`). On a GPU
     iterations are queued AHEAD of those that are yielded, and the host waits only where it reads a loss or an image.
     `stages` is what `evaluate` counts its time in. Where `evaluate` makes the same launches on a GPU each time, and
     leaves the loss in `recorded`, an iteration with L-BFGS is one CUDA graph.
@@ -123,7 +125,10 @@ def minimise(
     if optimizer == "lbfgs":
         runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, trail, history, clamp)
     else:
-        runner = _adam(image, gradient, loss, trail, state, rate, wrap)
+        moments = [resized(each, image.shape[2:], "bilinear", wrap) for each in state.moments]
+        if frozen is not None:
+            moments = [each.masked_fill(frozen, 0) for each in moments]
+        runner = kernels.Adam(image, gradient, loss, trail, moments, state.steps, rate)
     mean = _Average(image, average, kernels.DIVERGED if optimizer == "lbfgs" else math.inf) if average else None
     queued: deque[Iterate] = deque()
     if saved:
@@ -277,12 +282,3 @@ def resized(tensor: Tensor, size: Sequence[int], mode: str, wrap: bool) -> Tenso
     fine = functional.interpolate(framed, size=tuple(side + side // 8 for side in size), mode=mode)
     height, width = size
     return fine[:, :, height // 16 :, width // 16 :][:, :, :height, :width].contiguous()
-
-
-def _adam(
-    image: Tensor, gradient: Tensor, loss: Tensor, trail: kernels.Trail, state: State, rate: float, wrap: bool
-) -> kernels.Adam:
-    """Adam, started with the moments of the coarser scale."""
-    size = image.shape[2:]
-    moments = [resized(each, size, "bilinear", wrap) for each in state.moments]
-    return kernels.Adam(image, gradient, loss, trail, moments, state.steps, rate)

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import image, manifest
 from .config import Config
-from .jobs import Job, brief
+from .jobs import BREAKS, Job, brief, same_file
 
 if TYPE_CHECKING:
     from .result import Step
     from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
-
-BREAKS = (ArithmeticError, MemoryError, OSError, RuntimeError)  # what may end a run that had begun well
 
 
 @dataclass
@@ -57,6 +55,13 @@ def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = N
     return stylizer.steps(job.content, job.style, config, masks=job.masks, freeze=job.freeze, resume=resume)
 
 
+def size(job: Job, config: Config) -> tuple[int, int]:
+    """(width, height) of the picture of a job that could begin."""
+    if job.content is not None:
+        return config.whole(job.content.fit(config.sized(max(job.content.size)).long_side))
+    return config.whole(config.size if isinstance(config.size, tuple) else (config.long_side, config.long_side))
+
+
 def paint(
     stylizer: Stylizer,
     job: Job,
@@ -72,10 +77,12 @@ def paint(
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
     resume = Path(given.resume).read_bytes() if given.resume else None
+    ours = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     run = Run(job, config)
     start = saved = time.perf_counter()
     status, message = 0, ""
     steps = begin(stylizer, job, config, resume)
+    image.check_size(job.out, size(job, config))
     with _deferred(bool(given.checkpoint)) as asked:
         try:
             for step in progress(steps, given, job.out):
@@ -91,6 +98,7 @@ def paint(
                 if given.checkpoint and due and step.iteration < step.total:
                     with _spared(given.checkpoint) as path:
                         _write(path, step.checkpoint())
+                        ours = True
                     saved = time.perf_counter()
                 if interrupted:
                     raise KeyboardInterrupt
@@ -107,10 +115,10 @@ def paint(
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
         if given.trace:
-            _write_trace(Path(given.trace), stylizer, run)
+            _write(given.trace, _trace(stylizer, run))
         if given.plot:
             plot(run.rows, given.plot)
-    if given.checkpoint and not status:
+    if ours and not status:
         Path(given.checkpoint).unlink(missing_ok=True)
     return status, message
 
@@ -158,7 +166,7 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str) -> Iter
         return
     from tqdm import tqdm
 
-    with tqdm(disable=True if given.quiet or given.progress == "none" else None, unit="it", file=sys.stderr) as bar:
+    with tqdm(disable=True if given.progress == "none" else None, unit="it", file=sys.stderr) as bar:
         for step in steps:
             bar.total = step.total
             bar.set_description(f"{step.scale} px", refresh=False)
@@ -178,6 +186,8 @@ def describe(
     """The manifest of the run of a job whose sources are loaded, up to its step `last`; see `manifest.describe`."""
     engine = {"device": stylizer.device, "precision": last.precision, "weights": stylizer.weights_name}
     engine["sha256"] = stylizer.weights_digest(config.layers)
+    if last.precision != stylizer.precision:
+        engine["began"] = stylizer.precision  # and fell back
     content, *styles = (named(source) for source in (job.content, *job.styles))
     used = [each for each in styles if each is not None]
     return manifest.describe(config, content, used, job.masks, job.freeze, engine, losses, seconds, last.total)
@@ -216,6 +226,15 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
         figure.savefig(temporary, dpi=100)
 
 
+def check_frames(out: str, every: int) -> None:
+    """Raise ValueError if a numbered frame is there that `paint` would write with --save-every."""
+    path = Path(out)
+    for each in path.parent.iterdir():
+        number = each.stem.removeprefix(f"{path.stem}-")
+        if number.isdecimal() and int(number) % every == 0 and str(each) == _numbered(out, int(number)):
+            raise ValueError(f"{each} exists already; pass --overwrite to replace it")
+
+
 def _numbered(out: str, iteration: int) -> str:
     path = Path(out)
     return str(path.with_name(f"{path.stem}-{iteration:05d}{path.suffix}"))
@@ -226,7 +245,7 @@ def _write(path: str, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def _write_trace(path: Path, stylizer: Stylizer, run: Run) -> None:
+def _trace(stylizer: Stylizer, run: Run) -> bytes:
     from . import __version__
 
     record = {
@@ -237,5 +256,4 @@ def _write_trace(path: Path, stylizer: Stylizer, run: Run) -> None:
         "config": asdict(run.config),
         "steps": run.rows,
     }
-    with image.atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
+    return json.dumps(record, indent=1).encode()

@@ -64,6 +64,11 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     return device, precision
 
 
+def place(device: str) -> str:
+    """Where torch has the tensors of a device: the first GPU, whichever is current."""
+    return "cuda:0" if device in GPUS else "cpu"
+
+
 def _works(device: str) -> bool:
     try:
         check(device)

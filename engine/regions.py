@@ -46,8 +46,10 @@ class View:
         shift: Tensor | float = 1.0 if self._statistic == "shifted" else 0.0
         if self._statistic == "wasserstein":
             shift = self.mean[:, None]
-        shifted = source - shift
-        self.features.copy_(shifted if guide is None else shifted * guide)
+        if guide is None:
+            torch.sub(source, shift, out=self.features)
+        else:
+            torch.mul(source - shift, guide, out=self.features)
 
     def write(self, slope: Tensor | None) -> None:
         """Add dL/dF to the cotangent of F, from dL/dX and b = `slope` (C,) fp32 (None is zero)."""
@@ -79,6 +81,17 @@ def guide(mask: Mask, size: tuple[int, int]) -> Tensor:
 def frozen(mask: Mask, size: tuple[int, int]) -> Tensor:
     """Which pixels (1, 1, height, width) of a picture of (width, height) are frozen, as bools."""
     return fitted(mask, size) >= _FROZEN
+
+
+def load_freeze(source: Any, picture: images.Picture, size: tuple[int, int]) -> Mask:
+    """A mask of the pixels of `picture` that stay, in a result of (width, height); raises as `load_mask` does.
+
+    Also raises ValueError if there are none.
+    """
+    mask = load_mask(source, picture, "freeze mask")
+    if not frozen(mask, size).any():
+        raise ValueError(f"freeze mask covers less than half of every pixel at {size[0]} x {size[1]}: none would stay")
+    return mask
 
 
 def fitted(mask: Mask, size: tuple[int, int]) -> Tensor:

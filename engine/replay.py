@@ -55,11 +55,14 @@ def inputs(record: Mapping[str, Any], folder: Path, sources: Sequence[Any], out:
 
 
 def take_engine(record: Mapping[str, Any], folder: Path, given: argparse.Namespace) -> None:
-    """Device, precision and weights of the manifest, where none were named; its precision goes with its device."""
+    """Device, precision and weights of the manifest, where none were named; its precision goes with its device.
+
+    That of a run which fell back is left to the device, so that this one does the same.
+    """
     engine = record["engine"]
     if given.device == "auto":
         given.device = engine["device"]
-    if given.precision == "auto" and given.device == engine["device"]:
+    if given.precision == "auto" and given.device == engine["device"] and "began" not in engine:
         given.precision = engine["precision"]
     if given.weights == "auto":
         name = engine["weights"]
@@ -72,7 +75,8 @@ def check_engine(record: Mapping[str, Any], stylizer: Stylizer, config: Config) 
     if stylizer.weights_digest(config.layers) != engine["sha256"]:
         raise ValueError("the weights are not those of the manifest: their sha256 differs")
     ours = manifest.versions() | {"device": stylizer.device, "precision": stylizer.precision}
-    theirs = dict(record["versions"]) | {name: engine[name] for name in ("device", "precision")}
+    theirs = dict(record["versions"]) | {"device": engine["device"]}
+    theirs["precision"] = engine.get("began", engine["precision"])
     for name, value in theirs.items():
         if ours.get(name) != value:
             log.warning("%s was %s, is %s: the picture may differ a little", name, value, ours.get(name))

@@ -53,11 +53,10 @@ class Step:
     def image(self) -> Image.Image:
         """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
         alpha, pixels = self._content.alpha, self._iterate.best
+        own = self._config
         if alpha is not None:
             height, width = pixels.shape[2:]
-            rgb = np.zeros((*alpha.shape, 3), np.float32)
-            alpha = images.resize(images.Picture(rgb, alpha), (width, height)).alpha
-        own = self._config
+            alpha = images.resize_plane(alpha, (width, height), own.tile)
         shown = colour.finish(own.colour, images.from_tensor(pixels), self._content, own.tile)
         return images.to_pil(images.to_tensor(shown), alpha)
 

@@ -70,12 +70,12 @@ class _Graph:
                 bind(info.name, *place, tuple(info.shape), tensor.data_ptr())
 
     def run(self) -> None:
-        """Inputs -> outputs, which are no inputs: a run that failed can be made again."""
+        """Inputs -> outputs, which are no inputs: a run that failed can be made again. Raises BackendError."""
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             if not self._captured:
-                raise
+                raise BackendError(f"device {self._place[0]}: a run of ONNX Runtime broke ({error})") from error
             kernels.announce_no_graph(f"ONNX Runtime: {error}")
             failure = error
         else:
@@ -84,7 +84,7 @@ class _Graph:
             raise BackendError(f"device cuda: a failed capture has left its stream recording ({failure})") from failure
         del self._session, self._binding  # two sessions need not stand side by side
         self._start(captured=False)
-        self._session.run_with_iobinding(self._binding, self._options)
+        self.run()
 
 
 def _open(
@@ -127,9 +127,8 @@ class Features:
         self.spec = spec
         self.products: kernels.Products | None = None
         self._lock = threading.RLock()
-        on_cpu = device not in provider.GPUS
-        place = torch.device("cpu" if on_cpu else "cuda:0")
-        self._stream = None if on_cpu else kernels.own_stream(self, place)
+        place = torch.device(provider.place(device))
+        self._stream = kernels.own_stream(self, place) if place.type == "cuda" else None
         dtype = DTYPES[spec.precision]
         names = spec.layers if forward_only else tuple(spec.shapes)
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)

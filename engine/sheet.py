@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import image, manifest
 from .config import Config, choice, options
-from .jobs import Job, brief
-from .painting import BREAKS, begin, describe, progress
+from .jobs import BREAKS, Job, brief
+from .painting import begin, describe, progress, size
 from .stylizer import Stylizer
 
 _CELL, _GAP, _LINE = 384, 8, 18  # pixels: longest side of a cell, gap, height of a line of text
@@ -52,6 +52,8 @@ def configs(config: Config, grid: Sequence[Axis]) -> list[tuple[list[str], Confi
     for values in itertools.product(*(values for _, values in grid)):
         changes = {name: value for name, (_, value) in zip(names, values, strict=True)}
         cells.append(([text for text, _ in values], replace(config, **changes)))
+    if grid and any(each.init == "-" for _, each in cells):
+        raise ValueError("--grid: init - can be read for one picture only, give a file")
     return cells
 
 
@@ -61,24 +63,30 @@ def make(
     """Make the pictures of the cells and the sheet, whose manifest lists the manifests of the cells.
 
     Returns exit status and message, 0 and nothing if all went well. Cells that an interrupt left out, or whose runs
-    broke, stay blank.
+    broke, stay blank. Raises what a run raises that cannot begin, or breaks by a mistake while there is no picture yet.
     """
+    for _, config in cells:
+        begin(stylizer, job, config)
+    *_, extent = _layout([(labels, size(job, config)) for labels, config in cells], columns)
+    image.check_size(job.out, extent)
     made: dict[int, Image.Image] = {}
     records, failures, status = [], [], 0
     try:
         for i, (labels, config) in enumerate(cells):
             start, losses, name = time.perf_counter(), [], ", ".join(labels)
-            steps = begin(stylizer, job, config)
             try:
-                for step in progress(steps, given, name):
+                for step in progress(begin(stylizer, job, config), given, name):
                     losses.append((step.iteration, step.loss))
-                made[i] = step.image
-            except BREAKS as error:
+                record = describe(stylizer, config, job, losses[-1:], time.perf_counter() - start, step)
+                picture = step.image
+            except (*BREAKS, ValueError, TypeError) as error:
+                if not made and isinstance(error, ValueError | TypeError):
+                    raise
                 status = 1
                 failures.append(f"{name}: {brief(error)}")
-                continue
-            record = describe(stylizer, config, job, losses[-1:], time.perf_counter() - start, step)
-            records.append({"labels": labels} | record)
+            else:
+                records.append({"labels": labels} | record)
+                made[i] = _fit(picture, min(_CELL, max(picture.size)))  # there may be hundreds
     except KeyboardInterrupt:
         status = 130
         failures.append("interrupted")
@@ -92,26 +100,45 @@ def make(
 
 def draw(cells: Sequence[tuple[Sequence[str], Image.Image | None]], columns: int) -> Image.Image:
     """The labelled pictures in rows of `columns`, RGB; there is one at least, the others may be missing."""
-    longest = min(_CELL, max(max(picture.size) for _, picture in cells if picture))
-    fitted = [(labels, picture and _fit(picture, longest)) for labels, picture in cells]
-    font = ImageFont.load_default(_LINE - 4)
-    widest = max(math.ceil(font.getlength(text)) for labels, _ in cells for text in labels)
-    width = _GAP + max(widest, *(picture.width for _, picture in fitted if picture))
+    sizes = [(labels, picture.size if picture else None) for labels, picture in cells]
+    longest, width, height, extent = _layout(sizes, columns)
     text = _LINE * max(len(labels) for labels, _ in cells)
-    height = _GAP + text + max(picture.height for _, picture in fitted if picture)
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (_GAP + columns * width, _GAP + rows * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (labels, picture) in enumerate(fitted):
+    sheet = Image.new("RGB", extent, "white")
+    pen, font = ImageDraw.Draw(sheet), _font()
+    for i, (labels, picture) in enumerate(cells):
         left, top = _GAP + i % columns * width, _GAP + i // columns * height
         for line, label in enumerate(labels):
             pen.text((left, top + line * _LINE), label, "black", font)
         if picture:
-            sheet.paste(picture, (left, top + text), picture if picture.mode == "RGBA" else None)
+            shown = _fit(picture, longest)
+            sheet.paste(shown, (left, top + text), shown if shown.mode == "RGBA" else None)
     return sheet
 
 
+def _layout(
+    cells: Sequence[tuple[Sequence[str], tuple[int, int] | None]], columns: int
+) -> tuple[int, int, int, tuple[int, int]]:
+    """Of cells (labels, size): longest side of a picture, width and height of a cell with its gap, sheet size."""
+    sizes = [size for _, size in cells if size]
+    longest = min(_CELL, max(map(max, sizes)))
+    shown = [_fitted(size, longest) for size in sizes]
+    font, texts = _font(), [labels for labels, _ in cells]
+    width = _GAP + max(
+        *(math.ceil(font.getlength(text)) for labels in texts for text in labels), *(w for w, _ in shown)
+    )
+    height = _GAP + _LINE * max(map(len, texts)) + max(h for _, h in shown)
+    rows = -(-len(cells) // columns)
+    return longest, width, height, (_GAP + columns * width, _GAP + rows * height)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(_LINE - 4)
+
+
 def _fit(picture: Image.Image, longest: int) -> Image.Image:
-    scale = longest / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return picture.resize(_fitted(picture.size, longest), Image.Resampling.LANCZOS)
+
+
+def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import image as images
-from .config import Config
+from .config import WHOLE, Config
+
+log = logging.getLogger(__name__)
 
 
 def first_pixels(
@@ -27,8 +30,19 @@ def first_pixels(
         pictures = [each for each in styles if isinstance(each, images.Picture)]
         pixels = _drawn(pictures, config.style_shares(len(pictures)), height, width, generator)
     else:
+        if start is not None:
+            _report(start, content.size, WHOLE if config.tile else 1)
         pixels = images.to_tensor(images.resize(start or content, content.size, config.tile))
     return torch.lerp(pixels, noise, config.init_noise)
+
+
+def _report(start: images.Picture, size: tuple[int, int], slack: int) -> None:
+    """Warn of a start that is not taken as it is; `slack` is what rounding may do to a side of the content's size."""
+    name = start.name or "the start"
+    if any(abs(own - wanted) > slack for own, wanted in zip(start.fit(max(size)), size, strict=True)):
+        log.warning("%s of %d x %d pixels is stretched to the shape of %d x %d", name, *start.size, *size)
+    if start.alpha is not None:
+        log.warning("%s: transparency left out of account", name)
 
 
 def _drawn(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import Config, choice, options
-from .jobs import Job, brief, product, shard
+from .jobs import BREAKS, Job, brief, check_apart, product, same_file, shard
 from .presets import PRESETS
 
 _NAME = "engine.stylize"
+_WRONG_FILE = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
             default = ",".join(dict(default))
         text = option.metadata["help"] + (f" (default {default})" if default != "" else "")
         kind = {"action": argparse.BooleanOptionalAction} if switch else {"metavar": _METAVARS.get(option.name, "X")}
-        group.add_argument("--" + option.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+        group.add_argument(_flag(option.name), default=argparse.SUPPRESS, help=text, **kind)
     group.add_argument(
         "--mask", action="append", metavar="MASK[:MASK]",
         help="once for each STYLE: keeps it to the white part of a mask of the content; after the colon, the part of "
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--forecast", action="store_true", help="say how much memory the run will take, and stop")
     group.add_argument("--save-every", metavar="N", type=int, help="also write OUT-00N.. every N iterations")
     group.add_argument("--save-targets", metavar="FILE", help="also keep what is used of the STYLE, as .safetensors")
-    group.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    group.add_argument("--overwrite", action="store_true", help="replace OUT and what is written beside it")
     group.add_argument("--checkpoint", metavar="FILE", help="keep the run here, to be resumed; removed when it is done")
     group.add_argument(
         "--checkpoint-every", metavar="S", type=float, default=60.0, help="seconds between checkpoints (default 60)"
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--styles", dest="style_list", metavar="X", nargs="+", help="the same of styles")
     many.add_argument("--shard", metavar="I/N", help="make part I of N only, for N machines")
     many.add_argument("--jobs", metavar="N", type=int, default=1, help="pictures at a time (default 1)")
-    group.add_argument("--quiet", action="store_true", help="no progress and no messages but errors")
+    group.add_argument("--quiet", action="store_true", help="no progress, and no messages but warnings and errors")
     group.add_argument("--version", action="store_true", help="print the version and stop")
     return parser
 
@@ -123,7 +125,7 @@ _METAVARS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 it broke, 2 the user's mistake, 130 interrupted."""
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)  # options may stand between CONTENT and STYLE
     if given.version:
         from . import __version__
 
@@ -133,31 +135,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(given)
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
-    except (ValueError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (ValueError, TypeError, *_WRONG_FILE) as error:
         return _fail(2, brief(error))
-    except (OSError, MemoryError, ArithmeticError) as error:
-        return _fail(1, brief(error))
-    except RuntimeError as error:  # BackendError, and what ONNX Runtime and torch raise when a run breaks
+    except BREAKS as error:  # BackendError is a RuntimeError
         return _fail(1, brief(error))
 
 
 def _run(given: argparse.Namespace) -> int:
     _check(given)
+    if given.quiet or sys.stderr is None:
+        given.progress = "none"
     config = Config() if given.replay else _config(given)
     sources = _sources(given)
-    from . import image, painting, provider
+    from . import painting, provider
 
     choice("device", given.device, provider.DEVICES)
     choice("precision", given.precision, provider.PRECISIONS)
     if given.device != "auto":
         provider.check(given.device)
-    for path in (given.trace, given.plot, given.checkpoint, given.save_targets):
-        if path:
-            image.check_writable(path)
-    if given.plot:
-        painting.check_plot(given.plot)
     verbose = not given.quiet and given.progress != "json"
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.addFilter(_Once())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
     if given.contents:
         from . import batches
 
@@ -165,7 +164,7 @@ def _run(given: argparse.Namespace) -> int:
         status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
         return _fail(status, message) if status else 0
     if not given.forecast:
-        image.check_output(given.out, given.overwrite)
+        _check_files(given, sources)
     if given.replay:
         from . import replay
 
@@ -180,7 +179,7 @@ def _run(given: argparse.Namespace) -> int:
     from .stylizer import Stylizer
 
     grid = sheet.axes(given.grid, _parse) if given.grid else []
-    cells = sheet.configs(config, grid)  # its mistakes are told before the weights are read
+    cells = sheet.configs(config, grid)  # before the weights are read: mistakes in the values are told now
     stylizer = Stylizer(given.weights, given.device, given.precision)
     if record:
         replay.check_engine(record, stylizer, config)
@@ -205,16 +204,11 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError("--contents and --styles belong together")
     if listed and (given.content is not None or given.demo):
         raise ValueError("--contents and --styles name the pictures: leave CONTENT, STYLE and --demo out")
-    single = {"--trace": given.trace, "--plot": given.plot, "--checkpoint": given.checkpoint, "--resume": given.resume}
-    single |= {"--replay": given.replay, "--grid": given.grid, "--forecast": given.forecast}
-    single |= {"--mask": given.mask, "--freeze": given.freeze, "--save-targets": given.save_targets}
-    for flag, value in single.items():
-        if listed and value:
-            raise ValueError(f"{flag} is for one picture, not for --contents")
-        if given.grid and value and flag != "--grid":
-            raise ValueError(f"{flag} is for one picture, not for --grid")
-    if given.grid and given.save_every:
-        raise ValueError("--save-every is for one picture, not for --grid")
+    if listed or given.grid:
+        single = ["trace", "plot", "checkpoint", "resume", "replay", "forecast", "mask", "freeze", "save_targets"]
+        for name in (*single, "grid" if listed else "save_every"):
+            if getattr(given, name):
+                raise ValueError(f"{_flag(name)} is for one picture, not for {'--contents' if listed else '--grid'}")
     if not listed and (given.shard or given.jobs != 1):
         raise ValueError("--shard and --jobs are for --contents")
     if given.jobs < 1:
@@ -225,8 +219,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.replay:
         for name in ("preset", "mask", "freeze", *(option.name for option in options())):
             if getattr(given, name, None) is not None:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"--replay takes the options of the manifest: leave {flag} out")
+                raise ValueError(f"--replay takes the options of the manifest: leave {_flag(name)} out")
     if given.save_targets and Path(given.save_targets).suffix != ".safetensors":
         raise ValueError(f"--save-targets {given.save_targets}: give a name that ends in .safetensors")
     if given.plot and importlib.util.find_spec("matplotlib") is None:
@@ -237,7 +230,42 @@ def _masks(given: list[str] | None) -> list[Any] | None:
     """The masks of --mask, CONTENT or CONTENT:STYLE; a file whose name has a colon is itself."""
     if given is None:
         return None
-    return [tuple(text.rsplit(":", 1)) if ":" in text and not Path(text).exists() else text for text in given]
+    found: list[Any] = []
+    for text in given:
+        *content, style = re.findall(r"(?:[A-Za-z]:[\\/])?[^:]+", text) or [text]  # C:\ is a drive
+        found.append((":".join(content), style) if content and not Path(text).exists() else text)
+    return found
+
+
+def _pictures(given: argparse.Namespace, sources: Sequence[Any]) -> list[str]:
+    """All that a run of `sources` reads as pictures."""
+    masks = [part for mask in _masks(given.mask) or () for part in ([mask] if isinstance(mask, str) else mask)]
+    return [each for each in (*sources, *masks, given.freeze, getattr(given, "init", None)) if isinstance(each, str)]
+
+
+def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
+    """Raise ValueError or OSError if a file that is to be written cannot be, or is there or needed already."""
+    from . import image, painting
+
+    pictures = image.written(given.out)
+    resumed = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
+    names = ("trace", "plot", "save_targets", "checkpoint")
+    own = {_flag(name): getattr(given, name) for name in names if getattr(given, name)}
+    read = [("a picture to read", each) for each in _pictures(given, sources)] + [("--weights", given.weights)]
+    if given.resume and not resumed:
+        read.append(("--resume", given.resume))
+    if given.replay and not any(same_file(given.replay, each) for each in pictures):  # it may be made in its place
+        read.append(("--replay", given.replay))
+    check_apart([*zip(("OUT", "OUT.json"), pictures, strict=False), *own.items()], read)
+    image.check_output(given.out, given.overwrite)
+    for flag, path in own.items():
+        image.check_writable(path, given.overwrite or flag == "--checkpoint")
+    if given.checkpoint and Path(given.checkpoint).exists() and not (resumed or given.overwrite):
+        raise ValueError(f"{given.checkpoint} exists already: --resume goes on from it, --overwrite replaces it")
+    if given.save_every and not (given.overwrite or given.resume):
+        painting.check_frames(given.out, given.save_every)
+    if given.plot:
+        painting.check_plot(given.plot)
 
 
 def _save_targets(given: argparse.Namespace, stylizer: Any, job: Job, config: Config) -> None:
@@ -260,11 +288,10 @@ def _config(given: argparse.Namespace) -> Config:
         text = getattr(given, option.name, None)
         if text is None:
             continue
-        flag = "--" + option.name.replace("_", "-")
         try:
             values[option.name] = _parse(option.name, option.default, text)
         except ValueError as error:
-            raise ValueError(f"{flag} {text}: give {_METAVARS[option.name]}") from error
+            raise ValueError(f"{_flag(option.name)} {text}: give {_METAVARS[option.name]}") from error
     return Config(**values)
 
 
@@ -305,8 +332,8 @@ def _sources(given: argparse.Namespace) -> list[Any]:
             raise ValueError("none stands for all styles: give it alone")
         if Path(given.content).suffix == ".safetensors":
             raise ValueError(f"{given.content} is no picture: style targets take the place of a STYLE")
-        if sources.count("-") > 1:
-            raise ValueError("only one picture can come from standard input")
+    if _pictures(given, sources).count("-") > 1:
+        raise ValueError("only one picture can come from standard input")
     if given.out is None and not given.forecast:
         raise ValueError("give the picture to write with -o OUT")
     if given.save_every is not None and given.save_every < 1:
@@ -314,6 +341,23 @@ def _sources(given: argparse.Namespace) -> list[Any]:
     if given.save_every and given.out == "-":
         raise ValueError("--save-every needs a file name for -o, not a pipe")
     return sources
+
+
+class _Once(logging.Filter):
+    """Lets a warning pass once, however many pictures it is true of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.levelno >= logging.WARNING and record.getMessage() in self._said
+        self._said.add(record.getMessage())
+        return not said
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _fail(status: int, message: str) -> int:

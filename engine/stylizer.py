@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from .features import Features, Open, give_back_freed_memory, within
 from .features import network as open_network
 from .goal import Goal, canvas, style_size
 from .goal import load as load_goal
-from .losses import Objective, Region
+from .losses import Objective, Region, Terms
 from .optimize import Iterate, Stall, State, minimise, resized
 from .regions import Mask, frozen, guide, load_mask, statistic_of
 from .result import Result, Score, Step
@@ -36,6 +36,7 @@ from .start import first_pixels
 from .targets import Statistic, Statistics, Targets, blend
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # Bytes kept for later runs, $STYLIZE_CACHE_BYTES: style targets, 2.4 MB a scale with the default layers; and networks,
 # 0.8 kB a pixel in fp16, but on `cpu`, where they open in milliseconds.
@@ -139,6 +140,9 @@ class Stylizer:
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
         kernels.pairs(config.history, self.device in provider.GPUS)  # too many are told now
+        for targets in (each for each in given.styles if isinstance(each, Targets)):  # so are those of other scales
+            for side, _ in schedule:
+                self._saved(targets, side, config)
         start = images.load(config.init) if config.init not in ("content", "noise", "style") else None
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
@@ -153,16 +157,21 @@ class Stylizer:
 
         The content is resized to the image, the styles so that their long side equals the image's (or as
         `config.style_scale` and `config.style_size` have it). With `keep-before` the objective sees all of them in
-        grey, and the gradient is that at the grey image.
+        grey, and the gradient is that at the grey image. Raises as a call does.
         """
-        goal = load_goal(content, style, config or Config(), masks, None).coloured()
-        picture, _ = colour.prepare(goal.config.colour, images.load(image), [])
+        picture = images.load(image)
+        goal = load_goal(content, style, config or Config(), masks, None, picture).coloured()
+        picture, _ = colour.prepare(goal.config.colour, picture, [])
         seen = images.resize(goal.content or picture, picture.size, goal.config.tile)
-        for precision in (self.precision, "fp32"):
+
+        def found(precision: str) -> tuple[Terms, Tensor | None]:
             objective = self._objective(seen, goal, precision)
             terms, gradient = objective.evaluate(images.to_tensor(picture).to(objective.network.image.device))
-            if torch.isfinite(terms.total) or not self._falls_back(precision, "a loss that is not finite"):
-                break
+            if not torch.isfinite(terms.total):
+                raise FloatingPointError(f"the loss is {float(terms.total)}, or its gradient is not finite")
+            return terms, gradient
+
+        terms, gradient = self._fitting(found)
         assert gradient is not None
         return Score(
             float(terms.total),
@@ -183,7 +192,8 @@ class Stylizer:
         picture = goal.content or canvas(goal.config)
         scale, _ = goal.config.schedule(picture.aspect)[-1]
         size = goal.config.whole(picture.fit(scale))
-        return self._objective(images.resize(picture, size, goal.config.tile), goal, self.precision)
+        picture = images.resize(picture, size, goal.config.tile)
+        return self._fitting(functools.partial(self._objective, picture, goal))
 
     def _run(
         self,
@@ -277,6 +287,7 @@ class Stylizer:
             clamp=config.clamp,
             average=config.average,
             wrap=config.tile,
+            frozen=objective.frozen,
             recorded=objective.recorded,
         )
         yield from within(objective.network, iterates)
@@ -287,6 +298,15 @@ class Stylizer:
             return False
         log.info("precision: this run goes on in fp32, as %s cannot hold it: %s", precision, reason)
         return True
+
+    def _fitting(self, make: Callable[[str], _T]) -> _T:
+        """What is made in our precision, or in fp32 where that cannot hold it: FloatingPointError."""
+        try:
+            return make(self.precision)
+        except FloatingPointError as error:
+            if not self._falls_back(self.precision, error):
+                raise
+        return make("fp32")
 
     def targets(self, style: Any, config: Config | None = None, *, mask: Any = None) -> Targets:
         """The targets of a style for the scales of a run with `config`, to be saved or given in the place of the style.
@@ -299,13 +319,20 @@ class Stylizer:
         picture = images.load(style)
         plane = None if mask is None else load_mask(mask, picture, "mask of the style")
         sides = [side for side, _ in config.schedule(1.0)]
-        return Targets(
-            self._made_for(tuple(config.style_layer_weights), config),
-            {side: self._statistics(picture, side, config, plane, self.precision) for side in sides},
+        statistics = self._fitting(
+            lambda precision: {side: self._statistics(picture, side, config, plane, precision) for side in sides}
         )
+        return Targets(self._made_for(tuple(config.style_layer_weights), config), statistics)
+
+    def _saved(self, targets: Targets, side: int, config: Config) -> Statistics:
+        """What targets hold for an image with this long side; ValueError if they were made for something else."""
+        return targets.at(side, tuple(config.style_layer_weights), self._made_for(targets.layers, config))
 
     def _objective(self, content: images.Picture, goal: Goal, precision: str) -> Objective:
-        """The objective at the size of the content picture, which stands in for a missing content."""
+        """The objective at the size of the content picture, which stands in for a missing content.
+
+        Raises FloatingPointError where the precision cannot hold the statistics of a style.
+        """
         config = goal.config
         regions = self._regions(goal, max(content.size), precision)  # the memory of this is free again
         network = self._features(content.size, goal.layers, config, precision)
@@ -324,15 +351,14 @@ class Stylizer:
         if not goal.styles:
             return []
         config = goal.config
-        layers = tuple(config.style_layer_weights)
         masks = goal.masks or ((None, None),) * len(goal.styles)
         found = [
-            style.at(side, layers, self._made_for(style.layers, config))
+            self._saved(style, side, config)
             if isinstance(style, Targets)
             else self._statistics(style, side, config, mask, precision)
             for style, (_, mask) in zip(goal.styles, masks, strict=True)
         ]
-        device = "cpu" if self.device not in provider.GPUS else "cuda"
+        device = provider.place(self.device)
         found = [
             {layer: Statistic(each.matrix.to(device), each.mean.to(device)) for layer, each in one.items()}
             for one in found
@@ -380,6 +406,10 @@ class Stylizer:
                     part = None if mask is None else guide(mask, (own.shape[2], own.shape[3]))
                     seen, mean = statistic_of(own.flatten(2)[0], config.style_loss, part)
                     found[layer] = Statistic(kernels.gram(seen, features.products), mean)
+                    del seen  # before that of the next layer is made
+                finite = [bool(torch.isfinite(each.matrix).all()) for each in found.values()]
+            if not all(finite):
+                raise FloatingPointError("the features of a style, or their products, are not finite")
             return found
 
         return self._cache.get(("style", *key), make, _of_statistics)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .image import atomic
@@ -83,7 +83,8 @@ class Targets:
                 tensors[f"{side}.{layer}.matrix"] = each.matrix.cpu()[rows, columns].contiguous()
                 tensors[f"{side}.{layer}.mean"] = each.mean.cpu().contiguous()
         with atomic(Path(path)) as temporary:
-            save_file(tensors, temporary, {"format": _FORMAT, "made_for": json.dumps(dict(self.made_for))})
+            about = {"format": _FORMAT, "made_for": json.dumps(dict(self.made_for))}
+            temporary.write_bytes(save(tensors, about))
 
     @staticmethod
     def load(path: str | Path) -> Targets:

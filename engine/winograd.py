@@ -153,7 +153,7 @@ class Features:
                 step |= self._shares(height, width, conv.in_channels, channels)
             steps.append(step)
             source = target
-            if bare:
+            if bare and (conv is not spec.convs[-1] or conv.relu in spec.layers):
                 source = self._buffer(conv.relu, height * width, channels)
                 step = {"op": RECTIFY, "tasks": height, "source": target, "target": source}
                 steps.append(step | self._shape(conv))

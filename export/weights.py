@@ -210,7 +210,7 @@ def _fetch_imagenet(target: Path) -> None:
     import pooch
     import requests
     from filelock import FileLock
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     url, folder = _imagenet_url(), target.parent
     try:
@@ -233,7 +233,7 @@ def _fetch_imagenet(target: Path) -> None:
                     names = [f"{key}.{part}" for key in _torchvision_names() for part in ("weight", "bias")]
                     kept = {name: state[name].contiguous() for name in names}
                 partial = target.with_suffix(".partial")
-                save_file(kept, partial, metadata={"source": url, "source_sha256": IMAGENET_SHA256})
+                partial.write_bytes(save(kept, {"source": url, "source_sha256": IMAGENET_SHA256}))  # raises OSError
                 partial.replace(target)
             finally:
                 checkpoint.unlink(missing_ok=True)

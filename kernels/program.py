@@ -7,6 +7,7 @@ the thread, nor on how many there are.
 
 from __future__ import annotations
 
+import logging
 import sys
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from . import direct, nhwc, products, winograd
 from .vector import BLOCK, keep_marked
+
+log = logging.getLogger(__name__)
 
 # What a step does:
 FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
@@ -250,10 +253,10 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         nhwc.last(source, target, height, width, step.c_in, weights, step.padding, task, scratch)
 
 
-def _compile(sources: int) -> Any:
+def _compile(sources: int, cached: bool = True) -> Any:
     """The entry. numba caches machine code by file and closure of a function; `sources` stands for the other files."""
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @njit(nogil=True, cache=cached, error_model="numpy")
     def work(table, taken, done, scratch):  # type: ignore[no-untyped-def]
         """Do tasks of the program until it is finished."""
         if sources < 0:
@@ -282,4 +285,13 @@ def _sources() -> int:
     return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))
 
 
-_work = _compile(_sources())
+def _entry() -> Any:
+    """The entry as numba keeps it, or where it can keep nothing, one that every process compiles."""
+    try:
+        return _compile(_sources())
+    except RuntimeError as error:
+        log.info("device cpu: compiled for seconds, and not kept; $NUMBA_CACHE_DIR names a folder for it (%s)", error)
+        return _compile(_sources(), cached=False)
+
+
+_work = _entry()

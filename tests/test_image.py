@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from engine import image
+from engine import Config, Step, image
 
 
 def png(array, **options):
@@ -73,8 +74,56 @@ def test_sixteen_bit_grey_keeps_its_depth():
     np.testing.assert_allclose(image.load(png(deep)).rgb[..., 0], deep / 65535, atol=1e-6)
     floats = np.array([[0, 0.25], [0.5, 1]], np.float32)
     np.testing.assert_allclose(image.load(Image.fromarray(floats)).rgb[..., 2], floats)
-    with pytest.raises(ValueError, match="outside"):
-        image.load(Image.fromarray(floats * 3))
+    stream = io.BytesIO()
+    Image.fromarray(floats * 3).save(stream, "TIFF")
+    for source in (Image.fromarray(floats * 3), stream.getvalue()):
+        with pytest.raises(ValueError, match=r"grey values outside of \[0, 1\]$"):  # not: damaged
+            image.load(source)
+
+
+def test_sixteen_bit_grey_has_a_profile_and_a_transparent_value(caplog):
+    """As the 8-bit picture of the same shades has."""
+    shades = np.arange(0, 256, 5, dtype=np.uint8).reshape(4, 13)
+    grey = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # one of colour does not fit
+    for profile in (grey, grey_profile(gamma=1.0)):
+        flat, deep = (
+            image.load(png(each, icc_profile=profile, transparency=int(each[2, 1])))
+            for each in (shades, shades.astype(np.uint16) * 257)
+        )
+        np.testing.assert_allclose(deep.rgb, flat.rgb, atol=0.6 / 255)
+        np.testing.assert_array_equal(deep.alpha, flat.alpha)
+        assert deep.alpha.sum() == deep.alpha.size - 1
+        assert (np.abs(deep.rgb[..., 0] - shades / 255).max() > 0.1) == (profile is not grey)
+    assert caplog.text.count("ICC profile left out of account") == 2
+
+
+def grey_profile(gamma):
+    """An ICC profile of grey with this gamma."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)
+    table = struct.pack(">I", 2) + b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 16)
+    head = struct.pack(">I4sI4s4s4s", 192, bytes(4), 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
+    return head + bytes(28) + struct.pack(">iii", 63190, 65536, 54061) + bytes(48) + table + white + curve
+
+
+def test_twelve_bit_grey_is_not_darker():
+    values, end = [0, 4095, 2048, 1, 4094, 7, 300, 4000], 8 + 2 + 12 * 9 + 4
+    pairs = zip(values[::2], values[1::2], strict=True)
+    data = b"".join(bytes([one >> 4, (one & 15) << 4 | two >> 8, two & 255]) for one, two in pairs)
+    tags = [(256, 3, 1, 4), (257, 3, 1, 2), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, end)]
+    tags += [(277, 3, 1, 1), (278, 3, 1, 2), (279, 4, 1, len(data))]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    found = image.load(struct.pack("<2sHIH", b"II", 42, 8, 9) + table + bytes(4) + data)
+    np.testing.assert_allclose(found.rgb[..., 0].ravel(), np.array(values) / 4095, atol=1e-6)
+
+
+def test_closed_streams_are_told(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        image.load("-")
+    with pytest.raises(ValueError, match="standard output is closed"):
+        image.check_output("-", overwrite=False)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -214,6 +263,9 @@ def test_sixteen_bit_colour_keeps_its_upper_bits():
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0))
     content = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     np.testing.assert_allclose(image.load(content).rgb, (deep >> 8) / 255, atol=1e-6)
+    key = chunk(b"tRNS", deep[1, 2].tobytes())
+    content = content.replace(head, head + key)
+    assert np.argwhere(image.load(content).alpha == 0).tolist() == [[1, 2]]
     data, end = deep.astype("<u2").tobytes(), 8 + 2 + 12 * 10 + 4
     tags = [(256, 3, 1, 7), (257, 3, 1, 5), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, end + 6)]
     tags += [(277, 3, 1, 3), (278, 3, 1, 5), (279, 4, 1, len(data)), (284, 3, 1, 1)]
@@ -382,6 +434,16 @@ def test_output_is_checked_before_the_work(tmp_path):
         image.check_output(str(tmp_path / "folder.png"), overwrite=True)
 
 
+def test_a_format_that_cannot_hold_the_size_is_told(tmp_path):
+    for name, size in {"a.webp": (16383, 9), "a.jpg": (9, 65500), "a.png": (10**6, 9), "-": (10**6, 9)}.items():
+        image.check_size(name, size)
+    for name, size in {"a.webp": (9, 16384), "a.jpg": (65501, 9)}.items():
+        with pytest.raises(ValueError, match=r"holds \d+ pixels a side, not \d+ x \d+: choose another format"):
+            image.check_size(name, size)
+        with pytest.raises((OSError, ValueError)):  # Pillow itself cannot
+            image.save(Image.new("L", size), str(tmp_path / name))
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "out.png"
     target.write_text("old")
@@ -399,6 +461,16 @@ def test_written_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert Path(tmp_path / "out.png").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_the_alpha_of_a_step_is_resized_as_its_picture_is(tile):
+    random = np.random.default_rng(0).random
+    content = image.Picture(random((48, 32, 3), np.float32), random((48, 32), np.float32))
+    iterate = SimpleNamespace(best=torch.zeros(1, 3, 96, 64))
+    found = Step(96, 1, 1, "fp32", iterate, content, Config(tile=tile), None).image.getchannel("A")
+    truth = image.resize(content, (64, 96), wrap=tile).alpha
+    np.testing.assert_allclose(np.asarray(found) / 255, truth, atol=0.51 / 255)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (40, 24), (16, 96)])

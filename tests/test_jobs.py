@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from engine import image
-from engine.jobs import SUFFIXES, Job, missing, product, shard
+from engine.jobs import SUFFIXES, Job, check_apart, product, shard
 
 
 @pytest.fixture
@@ -44,6 +44,25 @@ def test_a_name_with_brackets_is_a_file_if_there_is_one(folder):
 def test_two_jobs_may_not_write_one_file(folder):
     with pytest.raises(ValueError, match="would both be"):
         product(["c"], ["s/x.png"], "out/{style}.png")
+    (folder / "c/A.png").touch()
+    with pytest.raises(ValueError, match="would both be"):
+        product(["c/a.png", "c/A.png"], ["s/x.png"], "out")  # one file where the file system ignores case
+
+
+@pytest.mark.parametrize("out", ["new.png", "deep/new.TIFF", "-"])
+def test_one_picture_is_no_place_for_many(folder, out):
+    with pytest.raises(ValueError, match="give a folder, or a pattern"):
+        product(["c"], ["s"], out)
+    (folder / "new.png").mkdir()
+    assert product(["c"], ["s"], "new.png")[0].out == "new.png/a--x.png"  # it is a folder
+
+
+def test_what_is_written_is_nothing_else(folder):
+    (folder / "link").symlink_to("c/a.png")
+    check_apart([("OUT", "out"), ("--trace", "trace")], [("CONTENT", "c/a.png"), ("STYLE", "c/a.png")])
+    for written in ([("OUT", "link")], [("OUT", "c/../c/a.png")], [("OUT", "out"), ("--trace", "./out")]):
+        with pytest.raises(ValueError, match=r"is both (CONTENT and OUT|OUT and --trace): give another file"):
+            check_apart(written, [("CONTENT", "c/a.png")])
 
 
 def test_nothing_found_is_a_mistake(folder):
@@ -63,8 +82,3 @@ def test_shards_share_the_jobs(folder):
     for wrong in ("0/4", "5/4", "1", "a/b", "1/0", "-1/3"):
         with pytest.raises(ValueError, match="I/N"):
             shard(jobs, wrong)
-
-
-def test_what_is_there_is_not_missing(folder):
-    jobs = product(["c"], ["s/x.png"], "c/{content}.png")
-    assert [job.content for job in missing(jobs)] == ["c/b.JPG"]

@@ -57,6 +57,9 @@ def test_one_too_long_for_exif_stands_beside(tmp_path):
     path = str(tmp_path / "sheet.jpg")
     image.save(picture(), path, manifest.of_sheet([record()] * 100))
     assert len(json.loads((tmp_path / "sheet.jpg.json").read_text())["sheet"]) == 100
+    Path(path).unlink()
+    with pytest.raises(ValueError, match=r"sheet\.jpg\.json exists already"):
+        image.check_output(path, overwrite=False)
 
 
 def test_options_come_back_and_folders_stay_at_home(tmp_path):

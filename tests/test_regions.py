@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from engine import Config, Stylizer, colour
+from engine import image as images
 from engine.goal import load as load_goal
-from engine.regions import guide, load_mask
+from engine.regions import guide, load_freeze, load_mask
 
 WEIGHTS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
 SHALLOW = {"style_layers": ("relu1_1", "relu3_1:2"), **WEIGHTS}
@@ -171,6 +172,15 @@ def test_frozen_pixels_are_the_contents_own(stylizer, optimizer):
     assert (found[~held] != content[~held]).mean() > 0.9
     with pytest.raises(ValueError, match="keeps pixels of the content"):
         stylizer(None, content, config, freeze=freeze)
+
+
+def test_a_mask_that_freezes_nothing_is_told():
+    picture, thin = images.load(noise(32, 64, 1)), np.zeros((32, 64), np.float32)
+    thin[:, 10] = 1
+    assert load_freeze(thin, picture, (64, 32)).sum() == 32
+    for mask, size in ((thin, (16, 8)), (thin * 0.4, (64, 32))):
+        with pytest.raises(ValueError, match=r"less than half of every pixel at \d+ x \d+"):
+            load_freeze(mask, picture, size)
 
 
 def test_coverage_is_reported(stylizer, caplog):

@@ -22,6 +22,21 @@ def test_content_is_the_default_and_a_file_is_resized_to_it():
     assert torch.equal(from_file, image.to_tensor(image.resize(start, (60, 40))))
 
 
+def test_a_start_of_another_shape_or_with_alpha_is_told_of(caplog):
+    content, odd = picture(40, 60, 0), Config(tile=True)
+    for height, width, config, stretched in (
+        (67, 100, Config(), False),
+        (60, 40, Config(), True),
+        (48, 64, odd, False),
+    ):
+        caplog.clear()
+        first_pixels(content, [], picture(height, width, 1), config)
+        assert ("is stretched to the shape of 60 x 40" in caplog.text) == stretched
+    start = image.Picture(content.rgb, np.ones((40, 60), np.float32), "start.png")
+    first_pixels(content, [], start, Config())
+    assert "start.png: transparency left out of account" in caplog.text
+
+
 def test_noise_is_uniform_and_has_a_seed():
     content = picture(100, 120, 0)
     one, same, other = (first_pixels(content, [], None, Config(init="noise", seed=seed)) for seed in (1, 1, 2))

@@ -23,7 +23,7 @@ ALLOWED = {
     "provider": {"config", "export"},
     "features": {"fused", "session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
-    "fused": {"features", "export", "kernels"},
+    "fused": {"features", "provider", "export", "kernels"},
     "winograd": {"features", "export", "kernels"},
     "regions": {"image"},
     "targets": {"image"},

@@ -1,5 +1,7 @@
+import contextlib
 import gc
 import itertools
+import math
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from engine import BackendError, Config, Stylizer, image, provider
+from engine import BackendError, Config, Stylizer, features, image, provider
 from engine.cache import Cache
 
 ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
@@ -339,7 +341,77 @@ def test_a_score_that_fp16_cannot_hold_is_taken_in_fp32(pictures, monkeypatch):
     own = Stylizer(weights="embedded", precision="auto")
     assert np.isfinite(own.evaluate(*arguments).loss)
     assert own.precision == "fp16"
-    assert np.isnan(Stylizer(weights="embedded", precision="fp16").evaluate(*arguments).loss)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        Stylizer(weights="embedded", precision="fp16").evaluate(*arguments)
+
+
+def test_statistics_that_fp16_cannot_hold_are_taken_in_fp32(pictures, monkeypatch):
+    """For a run, a score, an objective and saved targets alike."""
+    from engine import kernels, provider
+
+    gram = kernels.gram
+
+    def overflows(features, products):
+        return gram(features, products).mul_(math.inf if features.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(kernels, "gram", overflows)
+    monkeypatch.setattr(provider, "resolve", lambda device, precision: ("onnxruntime", "fp16"))
+    content, style = pictures["content"], pictures["style"]
+    own = Stylizer(weights="embedded", precision="auto")
+    assert own(content, style, TINY).last.precision == "fp32"
+    assert np.isfinite(own.evaluate(content, content, style).loss)
+    assert own.objective(content, style, TINY).network.spec.precision == "fp32"
+    saved = own.targets(style, TINY)
+    assert all(torch.isfinite(each.matrix).all() for side in saved.sides.values() for each in side.values())
+    named = Stylizer(weights="embedded", precision="fp16")
+    with pytest.raises(FloatingPointError, match="features of a style"):
+        named.targets(style, TINY)
+
+
+def test_adam_leaves_frozen_pixels_alone_at_every_scale(stylizer):
+    rng = np.random.default_rng(3)
+    content, style = rng.random((64, 80, 3), np.float32), rng.random((64, 64, 3), np.float32)
+    left = np.zeros((64, 80), np.float32)
+    left[:, :40] = 1
+    config = Config(size=80, scales=2, iterations=(20, 5), optimizer="adam", learning_rate=0.1)
+    assert len(config.schedule(80 / 64)) == 2
+    result = np.asarray(stylizer(content, style, config, freeze=left).image, int)
+    assert np.abs(result - 255 * content)[:, :40].max() <= 0.51
+    assert np.abs(result - 255 * content)[:, 40:].max() > 20
+
+
+def test_masks_of_a_score_without_content_are_of_its_image(stylizer, pictures):
+    image = np.random.default_rng(4).random((40, 80, 3), np.float32)
+    mask = np.ones((40, 80), np.float32)
+    score = stylizer.evaluate(image, None, pictures["style"], masks=[mask])
+    assert score.style_loss == pytest.approx(stylizer.evaluate(image, None, pictures["style"]).style_loss, rel=1e-4)
+    with pytest.raises(ValueError, match="content mask 1 has 40 x 40 pixels, its picture 80 x 40"):
+        stylizer.evaluate(image, None, pictures["style"], masks=[mask[:, :40]])
+
+
+def test_an_iterator_that_is_left_ends_while_it_owns_the_network():
+    inside, seen = [], []
+
+    class Network:
+        @contextlib.contextmanager
+        def use(self):
+            inside.append(1)
+            yield
+            inside.pop()
+
+    def values():
+        try:
+            while True:
+                seen.append(len(inside))
+                yield 1
+        finally:
+            seen.append(len(inside))
+
+    running = features.within(Network(), values())
+    next(running)
+    assert inside == []
+    running.close()
+    assert seen == [1, 1]
 
 
 def test_mistakes_are_raised_by_the_call_not_by_the_first_step(stylizer, pictures):

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -335,6 +336,14 @@ def test_the_memory_of_a_default_run(network):
 
 def test_scratch_rows_cover_the_rows_that_multiply_takes():
     assert kernel.TILES % vector.ROWS == kernel.TILES % vector.SQUARE == 0
+
+
+def test_without_a_folder_for_its_cache_the_program_is_compiled_anew(monkeypatch, caplog):
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    with caplog.at_level("INFO", logger="engine"):
+        entry = program._entry()
+    assert "$NUMBA_CACHE_DIR" in caplog.text
+    assert isinstance(entry._cache, numba.core.caching.NullCache)
 
 
 def test_an_interrupted_program_leaves_no_thread_at_work(monkeypatch):
