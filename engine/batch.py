@@ -33,6 +33,10 @@ class DiedError(Exception):
     """A worker is gone, by a crash or with its machine."""
 
 
+class StartError(DiedError):
+    """A worker could not start where another one may: for want of memory, say."""
+
+
 class Painter:
     """What a worker holds. Runs in its process or actor, by default on its share of the threads, one of `sharing`."""
 
@@ -41,22 +45,26 @@ class Painter:
 
         from .stylizer import Stylizer
 
-        self._config, self._mistake = config, None
+        self._config = config
+        self._failed: ValueError | StartError | None = None
         share = max(1, torch.get_num_threads() // sharing)
         try:
             self._stylizer = Stylizer(weights, device, threads=threads or share)
-        except (ValueError, OSError, RuntimeError) as error:  # BackendError is a RuntimeError
-            self._mistake = ValueError(brief(error))
+        except (ValueError, TypeError) as error:
+            self._failed = ValueError(brief(error))
+        except (OSError, RuntimeError) as error:  # BackendError is a RuntimeError
+            self._failed = StartError(brief(error))
 
-    def paint(self, task: Job) -> str | ValueError:
+    def paint(self, task: Job) -> str | ValueError | StartError:
         """Paint one picture, with its manifest: an empty string, or why it cannot be painted.
 
-        A ValueError is the answer where no picture can be, as there is something wrong with what the worker was given.
+        Where this worker can paint none the answer is an exception: ValueError if there is something wrong with what it
+        was given, and so with every other worker.
         """
         from . import manifest, painting
 
-        if self._mistake:
-            return self._mistake
+        if self._failed:
+            return self._failed
         try:
             start, losses = time.perf_counter(), []
             job = replace(task, content=_load(task.content), styles=tuple(map(_load, task.styles)))
@@ -108,7 +116,7 @@ class Processes:
             return worker, DiedError(f"status {worker[1].exitcode}")
 
     def stop(self, worker: Any) -> None:
-        """End an idle worker."""
+        """End a worker that is idle, if it has not ended itself."""
         worker[0].close()
         worker[1].join()
 
@@ -161,9 +169,11 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
     """Run the tasks, one in the hand of each worker: each with an empty string or why it failed.
 
     A worker that dies is replaced and its task goes to the end of the list; after the third it is given up. Raises the
-    ValueError of a worker that was given something wrong: others would be, too.
+    ValueError of a worker that was given something wrong, as others would be, too, and the StartError of one that
+    cannot start before any has painted.
     """
     left, tries = deque(tasks), dict.fromkeys(tasks, 0)
+    painted = False
     hands: dict[int, Job] = {}
     for _ in range(min(workers, len(tasks))):
         worker, task = pool.start(), left.popleft()
@@ -172,17 +182,19 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
     while hands:
         worker, answer = pool.outcome()
         task = hands.pop(id(worker))
-        if isinstance(answer, ValueError):
+        if isinstance(answer, ValueError) or (isinstance(answer, StartError) and not painted):
             raise answer
         if isinstance(answer, DiedError):
+            pool.stop(worker)
             log.warning("a worker died over %s: %s", task.out, answer)
             tries[task] += 1
             if tries[task] < _TRIES:
                 left.append(task)
             else:
-                yield task, f"{_TRIES} workers died over it"
+                yield task, f"{_TRIES} workers died over it ({answer})"
             worker = pool.start() if left else None
         else:
+            painted = painted or not answer
             yield task, answer
         if left:
             hands[id(worker)] = left.popleft()
@@ -213,7 +225,8 @@ def _pictures(source: str) -> list[str]:
     found = sorted(each for each in files.ls(path, detail=False) if each.lower().endswith(SUFFIXES))
     if not found:
         raise ValueError(f"{source} holds no picture")
-    return [files.unstrip_protocol(each) if "://" in source else each for each in found]
+    folder = source.rstrip("/")  # a URL as it was given: what comes from the server lacks its name and the login
+    return [f"{folder}/{each.rpartition('/')[2]}" if "://" in source else each for each in found]
 
 
 def _read(url: str) -> bytes:
@@ -229,11 +242,16 @@ def _load(url: str) -> Any:
 
 
 def _write(url: str, data: bytes) -> None:
-    """Write a file under a temporary name beside it, and rename it."""
+    """Write a file in one go: under a temporary name beside it, and rename it where files are renamed."""
+    from fsspec import AbstractFileSystem
+
     files, path = _files(url)
     folder, _, name = path.rpartition("/")
-    half = f"{folder}/.stylize-{uuid.uuid4().hex}-{name}"
     files.makedirs(folder, exist_ok=True)
+    if type(files).mv is AbstractFileSystem.mv:  # copies: objects, as of S3, are there in full or not at all
+        files.pipe_file(path, data)
+        return
+    half = f"{folder}/.stylize-{uuid.uuid4().hex}-{name}"
     try:
         files.pipe_file(half, data)
         files.mv(half, path)
@@ -283,26 +301,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make = given.weights, given.device, config, given.threads, sharing
         pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)
     except ImportError as error:
-        return _fail(2, f"{error.name} is missing: pip install 'gatys-engine[ray]'")
+        return _fail(2, f"{error.name} is missing: pip install 'gatys-engine[ray]'" if error.name else brief(error))
     except (ValueError, TypeError, AttributeError, OSError) as error:
         return _fail(2, brief(error))
     from tqdm import tqdm
 
-    failed = {}
+    painted, failed, mistake = 0, {}, ""
     answers = drive(pool, missing, given.workers)
     try:
         for task, reason in tqdm(answers, total=len(missing), disable=None, file=sys.stderr):
             if reason:
                 failed[task] = reason
-    except ValueError as error:
-        return _fail(2, str(error))
+            else:
+                painted += 1
+    except (ValueError, StartError) as error:
+        mistake = str(error)
     summary = {
-        "painted": len(missing) - len(failed),
+        "painted": painted,
         "there_already": len(tasks) - len(missing),
         "failed": [{"content": task.content, "style": task.styles[0], "reason": failed[task]} for task in failed],
         "seconds": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(summary, indent=1))  # noqa: T201
+    if mistake:
+        return _fail(2, mistake)
     return 1 if failed else 0
 
 

@@ -85,7 +85,11 @@ class Server:
         return self.process.wait(60), time.monotonic() - start
 
     def __enter__(self) -> "Server":
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:  # nobody calls __exit__
+            self.__exit__()
+            raise
 
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:

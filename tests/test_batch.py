@@ -69,9 +69,9 @@ def test_pictures_of_a_batch_are_replayed(folders, capsys):
 class Stub:
     """A pool whose workers answer as they are told: how often they die over a task, or that they cannot work."""
 
-    def __init__(self, deaths=(), answer=""):
-        self.deaths, self.waiting, self.started, self.most = dict(deaths), [], 0, 0
-        self.answer = answer
+    def __init__(self, deaths=(), answer="", death=None):
+        self.deaths, self.waiting, self.started, self.stopped, self.most = dict(deaths), [], 0, 0, 0
+        self.answer, self.death = answer, death or batch.DiedError("killed")
 
     def start(self):
         self.started += 1
@@ -85,11 +85,11 @@ class Stub:
         worker, task = self.waiting.pop(0)
         if self.deaths.get(task, 0) > 0:
             self.deaths[task] -= 1
-            return worker, batch.DiedError("killed")
+            return worker, self.death
         return worker, self.answer
 
     def stop(self, worker):
-        pass
+        self.stopped += 1
 
 
 def test_a_task_outlives_two_workers_and_no_more():
@@ -116,8 +116,15 @@ def test_a_worker_that_cannot_work_ends_the_batch(folders, capsys, monkeypatch, 
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    assert json.loads(captured.out)["painted"] == 0
     assert pool.started == 1
+
+
+def test_a_worker_that_cannot_start_among_others_that_paint_has_died():
+    tasks = [Job(f"c{i}", ("s",), f"o{i}") for i in range(3)]
+    pool = Stub({tasks[1]: 1}, death=batch.StartError("out of memory"))
+    assert set(batch.drive(pool, tasks, 1)) == {(task, "") for task in tasks}
+    assert (pool.started, pool.stopped) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +145,33 @@ def test_urls_are_read_and_written(pictures, stylizer):
 
     files = fsspec.filesystem("memory")
     for name in ("content", "style"):
-        with files.open(f"/in/{name}.png", "wb") as file:
+        with files.open(f"/in/{name}[1].png", "wb") as file:  # which is no pattern
             Image.fromarray(pictures[name]).save(file, "PNG")
-    (task,) = batch.plan(["memory://in/content.png"], ["memory://in/style.png"], "memory://out")
+    (task,) = batch.plan(["memory://in/content[1].png"], ["memory://in/style[1].png"], "memory://out")
     painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
     assert painter.paint(task) == ""
-    assert files.ls("/out", detail=False) == ["/out/content--style.png"]
+    assert files.ls("/out", detail=False) == ["/out/content[1]--style[1].png"]
+
+
+def test_files_of_a_server_keep_its_name_and_the_login(monkeypatch):
+    from fsspec.implementations.ftp import FTPFileSystem
+
+    monkeypatch.setattr(FTPFileSystem, "_connect", lambda self: None)
+    monkeypatch.setattr(FTPFileSystem, "__del__", lambda self: None)
+    monkeypatch.setattr(FTPFileSystem, "exists", lambda self, path: True)
+    monkeypatch.setattr(FTPFileSystem, "isdir", lambda self, path: True)
+    monkeypatch.setattr(FTPFileSystem, "ls", lambda self, path, detail: [f"{path}/b.png", f"{path}/a.png"])
+    url = "ftp://me:secret@host/in"
+    assert batch._pictures(f"{url}/") == [f"{url}/a.png", f"{url}/b.png"]
+
+
+def test_a_file_system_that_is_missing_is_named(folders, capsys, monkeypatch):
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    assert batch.main(words(folders)) == 2
+    assert capsys.readouterr().err == "engine.batch: Install s3fs to access S3\n"
 
 
 @pytest.mark.parametrize(

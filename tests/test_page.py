@@ -135,6 +135,41 @@ def test_wrong_files_and_refusals_are_told(page, tmp_path):
     assert page.locator("article.job").count() == 0
 
 
+def test_what_had_no_answer_is_sent_again_with_its_key_and_its_pictures(page):
+    page.get_by_role("button", name="Use the samples").click()
+    page.get_by_label("Size").select_option("256")
+    page.get_by_text("More options").click()
+    page.get_by_label("Iterations").fill("1")
+    keys, paint = [], page.get_by_role("button", name="Paint", exact=True)
+
+    def lose(route):
+        keys.append(route.request.headers["idempotency-key"])
+        if len(keys) < 3:
+            return route.abort()
+        page.get_by_role("button", name="Swap").click()  # under way: what is sent does not change any more
+        assert paint.is_disabled()
+        return route.continue_()
+
+    page.route("**/v1/jobs", lose)
+    paint.click()
+    page.get_by_role("alert").filter(has_text="cannot be reached").wait_for()
+    paint.click()
+    page.get_by_text(re.compile("^Done in")).wait_for()
+    assert paint.is_enabled()
+    assert len(keys) == 3
+    assert len(set(keys)) == 1
+    before = page.locator("img.before").evaluate("image => image.naturalWidth / image.naturalHeight")
+    style = page.locator(".drop[data-name=style] img").evaluate("image => image.naturalWidth / image.naturalHeight")
+    assert before == pytest.approx(style, abs=0.01)  # the content of then is the style of now
+    end = """async ([id]) => {
+      const card = new Card({ id });
+      await card.end({ ...(await (await ask(`/v1/jobs/${id}`)).json()), preview: 0 });
+      return !card.after.hidden;
+    }"""
+    ids = page.locator("article.job").evaluate_all("cards => cards.map((card) => card.dataset.id)")
+    assert page.evaluate(end, ids)  # a picture whose disk had no room for previews is shown in the end
+
+
 def test_by_keyboard_on_a_dark_phone(browser, server):
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
     context.set_default_timeout(WAIT)

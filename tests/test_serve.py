@@ -4,10 +4,13 @@ import asyncio
 import errno
 import io
 import json
+import logging
 import random
 import re
+import resource
 import struct
 import threading
+import time
 import zlib
 from types import SimpleNamespace
 
@@ -125,6 +128,8 @@ def test_a_result_carries_the_manifest_of_which_it_can_be_made_again(client, fil
         ("image/webp", "WEBP"),
         ("image/jpeg;q=0.9, image/png;q=0.5", "JPEG"),
         ("text/html, image/*;q=0.1", "PNG"),
+        ("image/*, image/png;q=0.5", "JPEG"),
+        ("*/*;q=0.5, image/*;q=0.1, image/webp;q=0.2", "WEBP"),
         ("*/*", "PNG"),
     ],
 )
@@ -173,7 +178,8 @@ def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, styli
             stop.set()
 
     run(client, Wrapped(stylizer, act), stop)
-    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "queued"
+    left = client[0].get(f"/v1/jobs/{job['id']}").json()
+    assert (left["state"], left["iteration"]) == ("queued", 5)
     path = client[1].folder(job["id"]) / "checkpoint"
     if damage:
         path.write_bytes(path.read_bytes()[:-9])
@@ -213,6 +219,67 @@ def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, 
     assert [iteration for iteration, *_ in client[1].losses(job["id"])] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("tries", "end"), [(1, "succeeded"), (4, "succeeded"), (10**9, "queued")])
+def test_a_painted_picture_waits_for_room_on_the_disk(client, files, stylizer, monkeypatch, tries, end):
+    job = post(client[0], files).json()["id"]
+    for name, value in (("_CHECKPOINT", 0.0), ("_SHARE", 0.0), ("_ROOM", 0.01)):
+        monkeypatch.setattr(worker, name, value)
+    folder, stop, left, finish = client[1].folder(job), threading.Event(), [], client[1].finish
+
+    def write(path, data):
+        if path.name == "result.png" and len(left) < tries:
+            left.append((folder / "checkpoint").exists())
+            if len(left) == 9:
+                stop.set()
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        store.write(path, data)
+
+    def busy(*arguments):
+        monkeypatch.setattr(client[1], "finish", finish)
+        raise store.sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(worker, "write", write)
+    monkeypatch.setattr(client[1], "finish", busy)
+    run(client, stylizer, stop)
+    assert left == [True, *[False] * (min(tries, 10) - 1)]  # the checkpoint made room for it
+    row = client[1].job(job)
+    assert (row["state"], row["crashes"], row["iteration"]) == (end, 0, 4)
+    kept = {path.name for path in folder.iterdir()}
+    assert kept == ({"result.png"} if end == "succeeded" else {"content", "style-0", "preview.png"})
+
+
+def test_a_worker_waits_for_a_store_that_is_full(client, files, stylizer, monkeypatch):
+    job, stop, claim = post(client[0], files).json()["id"], threading.Event(), client[1].claim
+    monkeypatch.setattr(worker, "_ROOM", 0.01)
+
+    def full(number):
+        monkeypatch.setattr(client[1], "claim", claim)
+        raise store.sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(client[1], "claim", full)
+    worker.work(client[1], Wrapped(stylizer, lambda i: i == 4 and stop.set()), 0, stop)
+    assert client[1].job(job)["state"] == "succeeded"
+
+
+def test_an_error_that_stays_with_the_device_ends_the_worker_and_others_do_not(client, files, stylizer):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("its device works")
+    first, second = (post(client[0], files).json()["id"] for _ in range(2))
+
+    def breaks(iteration):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    broken = Wrapped(stylizer, breaks)
+    run(client, broken)
+    assert client[1].job(first)["state"] == "failed"
+    broken.device = "cudnn"
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        run(client, broken)
+    assert client[1].job(second)["state"] == "running"  # until the supervisor sees that its worker is gone
+
+
 def test_what_a_dead_worker_ran_is_put_back_once_there_is_room(client, files, monkeypatch):
     post(client[0], files)
     client[1].claim(0)
@@ -228,6 +295,58 @@ def test_what_a_dead_worker_ran_is_put_back_once_there_is_room(client, files, mo
             watch._look(0)
     watch._look(0)
     assert client[1].counts() == {"queued": 1}
+
+
+def test_a_worker_that_was_dead_before_the_server_stops_has_crashed(client, files, monkeypatch):
+    job = post(client[0], files).json()["id"]
+    client[1].claim(0)
+    watch = supervisor.Supervisor(client[1], Settings())
+    monkeypatch.setattr(watch, "_look", lambda number: None)
+    watch._workers[0] = SimpleNamespace(poll=lambda: -9, stdin=io.BytesIO(), wait=lambda seconds: -9)
+    watch.start()
+    watch.stop()
+    row = client[1].job(job)
+    assert (row["state"], row["crashes"] > 0) == ("queued", True)
+
+
+def test_a_worker_that_hangs_is_killed(client, files, monkeypatch):
+    now, killed = 0.0, []
+    clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
+    monkeypatch.setattr(supervisor, "time", clock)
+    watch = supervisor.Supervisor(client[1], Settings())
+    watch._workers[0] = SimpleNamespace(poll=lambda: None, kill=lambda: killed.append(now))
+
+    def look(at):
+        nonlocal now
+        now = at
+        watch._look(0)
+
+    look(0.0)
+    look(1799.0)
+    assert not killed
+    look(1801.0)  # it never got ready
+    assert killed == [1801.0]
+    client[1].announce(0, "cpu", "embedded")
+    look(10_000.0)  # it has nothing to do
+    job = post(client[0], files).json()["id"]
+    client[1].claim(0)
+    look(20_000.0)
+    client[1].progress(job, {"iteration": 1}, [])
+    look(21_000.0)
+    look(22_000.0)
+    assert len(killed) == 1
+    look(23_000.0)
+    assert len(killed) == 2
+
+
+@pytest.mark.parametrize(("given", "second"), [(None, "1"), ("", ""), ("4,7", "7"), ("4", "4")])
+def test_each_worker_has_a_gpu_of_its_own_unless_there_is_to_be_none(client, monkeypatch, given, second):
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", lambda command, stdin, env: env)
+    assert supervisor.Supervisor(client[1], Settings(workers=2))._spawn(1)["CUDA_VISIBLE_DEVICES"] == second
 
 
 def test_what_is_left_of_a_run_counts_the_pixels_of_all_scales(monkeypatch):
@@ -247,6 +366,9 @@ def test_a_waiting_job_is_cancelled_at_once(client, files):
     assert client[0].delete(f"/v1/jobs/{job['id']}").json()["state"] == "cancelled"
     assert client[1].claim(0) is None
     assert not list(client[1].folder(job["id"]).iterdir())
+    answer = client[0].get(job["image"])
+    problem(answer, 404)
+    assert "retry-after" not in answer.headers
 
 
 def test_a_job_that_breaks_says_why_and_hurts_no_other(client, files, stylizer):
@@ -268,6 +390,12 @@ def test_a_job_that_breaks_says_why_and_hurts_no_other(client, files, stylizer):
     assert "style-0" not in ends[2]["reason"]
 
 
+def test_the_deadline_spares_a_picture_that_is_done(client, files, stylizer):
+    job = post(client[0], files, {**OPTIONS, "iterations": 1}, deadline=1e-9).json()
+    run(client, stylizer)
+    assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+
+
 def test_a_job_in_which_the_worker_dies_twice_is_given_up(client, files):
     job = post(client[0], files).json()
     (client[1].folder(job["id"]) / "preview.png").write_bytes(b"x")
@@ -277,6 +405,16 @@ def test_a_job_in_which_the_worker_dies_twice_is_given_up(client, files):
     assert [path.name for path in client[1].folder(job["id"]).iterdir()] == ["preview.png"]
     end = client[0].get(f"/v1/jobs/{job['id']}").json()
     assert (end["state"], end["reason"]) == ("failed", "the worker died twice in this job")
+
+
+def test_a_job_with_which_the_server_goes_down_again_and_again_is_given_up(client, files):
+    job, other = (post(client[0], files).json()["id"] for _ in range(2))
+    for _ in range(20):
+        assert client[1].claim(0)["id"] == job
+        client[1].recover()
+    assert client[1].job(job)["reason"] == "the server went down again and again in this job"
+    assert not list(client[1].folder(job).iterdir())
+    assert client[1].claim(0)["id"] == other
 
 
 def test_jobs_go_by_priority_then_by_turns_of_the_clients(client, files):
@@ -327,8 +465,13 @@ def test_what_a_kill_left_half_done_is_swept(client, files):
     (client[1].data / "jobs" / "orphan" / "content").write_bytes(b"x")
     (client[1].folder(job["id"]) / ".preview.png-1-2").write_bytes(b"x")
     (client[1].data / "styles" / "orphan").write_bytes(b"x")
+    done = post(client[0], files).json()["id"]
+    for name in ("result.png", "preview.png", "checkpoint"):
+        (client[1].folder(done) / name).write_bytes(b"x")
+    client[1].progress(done, {"state": "succeeded", "finished": 1.0}, [])  # killed before it was tidied
     client[1].recover()
-    assert sorted(path.name for path in (client[1].data / "jobs").iterdir()) == [job["id"]]
+    assert [path.name for path in client[1].folder(done).iterdir()] == ["result.png"]
+    assert {path.name for path in (client[1].data / "jobs").iterdir()} == {job["id"], done}
     assert sorted(path.name for path in client[1].folder(job["id"]).iterdir()) == ["content", "style-0"]
     assert not list((client[1].data / "styles").iterdir())
     assert client[1].job(job["id"])["state"] == "queued"
@@ -346,6 +489,29 @@ def test_styles_are_stored_once_and_outlive_their_removal_in_a_job(client, files
     problem(post(client[0], {"content": files["content"]}, style_id=name), 404)
     run(client, stylizer)
     assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+
+
+def test_a_style_that_is_stored_and_removed_at_once_is_there_in_full_or_not_at_all(client, files, monkeypatch):
+    name = client[0].post("/v1/styles", files={"style": files["style"]}).json()["id"]
+    removal = threading.Thread(target=client[1].remove_style, args=(name,))
+
+    def write(path, data):
+        half(path, data)
+        removal.start()
+        removal.join(0.2)
+
+    half = store.write
+    monkeypatch.setattr(store, "write", write)
+    client[1].add_style(name, (36, 44), files["style"])
+    removal.join()
+    assert [row["id"] for row in client[1].styles()] == [path.name for path in (client[1].data / "styles").iterdir()]
+
+
+def test_a_stored_style_is_found_though_no_more_are_taken(tmp_path, files):
+    client, _ = service(tmp_path, styles=1)
+    assert client.post("/v1/styles", files={"style": files["style"]}).status_code == 201
+    assert client.post("/v1/styles", files={"style": files["style"]}).status_code == 200
+    problem(client.post("/v1/styles", files={"style": files["content"]}), 503)
 
 
 # What is refused.
@@ -412,6 +578,7 @@ def test_a_picture_with_something_behind_it_is_only_a_picture(client, files):
         ({"init": "passwd"}, 422, "choose from content, noise"),
         ({"pooling": "../max"}, 422, "pooling"),
         ({"iterations": [1, 2, 3]}, 422, "iterations"),
+        ({"style_blend": [1, 1]}, 422, "there are 1 styles"),
     ],
 )
 def test_options_are_checked_with_the_line_of_config(client, files, options, status, said):
@@ -444,6 +611,20 @@ def test_a_key_gives_the_same_job_and_refuses_another_request(client, files):
     assert client[1].counts() == {"queued": 1}
     problem(post(client[0], files, {"size": 64}, headers=key), 409)
     assert post(client[0], files, headers={"idempotency-key": "b"}).json()["id"] != first.json()["id"]
+
+
+def test_a_key_gives_its_job_whatever_has_changed_since(tmp_path, files):
+    client, _ = service(tmp_path)
+    key, content = {"idempotency-key": "a"}, {"content": files["content"]}
+    name = client.post("/v1/styles", files={"style": files["style"]}).json()["id"]
+    job = post(client, content, headers=key, style_id=name).json()["id"]
+    client.delete(f"/v1/styles/{name}")
+    client, _ = service(tmp_path, deadline=5.0, queue=1)  # started again
+    client.app.state.service.stopping = True
+    again = post(client, content, headers=key, style_id=name)
+    assert (again.status_code, again.json()["id"]) == (202, job)
+    problem(post(client, content, headers=key, style_id=name, deadline=2), 409)
+    problem(post(client, files), 503)
 
 
 def test_one_key_at_the_same_moment_makes_one_job(client, files):
@@ -487,6 +668,29 @@ def test_a_full_disk_is_507_and_not_ready(tmp_path, files, monkeypatch):
     monkeypatch.setattr(api.shutil, "disk_usage", lambda path: SimpleNamespace(free=-1))
     problem(post(both[0], files), 507)
     problem(both[0].get("/health/ready"), 507)
+
+
+def test_an_upload_that_finds_no_room_for_its_file_is_507(client, files, monkeypatch):
+    async def full(parser):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("starlette.formparsers.MultiPartParser.parse", full)
+    problem(post(client[0], files), 507)
+
+
+def test_uploads_that_wait_for_long_come_again_and_hold_up_no_picture(client, files, monkeypatch):
+    job = post(client[0], files).json()
+    (client[1].folder(job["id"]) / "preview.png").write_bytes(files["content"])
+    monkeypatch.setattr(api, "_WAIT", 0.1)
+    shared, over = client[0].app.state.service, threading.Event()
+    for _ in range(2 * api.DECODERS):
+        shared.turns.submit(over.wait)
+    answer = post(client[0], files)
+    painted = client[0].get(job["image"], headers={"accept": "image/jpeg"})
+    over.set()
+    problem(answer, 503)
+    assert answer.headers["retry-after"] == "5"
+    assert painted.status_code == 200
 
 
 def test_limits_of_bytes_and_pixels(tmp_path, files):
@@ -595,6 +799,42 @@ def test_clients_behind_a_proxy_are_told_apart(tmp_path, files, monkeypatch, pro
     jobs.close()
 
 
+def test_a_server_may_open_as_many_files_as_it_has_connections(tmp_path, monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)
+    monkeypatch.setattr(logs, "set_up", lambda form: None)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    try:
+        command.main(["--data", str(tmp_path)])
+        most = 4096 if before[1] == resource.RLIM_INFINITY else min(4096, before[1])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_line_of_the_log_is_one_line_whatever_a_client_sends(as_json):
+    record = logging.makeLogRecord({"msg": "request\n%s", "args": ("a",), "levelname": "INFO"})
+    record.path, record.status = "/a\n2026 error \x1b[2J\u2028", 404
+    line = logs._Lines(as_json).format(record)
+    assert line.isprintable()
+    assert "request a" in line
+    assert r'"/a\n2026 error \u001b[2J\u2028"' in line
+    if not as_json:
+        assert line.endswith(" status=404")
+
+
+def test_head_is_answered_where_get_is(client, files):
+    job = post(client[0], files).json()
+    (client[1].folder(job["id"]) / "preview.png").write_bytes(files["content"])
+    for path in ("/", "/health/live", "/metrics", job["image"], f"/v1/jobs/{job['id']}"):
+        head, whole = client[0].head(path), client[0].get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(whole.content))
+    assert client[0].head("/nothing").status_code == 404
+    assert client[0].head(job["events"]).status_code == 405
+
+
 @pytest.mark.parametrize("path", ["/", "/v1/styles", "/nothing", "/v1/jobs/..%2f..%2fetc", "/samples/..%2f__init__.py"])
 def test_every_answer_is_guarded(client, path):
     answer = client[0].get(path)
@@ -626,6 +866,21 @@ def test_health_and_metrics(client, files, stylizer):
     assert "stylize_iteration_seconds_count 1.0" in text
 
 
+def test_two_scrapes_at_once_count_a_job_once(client, files, monkeypatch):
+    finished = client[1].finished_since
+    monkeypatch.setattr(client[1], "finished_since", lambda since: (finished(since), time.sleep(0.1))[0])
+    job = post(client[0], files).json()["id"]
+    client[1].claim(0)
+    client[1].finish(job, "succeeded", None)
+    metrics = client[0].app.state.service.metrics
+    threads = [threading.Thread(target=metrics.text) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert b'stylize_jobs_finished_total{state="succeeded"} 1.0' in metrics.text()
+
+
 def test_the_openapi_document_tells_every_refusal(client):
     document = client[0].get("/openapi.json").json()
     refusals = set(document["paths"]["/v1/jobs"]["post"]["responses"])
@@ -638,3 +893,5 @@ def test_the_openapi_document_tells_every_refusal(client):
 def test_problems_of_a_store_that_cannot_write():
     assert problems.of_storage(OSError(errno.EACCES, "no")).status_code == 500
     assert problems.of_storage(store.sqlite3.OperationalError("database or disk is full")).status_code == 507
+    busy = problems.of_storage(store.sqlite3.OperationalError("database is locked"))
+    assert (busy.status_code, busy.retry_after) == (503, 5)

@@ -140,6 +140,38 @@ def test_a_decoder_that_dies_or_hangs_is_replaced(monkeypatch):
         decoders.check("content", picture())
 
 
+def test_a_decoder_that_cannot_be_started_is_no_fault_of_the_picture(monkeypatch):
+    decoders = decoder.Decoders(max_pixels=10**6)
+    try:
+        (process,) = decoders._all
+        process.kill()
+        process.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder.subprocess, "Popen", lambda *_, **__: os.open("/nowhere", os.O_RDONLY))
+            with pytest.raises(problems.Problem) as refused:
+                decoders.check("content", picture())
+        assert (refused.value.status_code, refused.value.retry_after) == (503, 5)
+        assert decoders.check("content", picture()) == (48, 40)
+    finally:
+        decoders.close()
+
+
+@contextlib.contextmanager
+def spoken(app):
+    """An application behind the protocol of the service: its server, and its port."""
+    config = uvicorn.Config(app, port=0, http=protocol.Protocol, lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 def test_a_client_that_never_ends_its_headers_is_sent_away(monkeypatch):
     monkeypatch.setattr(protocol, "SECONDS", 0.5)
 
@@ -148,14 +180,7 @@ def test_a_client_that_never_ends_its_headers_is_sent_away(monkeypatch):
         await send({"type": "http.response.start", "status": 204})
         await send({"type": "http.response.body"})
 
-    config = uvicorn.Config(app, port=0, http=protocol.Protocol, lifespan="off", log_config=None)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
+    with spoken(app) as (_, port):
         for whole, part in ((b"", b""), (b"", b"GET / HT"), (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET / HT")):
             with socket.create_connection(("127.0.0.1", port), timeout=3) as client:
                 client.sendall(whole)
@@ -163,9 +188,45 @@ def test_a_client_that_never_ends_its_headers_is_sent_away(monkeypatch):
                     assert client.recv(65536).startswith(b"HTTP/1.1 204")
                 client.sendall(part)
                 assert received(client) == b""
-    finally:
-        server.should_exit = True
-        thread.join()
+
+
+def test_a_client_that_does_not_read_is_sent_away_and_a_slow_one_is_not(monkeypatch):
+    monkeypatch.setattr(protocol, "FLUSH", 0.5)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % 2**23)]})
+        pieces = {"/whole": 1}.get(scope["path"], 128)
+        for i in range(pieces):
+            await send({"type": "http.response.body", "body": bytes(2**23 // pieces), "more_body": i < pieces - 1})
+
+    with spoken(app) as (server, port):
+        # An answer that is over for the application; one whose connection is to be closed; requests behind each other.
+        for path, more, number in ((b"whole", b"", 1), (b"whole", b"Connection: close\r\n", 1), (b"pieces", b"", 99)):
+            with small_client(port) as client:
+                client.sendall(b"GET /%s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (path, more) * number)
+                end = time.monotonic() + 5
+                while time.monotonic() < end and not server.server_state.connections:
+                    time.sleep(0.01)
+                while time.monotonic() < end and server.server_state.connections:
+                    time.sleep(0.01)
+                assert not server.server_state.connections
+        with small_client(port) as client:
+            client.sendall(b"GET /pieces HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            taken, start = 0, time.monotonic()
+            while data := client.recv(2**17):
+                taken += len(data)
+                time.sleep(0.02 * len(data) / 2**17)
+            assert taken > 2**23
+            assert time.monotonic() - start > 1  # each piece in time, all of them not
+
+
+def small_client(port):
+    """A connection that holds little of what its client does not read."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    client.settimeout(5)
+    client.connect(("127.0.0.1", port))
+    return client
 
 
 def received(client) -> bytes:

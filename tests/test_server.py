@@ -121,8 +121,10 @@ def kill_under_load(server, pair, stylizer, jobs, clients, kills, longest, seed,
 def test_jobs_of_eight_clients_survive_a_kill_and_sigterm(tmp_path, pair, stylizer):
     with Server(tmp_path / "data") as server:
         kill_under_load(server, pair, stylizer, jobs=8, clients=8, kills=1, longest=2, seed=0, lengths=(2,))
-        unfinished = {post(server, *pair, {**OPTIONS, "iterations": 100_000})[1]["id"] for _ in range(9)}
-        time.sleep(1)  # until one runs
+        unfinished = [post(server, *pair, {**OPTIONS, "iterations": 100_000})[1]["id"] for _ in range(9)]
+        server.finished(unfinished[0], until=("running",))
+        while not server.get(f"/v1/jobs/{unfinished[0]}")["iteration"]:  # before the first there is nothing to keep
+            time.sleep(0.05)
         status, seconds = server.terminate()
         assert status == 0, server.log.read_text()
         assert seconds < 10
@@ -173,10 +175,11 @@ def footprint(server):
     time.sleep(11)  # kept connections are closed after 10 s
     found = {}
     for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and os.getpgid(int(folder.name)) == server.process.pid:
-            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-            memory = int(status["VmRSS"].split()[0]) * 1024
-            found[int(folder.name)] = memory, int(status["Threads"]), len(list((folder / "fd").iterdir()))
+        with contextlib.suppress(OSError):  # of a process that ended meanwhile
+            if folder.name.isdecimal() and os.getpgid(int(folder.name)) == server.process.pid:
+                status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+                memory = int(status["VmRSS"].split()[0]) * 1024
+                found[int(folder.name)] = memory, int(status["Threads"]), len(list((folder / "fd").iterdir()))
     return found
 
 

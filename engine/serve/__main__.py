@@ -14,6 +14,8 @@ from .settings import Settings
 
 _NAME = "engine.serve"
 _GRACE = 2  # seconds that open requests have after SIGTERM
+_CONNECTIONS = 1024  # at the same time
+_FILES = 4 * _CONNECTIONS  # that may be open: a connection may hold an upload or a picture
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings, token: str) -> int:
+    import resource
     from pathlib import Path
 
     import uvicorn
@@ -52,6 +55,10 @@ def _serve(settings: Settings, token: str) -> int:
     from .protocol import Protocol
 
     logs.set_up(settings.log)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if 0 <= soft < most:  # 1024 is usual
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     Path(settings.data).mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(Path(settings.data) / "server.lock", timeout=0)
     try:
@@ -70,7 +77,7 @@ def _serve(settings: Settings, token: str) -> int:
         config = uvicorn.Config(
             app, host=settings.host, port=settings.port, http=Protocol, ws="none",
             log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=_GRACE, timeout_keep_alive=10, limit_concurrency=1024,
+            timeout_graceful_shutdown=_GRACE, timeout_keep_alive=10, limit_concurrency=_CONNECTIONS,
             proxy_headers=bool(settings.proxy), forwarded_allow_ips=settings.proxy,
         )  # fmt: skip
         server = Server(config)

@@ -11,10 +11,10 @@ import json
 import shutil
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from fastapi import FastAPI, File, Form, Header, Path, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,7 @@ from . import problems
 from .decoder import DECODERS, Decoders
 from .guard import Guard
 from .metrics import Metrics
+from .page import FILES
 from .problems import Problem
 from .settings import Settings
 from .store import UNFINISHED, ConflictError, FullError, Row, Store
@@ -36,10 +37,11 @@ from .supervisor import Supervisor
 
 _T = TypeVar("_T")
 _PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
-_PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LOOK = 0.15  # seconds between two looks of an event stream at the store
 _ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 _STREAMS = 256  # event streams at the same time
+_WAIT = 30.0  # seconds that an upload may wait for others to be looked at
+_PIECE = 2**16  # bytes of a picture that are sent at a time
 _JOB = {
     "id": "7f0a3c52d1f94a0e8f5e1c0b9d2a6e41", "state": "running", "reason": None, "place": None, "scale": 256,
     "iteration": 40, "total": 141, "loss": 0.0312, "eta": 9.5, "preview": 3, "seconds": 4.1, "priority": 0,
@@ -103,6 +105,7 @@ class Service:
         )
         # Threads of their own: uploads that wait for a decoder must not keep the others from answering.
         self.turns = ThreadPoolExecutor(2 * DECODERS, "turn")
+        self.conversions = ThreadPoolExecutor(2, "conversion")
 
     def job(self, job: str) -> Row:
         """The row of a job. Raises Problem."""
@@ -111,31 +114,34 @@ class Service:
         except KeyError as error:
             raise Problem(404, "there is no such job, or it was removed") from error
 
-    def picture(self, name: str, upload: UploadFile) -> tuple[bytes, tuple[int, int]]:
-        """An uploaded picture and its (width, height). Raises Problem."""
-        data = upload.file.read()
-        return data, self.check_picture(name, data)
-
-    async def turn(self, work: Callable[[], _T]) -> _T:
-        """What work gives that takes its time: some is done at once, the rest waits."""
-        return await asyncio.get_running_loop().run_in_executor(self.turns, work)
+    @staticmethod
+    async def turn(pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
+        """What work gives that takes its time: some is done at once, the rest waits for a while. Raises Problem."""
+        task = pool.submit(work)
+        answer = asyncio.wrap_future(task)
+        done, _ = await asyncio.wait([answer], timeout=_WAIT)
+        if not done and task.cancel():  # it has not begun
+            raise Problem(503, "too much waits to be decoded", retry_after=5)
+        return await answer
 
     def in_turn(self, route: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:
         """A route that takes its time."""
 
         @functools.wraps(route)
         async def turned(**given: Any) -> Response:
-            return await self.turn(functools.partial(route, **given))
+            return await self.turn(self.turns, functools.partial(route, **given))
 
         return turned
 
-    def painted(self, job: str) -> tuple[Row, bytes]:
-        """A job and its picture, or the picture so far. Raises Problem."""
+    def painted(self, job: str) -> tuple[Row, BinaryIO]:
+        """A job and the file of its picture, or of the picture so far. Raises Problem."""
         row = self.job(job)
         for name in ("result.png", "preview.png"):
             with contextlib.suppress(FileNotFoundError):
-                return row, (self.store.folder(job) / name).read_bytes()
-        raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
+                return row, (self.store.folder(job) / name).open("rb")
+        if row["state"] in UNFINISHED:
+            raise Problem(409, f"there is no picture yet: the job is {row['state']}", retry_after=1)
+        raise Problem(404, f"there is no picture: the job is {row['state']}")
 
     def refuse(self, problem: Problem) -> Response:
         """The problem document, counted."""
@@ -179,7 +185,8 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         service.stopping = True
         decoders.close()
         await asyncio.to_thread(supervisor.stop)
-        await asyncio.to_thread(service.turns.shutdown, cancel_futures=True)
+        for pool in (service.turns, service.conversions):
+            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         store.close()
 
     app = FastAPI(
@@ -191,6 +198,8 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, OSError) and not isinstance(error, Problem):  # of a body, on its way to a file
+            return await storage(request, error.__cause__)
         response = service.refuse(error if isinstance(error, Problem) else Problem(error.status_code, error.detail))
         response.headers.update(error.headers or {})
         return response
@@ -229,35 +238,35 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         deadline: Annotated[float | None, Form(gt=0, le=1e7, description="seconds it may run")] = None,
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     ) -> Response:
-        service.check_open()
-        client = request.client.host if request.client else "unknown"
-        if idempotency_key is None:
-            service.check_room(client)
         if len(style or []) + len(style_id or []) > 8:
             raise Problem(422, "style: at most 8 are mixed")
-        data, size = service.picture("content", content)
-        pictures = [service.picture("style", each) for each in style or []]
-        styles: list[bytes | str] = [*(each for each, _ in pictures), *(style_id or [])]
-        if not styles:
-            raise Problem(422, "style: send at least one picture, or style_id")
-        checked = problems.check_options(options, size, settings)
-        allowed = min(settings.deadline, deadline or settings.deadline)
+        data, *pictures = (each.file.read() for each in (content, *(style or [])))
+        styles: list[bytes | str] = [*pictures, *(style_id or [])]
         digests = [each if isinstance(each, str) else hashlib.sha256(each).hexdigest() for each in (data, *styles)]
-        row = {
+        asked = json.dumps([digests, options, priority, deadline])
+        row: Row = {
             "id": uuid.uuid4().hex,
-            "client": client,
+            "client": request.client.host if request.client else "unknown",
             "key": idempotency_key,
-            "fingerprint": hashlib.sha256(json.dumps([digests, checked, priority, allowed]).encode()).hexdigest(),
-            "options": checked,
+            "fingerprint": hashlib.sha256(asked.encode()).hexdigest(),
             "styles": len(styles),
             "priority": priority,
-            "deadline": allowed,
+            "deadline": min(settings.deadline, deadline or settings.deadline),
         }
         try:
-            for shape in (*(shape for _, shape in pictures), *map(store.style_size, style_id or [])):
-                problems.check_style(shape, settings)
-            with service.full():
-                job = store.add(row, data, styles, (settings.queue, settings.per_client))
+            job = store.known(row)  # before anything is asked that may have changed since
+            if job is None:
+                service.check_open()
+                service.check_room(row["client"])
+                if not styles:
+                    raise Problem(422, "style: send at least one picture, or style_id")
+                size = service.check_picture("content", data)
+                shapes = [service.check_picture("style", each) for each in pictures]
+                row["options"] = problems.check_options(options, size, len(styles), settings)
+                for shape in (*shapes, *map(store.style_size, style_id or [])):
+                    problems.check_style(shape, settings)
+                with service.full():
+                    job = store.add(row, data, styles, (settings.queue, settings.per_client))
         except KeyError as error:
             raise Problem(404, "there is no such style") from error
         except ConflictError as error:
@@ -287,14 +296,17 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     @app.get(
         "/v1/jobs/{job}/image", response_model=None, summary="The picture, or the picture so far",
         responses=_PAINTED
-        | _errors(404, 406, 409, 422),
+        | _errors(404, 406, 409, 422, 503),
     )  # fmt: skip
     async def image(job: JobId, accept: Annotated[str, Header()] = "*/*") -> Response:
         media = _negotiate(accept)
-        row, data = await run_in_threadpool(service.painted, job)
+        row, file = await run_in_threadpool(service.painted, job)
         if _PICTURES[media] != "PNG":
-            data = await service.turn(functools.partial(_convert, data, _PICTURES[media]))
-        return Response(data, 200, {"vary": "accept", "x-job-state": row["state"]}, media)
+            with file:
+                work = functools.partial(_convert, file, _PICTURES[media])
+                file = await service.turn(service.conversions, work)
+        headers = {"vary": "accept", "x-job-state": row["state"], "content-length": str(file.seek(0, io.SEEK_END))}
+        return StreamingResponse(_pieces(file), 200, headers, media)
 
     @app.get(
         "/v1/jobs/{job}/events", response_model=None, summary="Progress as server-sent events",
@@ -315,9 +327,11 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     @service.in_turn
     def add_style(style: Annotated[UploadFile, File(description="the picture")]) -> Response:
         service.check_open()
-        data, size = service.picture("style", style)
+        data = style.file.read()
+        size = service.check_picture("style", data)
         name = hashlib.sha256(data).hexdigest()
-        if len(store.styles()) >= settings.styles:
+        stored = [row["id"] for row in store.styles()]
+        if name not in stored and len(stored) >= settings.styles:
             raise Problem(503, f"{settings.styles} styles are stored, which is the limit", retry_after=600)
         new = store.add_style(name, size, data)
         return JSONResponse({"id": name}, 201 if new else 200, {"location": f"/v1/styles/{name}"})
@@ -362,10 +376,10 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     @app.get("/", include_in_schema=False)
     @app.get("/{name}", include_in_schema=False)
     def page(name: str = "") -> Response:
-        if name not in _PAGE:
+        if name not in FILES:
             raise Problem(404, "there is nothing here")
         file = resources.files("engine.serve.page") / (name or "index.html")
-        return Response(file.read_bytes(), media_type=_PAGE[name], headers={"cache-control": "no-cache"})
+        return Response(file.read_bytes(), media_type=FILES[name], headers={"cache-control": "no-cache"})
 
     return app
 
@@ -407,28 +421,39 @@ def _event(name: str, data: Row, number: int) -> str:
 
 def _negotiate(accept: str) -> str:
     """The media type of the answer, by quality and then our order. Raises Problem."""
-    best, quality = "", 0.0
-    for media in _PICTURES:
-        for part in accept.split(","):
-            name, *parameters = (piece.strip() for piece in part.lower().split(";"))
-            q = 1.0
-            for parameter in parameters:
-                if parameter.startswith("q="):
-                    with contextlib.suppress(ValueError):
-                        q = float(parameter[2:])
-            if name in (media, "image/*", "*/*") and q > quality:
-                best, quality = media, q
-    if not best:
+    given = {}
+    for part in accept.lower().split(","):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        given[name] = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                with contextlib.suppress(ValueError):
+                    given[name] = float(parameter[2:])
+
+    def quality(media: str) -> float:
+        """That of what names it most closely."""
+        return next((given[name] for name in (media, "image/*", "*/*") if name in given), 0.0)
+
+    best = max(_PICTURES, key=quality)
+    if not quality(best) > 0:
         raise Problem(406, f"choose from {', '.join(_PICTURES)}")
     return best
 
 
-def _convert(data: bytes, form: str) -> bytes:
+def _convert(file: BinaryIO, form: str) -> BinaryIO:
     """A PNG file in another format."""
     stream = io.BytesIO()
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(file)
     if form == "JPEG":
         image.convert("RGB").save(stream, form, quality=95, subsampling=0)
     else:
         image.save(stream, form, quality=95)
-    return stream.getvalue()
+    return stream
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """What is in a file, bit by bit: of what a slow client does not read yet, little is in memory."""
+    with file:
+        file.seek(0)
+        while piece := file.read(_PIECE):
+            yield piece

@@ -70,7 +70,10 @@ class Decoders:
                 self._all.discard(dead)
                 _bury(dead)
             command = [sys.executable, "-m", "engine.serve.decoder", str(self._max_pixels)]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            try:
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:  # too many processes, or too little memory: no fault of the upload
+                raise Problem(503, "no decoder could be started", retry_after=5) from error
             self._all.add(process)
             return process
 

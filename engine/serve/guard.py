@@ -14,17 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .page import FILES
 from .problems import Problem
 from .settings import Settings
 
 log = logging.getLogger(__name__)
 
-_OPEN = (
-    "/",
-    "/page.css",
-    "/page.js",
-    "/icon.svg",
-)  # these, samples and health need no token: they hold nothing of anybody
+_OPEN = [f"/{name}" for name in FILES]  # these, samples and health need no token: they hold nothing of anybody
 _UPLOADS = 64  # requests with a body at the same time: each may hold memory or a file
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -73,7 +69,9 @@ class Guard:
             self._check(scope)
             if uploads and self._uploads > _UPLOADS:
                 raise Problem(503, f"{_UPLOADS} uploads are under way", retry_after=1)
-            await self._app(scope, self._limited(scope, receive), answer)
+            # An answer to HEAD is that to GET, whose body the server leaves out; events never end by themselves.
+            head = scope["method"] == "HEAD" and not scope["path"].endswith("/events")
+            await self._app({**scope, "method": "GET"} if head else scope, self._limited(scope, receive), answer)
         except Problem as problem:  # also those that reading the body raises
             if status:
                 raise

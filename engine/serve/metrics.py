@@ -1,7 +1,8 @@
-"""Prometheus metrics. What the store knows is asked at the scrape; what passes by is observed by `Metrics.look`."""
+"""Prometheus metrics. What the store knows is asked at the scrape, also which jobs have ended since the last one."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ class Metrics(Collector):
 
     def __init__(self, store: Store) -> None:
         self._store, self._seen = store, time.time()
+        self._lock = threading.Lock()
         registry = self.registry = CollectorRegistry()
         self.rejected = Counter("stylize_rejected", "Requests refused, by status", ["status"], registry=registry)
         self.accepted = Counter("stylize_jobs_accepted", "Jobs accepted", registry=registry)
@@ -34,14 +36,15 @@ class Metrics(Collector):
 
     def text(self) -> bytes:
         """The exposition, up to date."""
-        for row in self._store.finished_since(self._seen):
-            self._seen = row["finished"]
-            self._finished.labels(row["state"]).inc()
-            if row["started"] is not None:
-                self._waited.observe(row["started"] - row["created"])
-                self._seconds.observe(row["seconds"])
-            if row["iteration"]:
-                self._iteration.observe(row["seconds"] / row["iteration"])
+        with self._lock:  # two scrapes at once would count a job twice
+            for row in self._store.finished_since(self._seen):
+                self._seen = row["finished"]
+                self._finished.labels(row["state"]).inc()
+                if row["started"] is not None:
+                    self._waited.observe(max(0.0, row["started"] - row["created"]))  # a clock may be set back
+                    self._seconds.observe(row["seconds"])
+                if row["iteration"]:
+                    self._iteration.observe(row["seconds"] / row["iteration"])
         return generate_latest(self.registry)
 
     def describe(self) -> Iterator[Metric]:

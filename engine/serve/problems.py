@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
@@ -20,6 +19,7 @@ from starlette.responses import Response
 from engine.config import MIN_SIDE, Config, choice, least_side, options
 
 from .settings import Settings
+from .store import full
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 _WORD = re.compile(
     r"[A-Za-z0-9_:.-]{1,40}"
 )  # what an option may be: no folder can be named with it; `init` is checked apart
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Problem(HTTPException):
@@ -49,10 +48,11 @@ class Problem(HTTPException):
 
 
 def of_storage(error: Exception) -> Problem:
-    """The problem of a store that could not write."""
-    full = isinstance(error, OSError) and error.errno in _NO_SPACE
-    if full or (isinstance(error, sqlite3.Error) and "full" in str(error)):
+    """The problem of a store, or of an upload's temporary file, that could not be written."""
+    if full(error):
         return Problem(507, "the disk is full", retry_after=60)
+    if isinstance(error, sqlite3.Error) and "locked" in str(error):
+        return Problem(503, "the store is busy", retry_after=5)
     return Problem(500, "the store could not be written")
 
 
@@ -90,8 +90,11 @@ def check_style(size: tuple[int, int], settings: Settings) -> None:
         )
 
 
-def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:
-    """The options of a job as canonical JSON, checked against `Config` and the content's size. Raises Problem."""
+def check_options(text: str, size: tuple[int, int], styles: int, settings: Settings) -> str:
+    """The options of a job as canonical JSON, checked against `Config`, the content's size and the number of styles.
+
+    Raises Problem.
+    """
     try:
         values = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
@@ -112,6 +115,7 @@ def check_options(text: str, size: tuple[int, int], settings: Settings) -> str:
             if side > settings.max_size:
                 raise ValueError(f"{name} {side}: this server paints up to {settings.max_size}")
         config.schedule(max(size) / min(size))
+        config.style_shares(styles)
     except (ValueError, TypeError, OverflowError) as error:
         raise Problem(422, " ".join(str(error).split())) from error
     return json.dumps({name: value for name, value in asdict(config).items() if name in values}, sort_keys=True)

@@ -7,6 +7,7 @@ is whole after a kill at any moment; what neither side names is swept when the s
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -20,6 +21,9 @@ from typing import Any
 from filelock import FileLock
 
 UNFINISHED = ("queued", "running")
+# Points against a job: for a worker that died over it, for a server that was killed while it ran (which may have been
+# anybody's doing), and those with which it is given up.
+_DIED, _DOWN, _ENOUGH = 10, 1, 20
 _TURN = "coalesce((SELECT max(started) FROM jobs WHERE client = j.client), 0)"  # the client with the lowest goes first
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -36,7 +40,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     cancel INTEGER NOT NULL DEFAULT 0,
     reason TEXT,
     worker INTEGER,
-    crashes INTEGER NOT NULL DEFAULT 0,
+    crashes INTEGER NOT NULL DEFAULT 0,  -- in points: see _DIED
     scale INTEGER, iteration INTEGER NOT NULL DEFAULT 0, total INTEGER, loss REAL, eta REAL,
     preview INTEGER NOT NULL DEFAULT 0,  -- number of pictures written so far
     seconds REAL NOT NULL DEFAULT 0,     -- of running, over all attempts
@@ -51,7 +55,7 @@ CREATE TABLE IF NOT EXISTS losses (
     PRIMARY KEY (job, iteration)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS styles (id TEXT PRIMARY KEY, width INTEGER, height INTEGER, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS workers (number INTEGER PRIMARY KEY, pid INTEGER, device TEXT, weights TEXT);
+CREATE TABLE IF NOT EXISTS workers (number INTEGER PRIMARY KEY, device TEXT, weights TEXT);
 """
 
 Row = dict[str, Any]
@@ -65,6 +69,7 @@ class Store:
         for folder in (self.data, self.data / "jobs", self.data / "styles"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = threading.Lock()
+        self._style_files = threading.Lock()  # a style's file and row come and go together
         self._database = sqlite3.connect(
             self.data / "store.sqlite", timeout=10, isolation_level=None, check_same_thread=False
         )
@@ -100,23 +105,33 @@ class Store:
         return self.data / "jobs" / job
 
     def recover(self) -> None:
-        """Put back what was running, and remove what a killed process left half done.
+        """Put back what was running, and remove what a killed process left half done or did not come to remove.
 
-        Waits for workers that outlived their server, which hold a lock each. Only for a server that starts.
+        A job that was running when the server went down too often is given up: it may be what took all memory. Waits
+        for workers that outlived their server, which hold a lock each. Only for a server that starts.
         """
         for path in self.data.glob("worker-*.lock"):
             with FileLock(path, timeout=30):
                 pass
         with self._write() as database:
-            database.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+            database.execute(
+                "UPDATE jobs SET state = 'queued', crashes = crashes + ? WHERE state = 'running'", (_DOWN,)
+            )
+            self._give_up(database, "the server went down again and again in this job")
             database.execute("DELETE FROM workers")
-        known = {row["id"] for row in self._rows("SELECT id FROM jobs UNION SELECT id FROM styles")}
-        for path in (*(self.data / "jobs").iterdir(), *(self.data / "styles").iterdir()):
-            if path.name not in known:
+        states = {row["id"]: row["state"] for row in self._rows("SELECT id, state FROM jobs")}
+        for path in (self.data / "jobs").iterdir():
+            if path.name not in states:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif path.is_dir():
+            elif states[path.name] not in UNFINISHED:
+                self._tidy(path.name, states[path.name])
+            else:
                 for half in path.glob(".*"):
                     half.unlink()
+        styles = {row["id"] for row in self.styles()}
+        for path in (self.data / "styles").iterdir():
+            if path.name not in styles:
+                path.unlink()
 
     # Jobs, as the server sees them.
 
@@ -124,11 +139,8 @@ class Store:
         """Accept a job; `styles` are pictures or ids of stored styles. The job is on the disk when this returns.
 
         `limits` are those of the queue and of one client. Raises FullError, ConflictError for a key of another
-        request, KeyError for an unknown style, OSError. The same key and request give the job that is there.
+        request, KeyError for an unknown style, OSError. The same key and request, at the same moment, give one job.
         """
-        known = self._known(row)
-        if known:
-            return known
         folder = self.folder(row["id"])
         folder.mkdir(mode=0o700)
         try:
@@ -148,7 +160,7 @@ class Store:
                 )
         except sqlite3.IntegrityError:  # the same key, at the same moment
             shutil.rmtree(folder)
-            known = self._known(row)
+            known = self.known(row)
             if known is None:
                 raise
             return known
@@ -157,7 +169,8 @@ class Store:
             raise
         return self.job(row["id"])
 
-    def _known(self, row: Row) -> Row | None:
+    def known(self, row: Row) -> Row | None:
+        """The job that a client's key and request have made. Raises ConflictError for a key of another request."""
         if row["key"] is None:
             return None
         found = self._rows("SELECT * FROM jobs WHERE client = ? AND key = ?", (row["client"], row["key"]))
@@ -209,7 +222,7 @@ class Store:
             ).rowcount
             database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND state = 'running'", (job,))
         if waited:
-            self._tidy(job)
+            self._tidy(job, "cancelled")
         return self.job(job)
 
     def counts(self) -> dict[str, int]:
@@ -223,8 +236,9 @@ class Store:
         return sum(seconds) / len(seconds) if seconds else 10.0
 
     def finished_since(self, moment: float) -> list[Row]:
-        """Jobs that finished after a moment, oldest first."""
-        return self._rows("SELECT * FROM jobs WHERE finished > ? ORDER BY finished", (moment,))
+        """State and times of the jobs that finished after a moment, oldest first."""
+        names = "state, iteration, seconds, created, started, finished"
+        return self._rows(f"SELECT {names} FROM jobs WHERE finished > ? ORDER BY finished", (moment,))
 
     def expire(self, before: float) -> int:
         """Remove jobs that finished before a moment, and their pictures: how many."""
@@ -239,13 +253,14 @@ class Store:
 
     def add_style(self, style: str, size: tuple[int, int], picture: bytes) -> bool:
         """Keep a style: whether it is new."""
-        write(self.data / "styles" / style, picture)
-        with self._write() as database:
-            return bool(
-                database.execute(
-                    "INSERT OR IGNORE INTO styles VALUES (?, ?, ?, ?)", (style, *size, time.time())
-                ).rowcount
-            )
+        with self._style_files:
+            write(self.data / "styles" / style, picture)
+            with self._write() as database:
+                return bool(
+                    database.execute(
+                        "INSERT OR IGNORE INTO styles VALUES (?, ?, ?, ?)", (style, *size, time.time())
+                    ).rowcount
+                )
 
     def styles(self) -> list[Row]:
         """All styles, newest first."""
@@ -253,10 +268,11 @@ class Store:
 
     def remove_style(self, style: str) -> None:
         """Forget a style. Raises KeyError."""
-        with self._write() as database:
-            if not database.execute("DELETE FROM styles WHERE id = ?", (style,)).rowcount:
-                raise KeyError(style)
-        (self.data / "styles" / style).unlink(missing_ok=True)
+        with self._style_files:
+            with self._write() as database:
+                if not database.execute("DELETE FROM styles WHERE id = ?", (style,)).rowcount:
+                    raise KeyError(style)
+            (self.data / "styles" / style).unlink(missing_ok=True)
 
     def style_size(self, style: str) -> tuple[int, int]:
         """(width, height) of a stored style. Raises KeyError."""
@@ -285,16 +301,28 @@ class Store:
         with self._write() as database:
             database.execute(
                 "UPDATE jobs SET state = 'queued', crashes = crashes + ? WHERE state = 'running' AND worker = ?",
-                (crashed, worker),
+                (_DIED * crashed, worker),
             )
-            given_up = database.execute(
-                "UPDATE jobs SET state = 'failed', reason = 'the worker died twice in this job', eta = NULL, "
-                "finished = ? WHERE state = 'queued' AND crashes > 1 RETURNING id",
-                (time.time(),),
-            ).fetchall()
+            given_up = self._give_up(database, "the worker died twice in this job")
             database.execute("DELETE FROM workers WHERE number = ?", (worker,))
-        for row in given_up:
-            self._tidy(row["id"])
+        for job in given_up:
+            self._tidy(job, "failed")
+
+    @staticmethod
+    def _give_up(database: sqlite3.Connection, reason: str) -> list[str]:
+        """End the waiting jobs with too many points against them: which."""
+        query = """
+            UPDATE jobs SET state = 'failed', reason = ?, eta = NULL, finished = ?
+            WHERE state = 'queued' AND crashes >= ? RETURNING id"""
+        return [row["id"] for row in database.execute(query, (reason, time.time(), _ENOUGH))]
+
+    def sign(self, worker: int) -> tuple[str, int] | None:
+        """What changes while a worker is at work: its job and when that told of itself last. None if it has none."""
+        running = self._rows("SELECT id FROM jobs WHERE state = 'running' AND worker = ?", (worker,))
+        if running:
+            return running[0]["id"], self.folder(running[0]["id"]).stat().st_mtime_ns
+        ready = self._rows("SELECT 1 FROM workers WHERE number = ?", (worker,))
+        return None if ready else ("", 0)
 
     def cancelled(self, job: str) -> bool:
         """Whether a running job was asked to stop."""
@@ -302,6 +330,7 @@ class Store:
 
     def progress(self, job: str, values: Row, losses: Sequence[tuple[int, int, float]]) -> None:
         """Report columns of a running job, and losses (iteration, scale, loss)."""
+        os.utime(self.folder(job))  # first: it is at work, though there may be no room to say how far it is
         with self._write() as database:
             names = ", ".join(f"{name} = ?" for name in values)
             database.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), job))
@@ -309,15 +338,17 @@ class Store:
 
     def finish(self, job: str, state: str, reason: str | None) -> None:
         """End a running job."""
+        os.utime(self.folder(job))
         with self._write() as database:
             database.execute(
                 "UPDATE jobs SET state = ?, reason = ?, eta = NULL, finished = ? WHERE id = ? AND state = 'running'",
                 (state, reason, time.time(), job),
             )
-        self._tidy(job, "result.png" if state == "succeeded" else "preview.png")
+        self._tidy(job, state)
 
-    def _tidy(self, job: str, last: str = "preview.png") -> None:
+    def _tidy(self, job: str, state: str) -> None:
         """Of the files of a job that has ended only the last picture stays."""
+        last = "result.png" if state == "succeeded" else "preview.png"
         for path in self.folder(job).iterdir():
             if path.name != last:
                 path.unlink()
@@ -325,7 +356,9 @@ class Store:
     def announce(self, worker: int, device: str, weights: str) -> None:
         """Say that a worker has its model loaded."""
         with self._write() as database:
-            database.execute("REPLACE INTO workers VALUES (?, ?, ?, ?)", (worker, os.getpid(), device, weights))
+            database.execute(
+                "REPLACE INTO workers (number, device, weights) VALUES (?, ?, ?)", (worker, device, weights)
+            )
 
     def workers(self) -> list[Row]:
         """The workers that are ready."""
@@ -342,6 +375,13 @@ class FullError(Exception):
 
 class ConflictError(Exception):
     """The request contradicts an earlier one."""
+
+
+def full(error: BaseException) -> bool:
+    """Whether an error says that the disk has no room."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, sqlite3.Error) and "full" in str(error)
 
 
 def write(path: Path, data: bytes) -> None:

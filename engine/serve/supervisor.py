@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from .settings import Settings
 from .store import Store
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 _LOOK = 0.2  # seconds between two looks at the workers
 _TIDY = 5.0  # seconds between two removals of old jobs
 _PATIENCE = 7.0  # seconds that a worker has for its checkpoint before it is killed
+_HANGS = 1800.0  # seconds without a sign of life, from a job or before the first one, after which it is killed
 
 
 class Supervisor:
@@ -28,6 +30,7 @@ class Supervisor:
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._failures: dict[int, int] = {}
         self._again: dict[int, float] = {}
+        self._signs: dict[int, tuple[Any, float]] = {}  # the last one of each worker, and since when it is the last
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
@@ -38,6 +41,7 @@ class Supervisor:
         """Let the workers checkpoint what they run; kill those that do not."""
         self._stop.set()
         self._thread.join()
+        died = {number: bool(process.poll()) for number, process in self._workers.items()}  # before they were asked to
         for process in self._workers.values():
             assert process.stdin is not None
             process.stdin.close()
@@ -49,7 +53,7 @@ class Supervisor:
                 log.warning("worker killed", extra={"worker": number})
                 process.kill()
                 process.wait()
-            self._store.unclaim(number, crashed=False)
+            self._store.unclaim(number, crashed=died[number])
 
     def _watch(self) -> None:
         tidy = 0.0
@@ -77,16 +81,27 @@ class Supervisor:
             pause = min(60.0, 2.0 ** self._failures[number] - 1)  # one that never gets ready is not hurried
             self._again[number] = time.monotonic() + pause
             log.error("worker died", extra={"worker": number, "status": process.returncode, "again_in": pause})
+        elif process is not None and self._hangs(number):
+            log.error("worker hangs", extra={"worker": number})
+            process.kill()  # which the next look finds
         elif process is None and time.monotonic() >= self._again.get(number, 0.0):
+            self._signs.pop(number, None)
             self._workers[number] = self._spawn(number)
+
+    def _hangs(self, number: int) -> bool:
+        """Whether a worker that is at work, or on its way to be ready, has done nothing for long."""
+        sign, now = self._store.sign(number), time.monotonic()
+        if number not in self._signs or self._signs[number][0] != sign:
+            self._signs[number] = sign, now
+        return sign is not None and now - self._signs[number][1] > _HANGS
 
     def _spawn(self, number: int) -> subprocess.Popen[bytes]:
         settings = self._settings
         environment = dict(os.environ)
         environment.pop("STYLIZE_TOKEN", None)
-        cards = [card for card in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+        cards = [card for card in environment.get("CUDA_VISIBLE_DEVICES", str(number)).split(",") if card]
         if settings.workers > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)] if cards else str(number)
+            environment["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)] if cards else ""  # none is a choice, too
         words = [settings.data, number, settings.workers, settings.weights, settings.device, settings.precision]
         command = [sys.executable, "-m", "engine.serve.worker", *map(str, words), settings.log]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
@@ -29,7 +29,7 @@ from engine.config import Config
 from engine.jobs import Job
 
 from . import logs
-from .store import Row, Store, write
+from .store import Row, Store, full, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from engine import Step, Stylizer
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _POLL = 0.05  # seconds between two looks at an empty queue
 _REPORT = 0.1  # seconds between two reports of the loss
 _PREVIEW = 0.5  # seconds between two pictures so far
 _CHECKPOINT = 5.0  # seconds between two checkpoints
+_ROOM = 1.0  # seconds after which what found the disk full, or the store busy, is tried again
 _SHARE = 20.0  # a picture or checkpoint is written when the run has taken this many times as long as the last one did
 
 
@@ -62,9 +64,9 @@ class _Every:
 
 
 def work(store: Store, stylizer: Stylizer, number: int, stop: threading.Event) -> None:
-    """Do jobs until `stop` is set."""
+    """Do jobs until `stop` is set. Raises what one job did to the device, if that works no more."""
     while not stop.is_set():
-        row = store.claim(number)
+        row = _written(lambda: store.claim(number), stop)
         if row is None:
             stop.wait(_POLL)
         else:
@@ -72,26 +74,56 @@ def work(store: Store, stylizer: Stylizer, number: int, stop: threading.Event) -
 
 
 def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> None:
-    """Run one job from its start or its checkpoint to its end, or until `stop` is set and it is checkpointed."""
+    """Run one job from its start or its checkpoint to its end, or until `stop` is set and it is checkpointed.
+
+    Raises what broke the device: the supervisor then puts the job back as one over which a worker died.
+    """
     job, start = row["id"], time.monotonic()
     log.info("job started", extra={"job": job, "iteration": row["iteration"]})
     try:
-        state, reason = _run(store, stylizer, row, stop.is_set)
+        state, reason = _run(store, stylizer, row, stop)
     except MemoryError:
         state, reason = "failed", "not enough memory for this size"
     except Exception as error:  # whatever one job does must not hurt the next
         log.warning("job failed", exc_info=not isinstance(error, ValueError | ArithmeticError), extra={"job": job})
+        if not _works(stylizer.device):
+            raise
         state, reason = "failed", " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError):  # names a path, which is nobody's business
             reason = "the server could not read or write a file; its log has the rest"
     if state == "queued":
-        store.unclaim(row["worker"], crashed=False)
+        _written(lambda: store.unclaim(row["worker"], crashed=False), stop)
     else:
-        store.finish(job, state, reason)
+        _written(lambda: store.finish(job, state, reason), stop)
     log.info("job left", extra={"job": job, "state": state, "seconds": round(time.monotonic() - start, 3)})
 
 
-def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool]) -> tuple[str, str | None]:
+def _works(device: str) -> bool:
+    """Whether the device takes work: some CUDA errors stay with the process, and would fail every later job."""
+    import torch
+
+    from engine.provider import GPUS
+
+    if device not in GPUS:
+        return True
+    try:
+        return bool(torch.ones(1, device="cuda").item())  # waits for the device
+    except Exception:
+        return False
+
+
+def _written(write: Callable[[], _T], stop: threading.Event) -> _T | None:
+    """What is got from writing to the store, as soon as its disk has room; None if `stop` is set before."""
+    while True:
+        try:
+            return write()
+        except sqlite3.OperationalError as error:  # full, or locked for long
+            log.warning("store: %s", error)
+            if stop.wait(_ROOM):
+                return None
+
+
+def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> tuple[str, str | None]:
     """The state that the job is left in, and why."""
     job, folder = row["id"], store.folder(row["id"])
     config = Config(**json.loads(row["options"]))
@@ -132,19 +164,43 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stopping: Callable[[], bool
             show(step, fast=False)
             tell(step)
             return "cancelled", None
-        if step.iteration < step.total and stopping():
+        if step.iteration == step.total:
+            continue  # it is done: nothing may stop it any more
+        if stop.is_set():
             _save(step, folder / "checkpoint")
+            tell(step)
             return "queued", None
-        for _ in checkpoint.due() if step.iteration < step.total else ():
+        for _ in checkpoint.due():
             _save(step, folder / "checkpoint")
         if seconds() > row["deadline"]:
+            tell(step)
             return "failed", f"the deadline of {row['deadline']:g} s has passed"
     assert step is not None
     tell(step)
     known = {iteration: loss for iteration, _, loss in (*store.losses(job), *losses)}
     record = painting.describe(stylizer, config, task, sorted(known.items()), seconds(), step)
-    write(folder / "result.png", png(step.image, record=record))
+    result = png(step.image, record=record)
+    while not _kept(folder, result):  # a painted picture waits for room, instead of being lost
+        if store.cancelled(job):
+            return "cancelled", None
+        if stop.wait(_ROOM):
+            return "queued", None
+        tell(step)
     return "succeeded", None
+
+
+def _kept(folder: Path, result: bytes) -> bool:
+    """Whether there is room for the result: a checkpoint, which is hundreds of times its size, goes for it."""
+    for _ in range(2):
+        try:
+            write(folder / "result.png", result)
+            return True
+        except OSError as error:
+            if not full(error):
+                raise
+            log.warning("no room for a result: %s", error)
+            (folder / "checkpoint").unlink(missing_ok=True)
+    return False
 
 
 def _steps(stylizer: Stylizer, task: Job, config: Config, path: Path) -> Iterator[Step]:
@@ -238,6 +294,11 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    status = 1
+    try:
+        main(*sys.argv[1:])
+        status = 0
+    except Exception:
+        log.exception("worker broke")
     sys.stderr.flush()
-    os._exit(0)  # taking torch apart in good order takes seconds, which a stopping server does not have
+    os._exit(status)  # taking torch apart in good order takes seconds, which a stopping server does not have

@@ -9,6 +9,8 @@ const POLL = 1000; // milliseconds between two looks at a job
 const STREAMS = 2; // each holds one of the six connections that browsers open to a host, over all tabs
 const form = $("#form");
 const pictures = { content: null, style: null };
+let sending = false;
+let unanswered = null; // what was sent, and its key, until the server has said what became of it
 const shown = new Map(); // id -> card
 let streams = 0;
 
@@ -90,7 +92,13 @@ function take(name, file) {
   };
   see(true);
   image.alt = `${name} picture`;
-  $("#swap").disabled = $("button[type=submit]").disabled = !(pictures.content && pictures.style);
+  allow();
+}
+
+// Let the buttons be pressed that can do something.
+function allow() {
+  $("#swap").disabled = !(pictures.content && pictures.style);
+  $("button[type=submit]").disabled = sending || $("#swap").disabled;
 }
 
 for (const drop of document.querySelectorAll(".drop")) {
@@ -185,28 +193,33 @@ async function thumbnail(file) {
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const button = $("button[type=submit]");
-  button.disabled = true;
+  const parts = { ...pictures, options: JSON.stringify(options()) }; // the form may change on the way
+  if (!unanswered || Object.keys(parts).some((name) => parts[name] !== unanswered.parts[name])) {
+    unanswered = { parts, key: crypto.getRandomValues(new Uint32Array(4)).join("-") };
+  }
+  const { key } = unanswered;
+  sending = true;
+  allow();
   show(null);
   try {
     const body = new FormData();
-    body.set("content", pictures.content);
-    body.set("style", pictures.style);
-    body.set("options", JSON.stringify(options()));
-    const key = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    for (const [name, part] of Object.entries(parts)) body.set(name, part);
     const send = () => ask("/v1/jobs", { method: "POST", body, headers: { "idempotency-key": key } });
     const answer = await send().catch((error) => {
       if (error.status) throw error;
       return sleep(1000).then(send); // a lost connection: the key makes a second try safe
     });
     const job = await answer.json();
-    const entry = { id: job.id, before: await thumbnail(pictures.content) };
+    unanswered = null;
+    const entry = { id: job.id, before: await thumbnail(parts.content) };
     remember([entry, ...remembered()]);
     open(entry).focus();
   } catch (error) {
+    if (error.status < 500) unanswered = null; // a 502, say, is of a proxy that does not know
     show(error.status ? error : new Error("the server cannot be reached"));
   } finally {
-    button.disabled = false;
+    sending = false;
+    allow();
   }
 });
 
@@ -252,7 +265,7 @@ class Card {
         if (FINISHED.includes(job.state) || (live(job) && streams < STREAMS)) await this.stream();
       } catch (error) {
         this.following = ![401, 404].includes(error.status);
-        connection(!this.following);
+        connection(Boolean(error.status));
         if (error.status === 404) this.state("failed", "This picture was removed from the server.");
       }
       if (this.following) await sleep(document.hidden ? 5 * wait : wait);
@@ -317,7 +330,7 @@ class Card {
 
   async end(job) {
     await this.loading; // it would come after the last picture
-    if (job.preview) await this.picture(job);
+    if (job.preview || job.state === "succeeded") await this.picture(job);
     else $(".wait", this.root).textContent = "no picture";
     this.following = false; // not before: a picture that does not come is asked for again
     const took = duration(job.seconds);
@@ -381,6 +394,7 @@ class Card {
 
   forget() {
     this.root.remove();
+    URL.revokeObjectURL(this.after.src);
     shown.delete(this.id);
     remember(remembered().filter((entry) => entry.id !== this.id));
     $("#none").hidden = shown.size > 0;
