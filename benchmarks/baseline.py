@@ -6,6 +6,7 @@ next. Objective, weights, layers, pictures and start are those of the engine; th
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,8 +42,26 @@ VARIANTS = {
 SCALE = 2.0**12  # of the loss that is optimised: keeps L-BFGS off torch's absolute thresholds, fp16 cotangents off zero
 
 
+@contextlib.contextmanager
+def tf32(device: str, allowed: bool) -> Iterator[None]:
+    """On a GPU, whether torch may round the factors of fp32 products to TF32, and the fastest of its convolutions."""
+    if device != "cuda":
+        yield
+        return
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark
+    products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = allowed, allowed, True
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = before
+
+
 class Baseline:
-    """The objective of one content and one style picture, both (1, 3, H, W) in [0, 1]."""
+    """The objective of one content and one style picture, both (1, 3, H, W) in [0, 1].
+
+    On a GPU a good user lets fp32 be rounded to TF32, so that happens unless it is to be `exact`.
+    """
 
     def __init__(
         self,
@@ -53,13 +72,14 @@ class Baseline:
         variant: str = "eager",
         device: str = "cpu",
         history: int = 100,
+        exact: bool = False,
     ) -> None:
-        self._history = history  # pairs of L-BFGS, torch's default
+        self._history, self._exact = history, exact  # pairs of L-BFGS, torch's default
         self._variant, self._device, self._config = VARIANTS[variant], torch.device(device), config or Config()
         self._network = weights.module(self._config.layers, self._config.pooling, self._variant.dtype).to(device)
         if self._variant.channels_last:
             self._network = self._network.to(memory_format=torch.channels_last)
-        with torch.no_grad():
+        with torch.no_grad(), self._rounding():
             features = self._features(self._place(content))
             self._targets = {layer: features[layer] for layer in self._config.content_layer_weights}
             features = self._features(self._place(style))
@@ -70,8 +90,9 @@ class Baseline:
     def loss_and_gradient(self, pixels: Tensor) -> tuple[float, Tensor]:
         """Loss of pixels (1, 3, H, W) and its gradient."""
         pixels = self._place(pixels).requires_grad_()
-        loss = SCALE * self._objective(pixels)
-        (gradient,) = torch.autograd.grad(loss, pixels)
+        with self._rounding():  # as in the loop: torch.compile would compile again
+            loss = SCALE * self._objective(pixels)
+            (gradient,) = torch.autograd.grad(loss, pixels)
         return float(loss.detach()) / SCALE, gradient / SCALE
 
     def iterate(self, start: Tensor) -> Iterator[float]:
@@ -97,7 +118,12 @@ class Baseline:
             return loss.detach()
 
         while True:
-            yield float(optimizer.step(closure)) / SCALE
+            with self._rounding():
+                loss = optimizer.step(closure)
+            yield float(loss) / SCALE
+
+    def _rounding(self) -> contextlib.AbstractContextManager[None]:
+        return tf32(self._device.type, not self._exact)
 
     def _place(self, pixels: Tensor) -> Tensor:
         return pixels.detach().to(self._device, self._variant.dtype, copy=True)

@@ -127,16 +127,25 @@ def weights(problem: Problem) -> Weights:
     return _cached_weights(problem.weights, problem.config.layers)
 
 
-def build(name: str, problem: Problem, history: int = 100) -> Loop:
-    """The loop `name` of `VARIANTS`, with this history of L-BFGS, or of `ENGINES`, with its own."""
+def build(name: str, problem: Problem, history: int = 100, exact: bool = False) -> Loop:
+    """The loop `name` of `VARIANTS`, see `Baseline`, or of `ENGINES`, with its own history of L-BFGS."""
     if name in ENGINES:
         return Engine(problem, *ENGINES[name])
     style = images.to_tensor(images.resize(problem.style, problem.style.fit(problem.config.size)))
-    return Baseline(weights(problem), problem.start, style, problem.config, name, problem.device, history)
+    return Baseline(weights(problem), problem.start, style, problem.config, name, problem.device, history, exact)
+
+
+def precision(name: str, device: str) -> str:
+    """What its matrix products are computed in on this device, cpu or cuda."""
+    if name in ENGINES:
+        return ENGINES[name][1]
+    if VARIANTS[name].autocast:
+        return "fp16" if device == "cuda" else "bf16"
+    return "tf32" if device == "cuda" else "fp32"
 
 
 def exact(name: str) -> bool:
-    """Whether the variant computes in fp32 throughout."""
+    """Whether the variant computes in fp32 throughout, if it is told to be exact."""
     return ENGINES[name][1] == "fp32" if name in ENGINES else not VARIANTS[name].autocast
 
 
@@ -153,6 +162,6 @@ def strict_error(name: str, problem: Problem) -> float:
     left; a wrong formula would show at all points.
     """
     small = replace(problem, config=replace(problem.config, size=_STRICT_SIZE))
-    loop, oracle = build(name, small), build("float64", small)
+    loop, oracle = build(name, small, exact=True), build("float64", small)
     points = [small.point(seed) for seed in range(_STRICT_POINTS)]
     return min(relative_error(loop.loss_and_gradient(x)[1], oracle.loss_and_gradient(x)[1]) for x in points)

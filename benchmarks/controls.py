@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder (default results/)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    made = tqdm(cells(args.size, args.iterations), desc="controls", file=sys.stderr)
+    made = tqdm(cells(Stylizer("embedded"), args.size, args.iterations), desc="controls", file=sys.stderr)
     sheet.draw(list(made), COLUMNS).save(args.out / "controls.jpg", quality=80)
     return 0
 
 
-def cells(size: int, iterations: int) -> Iterator[Cell]:
+def cells(stylizer: Stylizer, size: int, iterations: int) -> Iterator[Cell]:
     """The sources, then the labelled picture of each control."""
-    stylizer, shared = Stylizer("embedded"), {"size": size, "iterations": iterations}
+    shared = {"size": size, "iterations": iterations}
     content = Image.open(resources.files("engine.samples") / "content.jpg").convert("RGB")
     mosaic, oil, engraving = (STYLES[name]() for name in ("mosaic", "oil", "engraving"))
     width, height = content.size

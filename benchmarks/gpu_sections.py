@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,35 +9,41 @@ from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine import BackendError, kernels, provider
-from engine.export import vgg
-from engine.features import DTYPES
+from engine import forecast as forecasts
+from engine.features import DTYPES, Features
 from engine.kernels import _cuda
 from engine.kernels.lbfgs import GPU_HISTORY
 from engine.losses import Objective
-from engine.optimize import State, minimise
 from engine.stylizer import Stylizer
 
-from . import cases, machine, timing
+from . import cases, gpu_kernels, gpu_options, machine, timing
+from .baseline import tf32
 from .gpu import Rows
+from .gpu_kernels import ROUNDING, recorded, seconds, worst
 
 WHEELS = ("torch", "cupy-cuda13x", "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13")
 WHEELS += ("nvidia-cudnn-cu13", "nvidia-cudnn-frontend")
 GPU_ENGINES = tuple(name for name, (device, _) in cases.ENGINES.items() if device in provider.GPUS)
-STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
-GRADIENT_ERROR = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 3e-2}  # relative, of the pixels, against float64
-VALUE_ERROR = {"fp32": 2e-3, "fp16": 3e-3, "bf16": 1.2e-2}  # relative, of the loss, against float64
-ROUNDING = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}  # relative, of cotangents
-# Relative, of losses whose Gram matrices nearly agree. Tensor cores cut their sums off instead of rounding them.
-LOSS_ROUNDING = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-3}
+HALF_ENGINES = ("engine-cudnn-fp16", "engine-cuda-fp16", "engine-tensorrt-fp16")
+TIMED = ("eager", "autocast", *HALF_ENGINES)
+# Relative, against float64: of the gradient of the pixels, where a few ReLUs flip in fp32 too; of the loss; of the
+# features of a layer; of the VJP of random cotangents.
+GRADIENT_ERROR = {"fp32": cases.LOOSE, "fp16": 3e-2, "bf16": 3e-2}
+VALUE_ERROR = {"fp32": 2e-3, "fp16": 3e-3, "bf16": 1.2e-2}
+FEATURES_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+VJP_ERROR = {"fp32": cases.LOOSE, "fp16": 3e-2, "bf16": 1e-1}
+SIDES = {"cuda": 4096, "cpu": 256}  # of the matrices whose products are timed
 LOSS_ERROR = 0.01  # relative, of the end of a run against fp32
-TIMED = ("eager", "autocast", "engine-cudnn-fp16", "engine-cuda-fp16", "engine-tensorrt-fp16")
+FORECAST_ERROR = 0.15  # relative, of the memory of a run
 # What the host does to wait or to allocate; an event that is asked whether it has come is none of these.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
+WAITS += ("cudaMemcpy", "cuMemcpyDtoH_v2", "cuMemcpyHtoD_v2")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 ALLOCATIONS = ("cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaFreeAsync", "cudaHostAlloc", "cuMemAlloc_v2")
 
@@ -61,37 +66,23 @@ def environment(rows: Rows, device: str) -> None:
         rows.add(name, value=value)
 
 
-def ceilings(device: str, side: int = 4096) -> dict[str, float]:
+def ceilings(device: str) -> dict[str, float]:
     """Measured: GB/s of a copy (read and written), TFLOP/s of matrix products."""
-    found = {}
-    if device == "cpu":
-        side //= 16
+    found, side = {}, SIDES[device]
     source = torch.rand(8 * side * side, device=device)
     target = torch.empty_like(source)
     found["copy GB/s"] = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
-    for name, dtype in DTYPES.items():
-        a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
-        found[f"{name} products TFLOP/s"] = 2 * side**3 / seconds(partial(torch.mm, a, b), device) / 1e12
+    for precision in DTYPES:
+        found[f"{precision} products TFLOP/s"] = products(precision, device) / 1e12
     return found
 
 
-def recorded(work: Callable[[], None], device: str) -> Callable[[], None]:
-    """The work as the loop does it: a replay of its launches."""
-    graph = kernels.Recorded(torch.device(device))
-    return partial(graph, work)
-
-
-def seconds(work: Callable[[], object], device: str, repeats: int = 5, calls: int = 10) -> float:
-    """Median time of one call, of several that are queued together, after a warm-up."""
-    times = []
-    for _ in range(3):
-        work()
-    for _ in range(repeats):
-        begin = machine.now(device)
-        for _ in range(calls):
-            work()
-        times.append((machine.now(device) - begin) / calls)
-    return statistics.median(times)
+def products(precision: str, device: str) -> float:
+    """Measured: FLOP/s of matrix products; `tf32` is what fp32 can be rounded to on a GPU."""
+    dtype, side = DTYPES.get(precision, torch.float32), SIDES[device]
+    a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
+    with tf32(device, precision == "tf32"):
+        return 2 * side**3 / seconds(partial(torch.mm, a, b), device)
 
 
 def seconds_of_gpu(work: Callable[[], object], device: str, rounds: int = 5, calls: int = 20) -> float:
@@ -112,164 +103,11 @@ def seconds_of_gpu(work: Callable[[], object], device: str, rounds: int = 5, cal
     return statistics.median(times)
 
 
-def needs_cupy(rows: Rows, device: str) -> bool:
-    """Whether the kernels can be launched; says so if not."""
-    if device == "cpu" or importlib.util.find_spec("cupy"):
-        return True
-    rows.skip("all", "cupy is not installed")
-    return False
-
-
-def layer_group(size: int, dtype: torch.dtype, nhwc: bool, device: str) -> dict[str, kernels.Layer]:
-    """Random layers with the shapes of a square picture of this size."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(channels: int, positions: int) -> Tensor:
-        found = torch.rand(channels, positions, generator=generator, device=device).to(dtype)
-        return found.T.contiguous().T if nhwc else found
-
-    layers = {}
-    for name, (_, channels, height, width) in vgg.shapes(vgg.CONVS, size, size).items():
-        if name not in STYLE + CONTENT:
-            continue
-        f, p, a = (random(channels, height * width) for _ in range(3))
-        target = (a.double() @ a.double().T / a.shape[1]).float() if name in STYLE else None
-        layers[name] = kernels.Layer(f, torch.empty_like(f), p if name in CONTENT else None, target)
-    return layers
-
-
-def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)) -> None:
-    """Losses, cotangents, total variation and L-BFGS of the device against float64."""
-    if not needs_cupy(rows, device):
-        return
-    for size in sizes:
-        for precision, dtype in DTYPES.items():
-            for nhwc in (False, True):
-                name = f"layers {size} {precision} {'NHWC' if nhwc else 'NCHW'}"
-                with rows.attempt(name):
-                    given = layer_group(size, dtype, nhwc, device)
-                    layers = kernels.Layers(given, 1.0, 100.0)
-                    for way, losses in ways(layers, device)[0].items():
-                        layers.terms.fill_(torch.nan)  # what is not written is seen
-                        losses()
-                        for other, gradients in ways(layers, device)[1].items():
-                            for layer in given.values():
-                                assert layer.cotangent is not None
-                                layer.cotangent.fill_(torch.nan)
-                            gradients()
-                            loss, worst = layer_errors(layers, given)
-                            passed = loss < LOSS_ROUNDING[precision] and worst < ROUNDING[precision]
-                            rows.add(f"{name} {way}, {other}", passed, loss_error=loss, cotangent_error=worst)
-    with rows.attempt("L-BFGS against the CPU's"):
-        difference = lbfgs_error(device)
-        rows.add("L-BFGS against the CPU's", difference < 1e-3, image_error=difference)
-
-
-def ways(layers: kernels.Layers, device: str) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]]]:
-    """The ways to the losses and to the gradients: there is a choice on a GPU only."""
-    if device == "cuda":
-        return layers.ways(), layers.ways_to_gradients()
-    return {"losses by BLAS": layers.losses}, {"cotangents by BLAS": layers.gradients}
-
-
-def layer_errors(layers: kernels.Layers, given: dict[str, kernels.Layer]) -> tuple[float, float]:
-    """Relative errors of the losses, at most, and of the cotangents, at most."""
-    losses, worst = [], 0.0
-    for i, layer in enumerate(given.values()):
-        f, elements, channels = layer.features.double(), layer.features.numel(), len(layer.features)
-        truth = torch.zeros_like(f)
-        if layer.content is not None:
-            difference = f - layer.content.double()
-            losses.append((layers.terms[1], difference.square().mean()))
-            truth += 2 / elements * difference
-        if layer.target is not None:
-            difference = f @ f.T / f.shape[1] - layer.target.double()
-            losses.append((layers.terms[3 + i], difference.square().sum() / (4 * channels**2)))
-            truth += 100 / (channels * elements) * (difference @ f)
-        assert layer.cotangent is not None
-        truth *= layers.scale.double()
-        worst = max(worst, float((layer.cotangent.double() - truth).norm() / truth.norm()))
-    return max(float((found - truth).abs() / truth) for found, truth in losses), worst
-
-
-def lbfgs_error(device: str, steps: int = 30) -> float:
-    """Relative difference of the images after some steps on a quadratic, the device's and the CPU's."""
-    ends = []
-    for place in ("cpu", device):
-        generator = torch.Generator().manual_seed(1)
-        start, curvature = torch.rand(2, 1, 3, 40, 50, generator=generator).to(place)
-        curvature = 10 ** (2 * curvature)
-
-        def evaluate(pixels: Tensor, gradient: Tensor, curvature: Tensor = curvature) -> Tensor:
-            away = pixels - 0.5
-            torch.mul(curvature, away, out=gradient)
-            return (away * gradient).sum() / 2
-
-        *_, last = minimise(evaluate, start, "lbfgs", steps, State(), history=GPU_HISTORY)
-        ends.append(last.best.cpu())
-    return float((ends[1] - ends[0]).norm() / ends[0].norm())
-
-
-def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
-    """Each launch at its shapes: time, GB/s of what has to be moved, TFLOP/s, and the time of torch's own route."""
-    if not needs_cupy(rows, device):
-        return
-    for precision in ("fp32", "fp16"):
-        dtype = DTYPES[precision]
-        given = layer_group(size, dtype, precision == "fp16", device)
-        layers = kernels.Layers(given, 1.0, 100.0)
-        styles = [layer for layer in given.values() if layer.target is not None]
-        moved = sum(layer.features.nbytes for layer in given.values())
-        flop = sum(2 * len(layer.features) * layer.features.numel() for layer in styles)
-        grams = [layer.target.to(dtype) for layer in styles if layer.target is not None]
-
-        def torchs_grams(styles: list[kernels.Layer] = styles) -> None:
-            for layer in styles:
-                torch.mm(layer.features, layer.features.T)
-
-        def torchs_gradients(styles: list[kernels.Layer] = styles, grams: list[Tensor] = grams) -> None:
-            for layer, gram in zip(styles, grams, strict=True):
-                assert layer.cotangent is not None
-                layer.cotangent.copy_(gram @ layer.features)
-
-        def timed(
-            name: str,
-            work: Callable[[], None],
-            theirs: Callable[[], None],
-            traffic: int,
-            precision: str = precision,
-            flop: int = flop,
-        ) -> None:
-            ours, other = seconds(recorded(work, device), device), seconds(recorded(theirs, device), device)
-            rates = {"gb_per_s": traffic / ours / 1e9, "tflop_per_s": flop / ours / 1e12}
-            rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
-
-        with rows.attempt(f"losses {precision}"):
-            for way, losses in ways(layers, device)[0].items():
-                timed(way, losses, torchs_grams, moved)
-            timed("chosen losses", layers.losses, torchs_grams, moved)
-        with rows.attempt(f"cotangents {precision}"):
-            for way, gradients in ways(layers, device)[1].items():
-                timed(way, gradients, torchs_gradients, 2 * moved)
-            timed("chosen cotangents", layers.gradients, torchs_gradients, 2 * moved)
-    image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))
-    gradient, loss = torch.empty_like(image), torch.zeros((), device=device)
-    trail = kernels.Trail(image)
-    # And the vectors that a step reads and writes; those of the history are half as long.
-    runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {
-        "L-BFGS": (kernels.Lbfgs(image, gradient, loss, trail), 2 * GPU_HISTORY + 12),
-        "Adam": (kernels.Adam(image, gradient, loss, trail), 9),
-    }
-    for name, (runner, vectors) in runners.items():
-        for _ in range(GPU_HISTORY + 2):  # a full history
-            torch.mul(curvature, image, out=gradient)
-            runner.step()
-        taken = seconds(runner.step, device)
-        rows.add(name, us=1e6 * taken, gb_per_s=vectors * image.nbytes / taken / 1e9)
-
-
 def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: int = 128) -> None:
-    """Each engine opens where it was asked to, and its losses and gradient are those of float64."""
+    """Each engine opens where it was asked to, and its losses and gradient are those of float64.
+
+    So are both passes of its network alone. Replays differ by rounding at most, kernels ahead of their turn not at all.
+    """
     problem = cases.load(size, device=device)
     point = problem.point(0)
     oracle = cases.build("float64", problem)
@@ -279,17 +117,45 @@ def providers(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, siz
         with rows.attempt(name):
             engine = cases.Engine(problem, *cases.ENGINES[name])
             loss, gradient = engine.loss_and_gradient(point)
-            errors = {"loss_error": abs(loss / truth - 1), "gradient_error": cases.relative_error(gradient, slope)}
-            errors["replay_error"] = replay_error(engine, problem)
-            limit = GRADIENT_ERROR[precision] if precision != "fp32" else cases.LOOSE  # a few ReLUs flip in fp32
-            passed = errors["gradient_error"] < limit and errors["loss_error"] < VALUE_ERROR[precision]
-            passed = passed and errors["replay_error"] < ROUNDING[precision]
-            errors["early_error"] = early_error(engine, problem)  # a race, unless it is zero
-            passed = passed and errors["early_error"] == 0
+            errors = {
+                "loss_error": (abs(loss / truth - 1), VALUE_ERROR[precision]),
+                "gradient_error": (cases.relative_error(gradient, slope), GRADIENT_ERROR[precision]),
+                "replay_error": (replay_error(engine, problem), ROUNDING[precision]),
+                "early_error": (early_error(engine, problem), 0.0),  # a race, unless it is zero
+            }
+            features, vjp = network_errors(engine._objective.network, problem, point)
+            errors |= {
+                "features_error": (features, FEATURES_ERROR[precision]),
+                "vjp_error": (vjp, VJP_ERROR[precision]),
+            }
             if precision == "fp32":
-                errors["strict_error"] = cases.strict_error(name, problem)
-                passed = passed and errors["strict_error"] < GRADIENT_ERROR["fp32"]
-            rows.add(name, passed, provider=provider.PROVIDERS.get(own_device, own_device), **errors)
+                errors["strict_error"] = cases.strict_error(name, problem), cases.STRICT
+            passed = all(error <= limit for error, limit in errors.values())
+            found = {key: error for key, (error, _) in errors.items()}
+            rows.add(name, passed, provider=provider.PROVIDERS.get(own_device, own_device), **found)
+
+
+def network_errors(network: Features, problem: cases.Problem, point: Tensor) -> tuple[float, float]:
+    """Relative errors against float64 of the features, in the worst layer, and of the VJP of random cotangents."""
+    layers = network.spec.layers
+    pixels = point.double().requires_grad_()
+    truths = cases.weights(problem).module(layers, problem.config.pooling, torch.float64)(pixels)
+    generator = torch.Generator().manual_seed(3)
+    cotangents = {name: 0.1 * torch.randn(truths[name].shape, generator=generator) for name in layers}
+
+    def write(names: tuple[str, ...]) -> None:
+        for name in names:
+            network.cotangents[name].copy_(cotangents[name])
+
+    with network.use():
+        network.image.copy_(point)
+        network.forward()
+        features = {name: network.features[name].clone() for name in layers}  # cotangents may take their place
+        network.vjp(write)
+        gradient = network.gradient.cpu()
+    slope = torch.autograd.grad(list(truths.values()), pixels, [cotangents[name].double() for name in truths])[0]
+    apart = worst(cases.relative_error(features[name], truths[name].detach()) for name in layers)
+    return apart, cases.relative_error(gradient, slope)
 
 
 def replay_error(engine: cases.Engine, problem: cases.Problem, points: int = 6) -> float:
@@ -310,11 +176,8 @@ def replay_error(engine: cases.Engine, problem: cases.Problem, points: int = 6) 
         for name, value in vars(owner).items():
             if isinstance(value, kernels.Recorded):
                 setattr(owner, name, kernels.Recorded(torch.device("cpu")))  # which captures nothing
-    worst = 0.0
-    for seed, found in enumerate(replayed):
-        truth = at(seed, objective._write)
-        worst = max(worst, float((found - truth).norm() / truth.norm()))
-    return worst
+    truths = [at(seed, objective._write) for seed in range(points)]
+    return worst(float((found - truth).norm() / truth.norm()) for found, truth in zip(replayed, truths, strict=True))
 
 
 def early_error(engine: cases.Engine, problem: cases.Problem, steps: int = 25) -> float:
@@ -327,7 +190,7 @@ def early_error(engine: cases.Engine, problem: cases.Problem, steps: int = 25) -
     early, kept = losses(), _cuda._OVERLAPPING
     _cuda._OVERLAPPING = (99, 0)
     try:
-        return max(abs(one - other) for one, other in zip(early, losses(), strict=True))
+        return worst(abs(one - other) for one, other in zip(early, losses(), strict=True))
     finally:
         _cuda._OVERLAPPING = kept
 
@@ -345,19 +208,36 @@ def loop(rows: Rows, device: str, engines: Iterable[str] = GPU_ENGINES, size: in
                 pass
             machine.now(device)
             with torch.profiler.profile(activities=activities) as profile:
+                before = requests(device)
                 with torch.profiler.record_function(name):  # the profiler itself waits at its end
                     for _ in islice(running, count):
                         pass
+                requested = requests(device) - before
                 machine.now(device)
             events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
             span = next(event.time_range for event in events if event.name == name)
             calls = Counter(event.name for event in events if span.start <= event.time_range.start < span.end)
-            found = {"waits": named(calls, WAITS), "allocations": named(calls, ALLOCATIONS)}
-            launches = sum(named(calls, LAUNCHES).values()) / count
-            rows.add(name, not any(found.values()), **found, launches_per_iteration=launches)
+            passed, found = judged(calls, requested, device)
+            rows.add(name, passed, **found, launches_per_iteration=sum(named(calls, LAUNCHES).values()) / count)
 
 
-def our_part(rows: Rows, device: str, engines: Iterable[str] = TIMED[2:], size: int = 512) -> None:
+def requests(device: str) -> int:
+    """How often memory of the device was asked for so far, which torch mostly has at hand."""
+    return int(torch.cuda.memory_stats()["allocation.all.allocated"]) if device == "cuda" else 0
+
+
+def judged(calls: Counter[str], requested: int, device: str) -> tuple[bool, dict[str, object]]:
+    """Whether the host neither waited nor allocated; on a GPU that had launches, or the profiler has seen nothing."""
+    found = {"waits": named(calls, WAITS), "allocations": named(calls, ALLOCATIONS), "requests": requested}
+    return not any(found.values()) and (device == "cpu" or bool(named(calls, LAUNCHES))), found
+
+
+def named(calls: Counter[str], names: Iterable[str]) -> dict[str, int]:
+    """How often those of these that were called were called."""
+    return {name: calls[name] for name in names if calls[name]}
+
+
+def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, size: int = 512) -> None:
     """What losses, cotangents and L-BFGS add to the two passes of the network, as a share of the iteration."""
     problem = cases.load(size, device=device)
     for name in engines:
@@ -392,20 +272,14 @@ def network_alone(objective: Objective) -> Callable[[], None]:
     return both
 
 
-def named(calls: Counter[str], names: Iterable[str]) -> dict[str, int]:
-    """How often those of these that were called were called."""
-    return {name: calls[name] for name in names if calls[name]}
-
-
 def iteration(rows: Rows, device: str, size: int, names: Iterable[str] = TIMED, rounds: int = 3) -> None:
     """One iteration of the rivals and of ours in turns: iterations per second, ratio to eager, memory."""
     problem = cases.load(size, device=device)
-    if device == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = True  # eager fp32 as a good user runs it
-    found = {name: {"variant": name} for name in names}
+    found: dict[str, dict[str, Any]] = {name: {"variant": name} for name in names}
     loops = timing.start(found, problem, strict=False, required=("eager",))
-    rate, _ = timing.in_turns(found, loops, problem, rounds)
+    timing.in_turns(found, loops, problem, rounds)
+    loops.clear()
+    rates = {precision: products(precision, device) for precision in {cases.precision(name, device) for name in names}}
     for name, row in found.items():
         if "failed" in row:
             if name in cases.ENGINES and not row["failed"].startswith(BackendError.__name__):
@@ -418,35 +292,66 @@ def iteration(rows: Rows, device: str, size: int, names: Iterable[str] = TIMED, 
             for key in ("iterations_per_s", "ratio", "gflop_per_s", "error", "first_s", "memory_mib")
             if key in row
         }
-        rows.add(name, **kept, share_of_fp32_products=row["gflop_per_s"] / rate)
+        precision = cases.precision(name, device)
+        passed = row["error"] < GRADIENT_ERROR[precision] if name in cases.ENGINES else None
+        share = 1e9 * row["gflop_per_s"] / rates[precision]
+        rows.add(name, passed, **kept, share_of_products=share, products=precision)
 
 
 def runs(rows: Rows, device: str, size: int = 256, iterations: int = 100, engines: Iterable[str] = GPU_ENGINES) -> None:
-    """Whole runs end at the loss of fp32, and how long the engine takes to eager's loss after many iterations."""
+    """Whole runs end at the loss of the first one in fp32, both computed again by the CPU from unrounded pixels."""
     problem = cases.load(size, device=device)
     config = replace(problem.config, iterations=iterations)
+    judge = Stylizer(problem.weights, "cpu").objective(problem.content, problem.style, config)
     reference = None
     for name in engines:
         with rows.attempt(name):
             result = Stylizer(problem.weights, *cases.ENGINES[name])(problem.content, problem.style, config)
-            lowest = min(loss for scale, loss, _ in result.trace if scale == size)
-            reference = reference or lowest  # the first is fp32
-            rows.add(name, abs(lowest / reference - 1) < LOSS_ERROR, loss=lowest, seconds=result.trace[-1][2])
+            if reference is None and result.last.precision != "fp32":
+                raise ValueError("no run in fp32 came before it, to compare it with")
+            loss = float(judge.evaluate(result.last._iterate.best.cpu(), with_gradient=False)[0].total)
+            reference = reference or loss
+            error, told = abs(loss / reference - 1), min(each for scale, each, _ in result.trace if scale == size)
+            rows.add(name, error < LOSS_ERROR, error=error, loss=loss, told=told, seconds=result.trace[-1][2])
+
+
+def equal_loss(
+    rows: Rows, device: str, size: int, engines: Iterable[str] = HALF_ENGINES, iterations: int = 500
+) -> None:
+    """How long the engine takes to eager's lowest loss of many iterations."""
+    problem = cases.load(size, device=device)
     for name in engines:
-        if "fp16" in name and "loss" in next(row for row in rows.rows if row["name"] == name):
-            found, _ = timing.equal_loss(problem, name, 5 * iterations)
-            rows.add(f"{name} to eager's loss", **{key: found[key] for key in ("baseline_s", "engine_s", "ratio")})
+        with rows.attempt(name):
+            found, _ = timing.equal_loss(problem, name, iterations)
+            rows.add(name, **{key: found[key] for key in ("loss", "baseline_s", "engine_s", "ratio")})
+
+
+def forecast(rows: Rows, device: str, engine: str = "engine-cudnn-fp16", size: int = 512, iterations: int = 30) -> None:
+    """What a run over all scales has in use at its peak, by torch's books, against its forecast."""
+    problem = cases.load(size, device=device)
+    config = replace(problem.config, iterations=iterations)
+    with rows.attempt(engine):
+        stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
+        told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        stylizer(problem.content, problem.style, config)
+        taken = (torch.cuda.max_memory_allocated() - before) / 2**20
+        rows.add(engine, abs(told / taken - 1) < FORECAST_ERROR, forecast_mib=told, peak_mib=taken)
 
 
 SECTIONS: dict[str, Callable[[Rows, str], None]] = {
     "environment": environment,
-    "kernels": check_kernels,
     "providers": providers,
     "loop": loop,
-    "kernel-times": kernel_times,
+    **gpu_kernels.SECTIONS,
+    **gpu_options.SECTIONS,
     "our-part": our_part,
     "runs": runs,
-    **{f"iteration-{size}": partial(iteration, size=size) for size in (256, 512, 1024, 2048)},
+    "forecast": forecast,
+    **{f"iteration-{size}": partial(iteration, size=size) for size in (256, 512, 1024)},
+    "iteration-2048": partial(iteration, size=2048, rounds=2),
+    **{f"equal-{size}": partial(equal_loss, size=size) for size in (256, 512)},
     "compiled-512": partial(iteration, size=512, names=("eager", "compile-graphs", "engine-cudnn-fp16")),
     "autotuned-512": partial(iteration, size=512, names=("eager", "compile-autocast", "engine-cudnn-fp16")),
 }

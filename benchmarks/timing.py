@@ -117,7 +117,10 @@ def in_turns(
 
 
 def memory(name: str, problem: Problem) -> dict[str, float]:
-    """Peak memory of this process after some iterations, and what the imports alone took of it."""
+    """Peak memory of this process after some iterations, and what the imports alone took of it; of a GPU what it took
+    beside CUDA's context and other processes.
+    """
+    before = machine.device_mib() if problem.device == "cuda" else 0.0
     if name in cases.ENGINES:
         import engine.stylizer  # noqa: F401
     else:
@@ -127,7 +130,7 @@ def memory(name: str, problem: Problem) -> dict[str, float]:
         pass
     found = {"imports_mib": imports, "peak_mib": machine.resident_mib(peak=True)}
     if problem.device == "cuda":
-        found["device_mib"] = machine.device_mib()
+        found["device_mib"] = machine.device_mib() - before
     return found
 
 
@@ -140,13 +143,17 @@ def equal_loss(
     default run, whose last scale may go on for as many iterations as eager has. Also the pictures of eager's lowest
     loss and of a default run of the engine.
 
-    Loading the weights counts for nobody, making graphs and targets for both. The runs advance in turns, whichever has
-    used less time so far; so a busy spell of the machine hits both.
+    Loading the weights and what a process does once, like compiling kernels, counts for nobody, making graphs and
+    targets for both. The runs advance in turns, whichever has used less time so far; so a busy spell of the machine
+    hits both.
     """
     from engine.stylizer import Stylizer
 
-    stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
-    cases.weights(problem)
+    stylizer, first = (Stylizer(problem.weights, *cases.ENGINES[engine]) for _ in range(2))
+    first(problem.content, problem.style, replace(problem.config, iterations=3))
+    for _ in itertools.islice(cases.build("eager", problem).iterate(problem.start), 3):
+        pass
+    del first
     begin = machine.now(problem.device)
     eager = cases.build("eager", problem)
     built = machine.now(problem.device) - begin

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import benchmarks  # noqa: F401 - makes a checkout that is not installed whole
+
+# isort: split
 from cuda_host import Host
 from oracle import random_state
 
