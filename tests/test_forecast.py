@@ -108,7 +108,7 @@ samples = resources.files("engine.samples")
 pair = [images.load((samples / name).read_bytes()) for name in ("content.jpg", "style.jpg")]
 stylizer = Stylizer(weights="embedded", device="cpu", threads=2)
 stylizer(*pair, Config(size=64, iterations=2, scales=1))  # it is compiled
-config = Config(**({"size": 320, "iterations": 24, "scales": 1} | eval(sys.argv[1])))
+config = Config(**({"size": 288, "iterations": 24, "scales": 1} | eval(sys.argv[1])))
 gc.collect()
 told, before = forecast(stylizer, *pair, config), status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
