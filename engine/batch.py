@@ -33,7 +33,7 @@ class DiedError(Exception):
     """A worker is gone, by a crash or with its machine."""
 
 
-class StartError(DiedError):
+class StartError(Exception):
     """A worker could not start where another one may: for want of memory, say."""
 
 
@@ -168,12 +168,12 @@ class Actors:
 def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Iterator[tuple[Job, str]]:
     """Run the tasks, one in the hand of each worker: each with an empty string or why it failed.
 
-    A worker that dies is replaced and its task goes to the end of the list; after the third it is given up. Raises the
-    ValueError of a worker that was given something wrong, as others would be, too, and the StartError of one that
-    cannot start before any has painted.
+    A worker that dies is replaced and its task goes to the end of the list; after the third it is given up. One that
+    cannot start leaves its task to the others. Raises the ValueError of a worker that was given something wrong, as
+    others would be, too, and a StartError if there is no other worker: at once if none has painted, else the third.
     """
     left, tries = deque(tasks), dict.fromkeys(tasks, 0)
-    painted = False
+    painted, starts = False, 0
     hands: dict[int, Job] = {}
     for _ in range(min(workers, len(tasks))):
         worker, task = pool.start(), left.popleft()
@@ -182,9 +182,19 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
     while hands:
         worker, answer = pool.outcome()
         task = hands.pop(id(worker))
-        if isinstance(answer, ValueError) or (isinstance(answer, StartError) and not painted):
+        if isinstance(answer, ValueError):
             raise answer
-        if isinstance(answer, DiedError):
+        if isinstance(answer, StartError):
+            pool.stop(worker)
+            log.warning("a worker could not start: %s", answer)
+            left.append(task)
+            if hands:
+                continue
+            starts += 1
+            if not painted or starts == _TRIES:
+                raise answer
+            worker = pool.start()  # what took its memory may be gone
+        elif isinstance(answer, DiedError):
             pool.stop(worker)
             log.warning("a worker died over %s: %s", task.out, answer)
             tries[task] += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +64,16 @@ def combine(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Jo
     for content in contents:
         for style in styles:
             target = pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
-            other = jobs.get(target.casefold())  # on some file systems A.png and a.png are one file
+            # Where file systems do not tell A.png from a.png they are one.
+            file = target.lower() if sys.platform in ("win32", "darwin") and "://" not in target else target
+            other = jobs.get(file)
             if other:
                 raise ValueError(
                     f"{content} with {style} and {other.content} with {other.styles[0]} would both be written to "
                     f"{target}: "
                     "give -o a pattern with {content} and {style}, and names that differ"
                 )
-            jobs[target.casefold()] = Job(content, (style,), target)
+            jobs[file] = Job(content, (style,), target)
     return list(jobs.values())
 
 

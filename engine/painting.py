@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import image, manifest
 from .config import Config
-from .jobs import BREAKS, Job, brief, same_file
+from .jobs import BREAKS, Job, brief
 
 if TYPE_CHECKING:
     from .result import Step
@@ -77,7 +77,6 @@ def paint(
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
     resume = Path(given.resume).read_bytes() if given.resume else None
-    ours = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     run = Run(job, config)
     start = saved = time.perf_counter()
     status, message = 0, ""
@@ -98,7 +97,6 @@ def paint(
                 if given.checkpoint and due and step.iteration < step.total:
                     with _spared(given.checkpoint) as path:
                         _write(path, step.checkpoint())
-                        ours = True
                     saved = time.perf_counter()
                 if interrupted:
                     raise KeyboardInterrupt
@@ -118,7 +116,7 @@ def paint(
             _write(given.trace, _trace(stylizer, run))
         if given.plot:
             plot(run.rows, given.plot)
-    if ours and not status:
+    if given.checkpoint and not status:
         Path(given.checkpoint).unlink(missing_ok=True)
     return status, message
 

@@ -36,8 +36,9 @@ def first_pixels(
     return torch.lerp(pixels, noise, config.init_noise)
 
 
-def _report(start: images.Picture, size: tuple[int, int], slack: int) -> None:
-    """Warn of a start that is not taken as it is; `slack` is what rounding may do to a side of the content's size."""
+def _report(start: images.Picture, size: tuple[int, int], slack: float) -> None:
+    """Warn of a start that is not taken as it is; `slack` is what rounding may do to a side of either."""
+    slack *= max(1, max(size) / max(start.size))
     name = start.name or "the start"
     if any(abs(own - wanted) > slack for own, wanted in zip(start.fit(max(size)), size, strict=True)):
         log.warning("%s of %d x %d pixels is stretched to the shape of %d x %d", name, *start.size, *size)

@@ -125,7 +125,9 @@ _METAVARS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 it broke, 2 the user's mistake, 130 interrupted."""
     parser = _parser()
-    given = parser.parse_intermixed_args(arguments)  # options may stand between CONTENT and STYLE
+    words = sys.argv[1:] if arguments is None else arguments
+    # Options may stand between CONTENT and STYLE, unless `--` has an end of them.
+    given = parser.parse_args(words) if "--" in words else parser.parse_intermixed_args(words)
     if given.version:
         from . import __version__
 
@@ -231,8 +233,9 @@ def _masks(given: list[str] | None) -> list[Any] | None:
     if given is None:
         return None
     found: list[Any] = []
+    drive = r"(?:[A-Za-z]:[\\/])?" if sys.platform == "win32" else ""
     for text in given:
-        *content, style = re.findall(r"(?:[A-Za-z]:[\\/])?[^:]+", text) or [text]  # C:\ is a drive
+        *content, style = re.findall(drive + "[^:]+", text) or [text]
         found.append((":".join(content), style) if content and not Path(text).exists() else text)
     return found
 
@@ -251,11 +254,12 @@ def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
     resumed = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     names = ("trace", "plot", "save_targets", "checkpoint")
     own = {_flag(name): getattr(given, name) for name in names if getattr(given, name)}
-    read = [("a picture to read", each) for each in _pictures(given, sources)] + [("--weights", given.weights)]
+    replaced = [*_pictures(given, sources), *([given.replay] if given.replay else [])]
+    if given.overwrite:  # they are read before OUT takes their place
+        replaced = [each for each in replaced if not any(same_file(each, path) for path in pictures)]
+    read = [("a picture to read", each) for each in replaced] + [("--weights", given.weights)]
     if given.resume and not resumed:
         read.append(("--resume", given.resume))
-    if given.replay and not any(same_file(given.replay, each) for each in pictures):  # it may be made in its place
-        read.append(("--replay", given.replay))
     check_apart([*zip(("OUT", "OUT.json"), pictures, strict=False), *own.items()], read)
     image.check_output(given.out, given.overwrite)
     for flag, path in own.items():

@@ -125,6 +125,26 @@ def test_a_worker_that_cannot_start_among_others_that_paint_has_died():
     pool = Stub({tasks[1]: 1}, death=batch.StartError("out of memory"))
     assert set(batch.drive(pool, tasks, 1)) == {(task, "") for task in tasks}
     assert (pool.started, pool.stopped) == (2, 2)
+    pool = Stub({tasks[1]: 9}, death=batch.StartError("out of memory"))
+    with pytest.raises(batch.StartError):
+        list(batch.drive(pool, tasks, 1))
+    assert pool.started == 3
+
+
+def test_a_worker_that_cannot_start_leaves_its_task_to_the_others():
+    class Pool(Stub):
+        def outcome(self):
+            worker, _ = self.waiting.pop(-1)  # the second worker is the faster one, until it is gone
+            return worker, batch.StartError("no room") if worker is self.second else ""
+
+        def start(self):
+            self.second = super().start()
+            return self.second
+
+    tasks = [Job(f"c{i}", ("s",), f"o{i}") for i in range(5)]
+    pool = Pool()
+    assert set(batch.drive(pool, tasks, 2)) == {(task, "") for task in tasks}
+    assert (pool.started, pool.stopped) == (2, 2)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ MISTAKES = [
     (["{thin}", "{style}", "-o", "{out}"], "crop it"),
     (["{folder}", "{style}", "-o", "{out}"], "Is a directory"),
     (["{content}", "{style}", "-o", "{text}"], "--overwrite"),
-    (["{content}", "{style}", "--overwrite", "-o", "{content}"], "both a picture to read and OUT"),
+    (["{content}", "{style}", "-o", "{content}"], "both a picture to read and OUT"),
     (["{content}", "{style}", "-o", "{out}", "--checkpoint", "{out}"], "both OUT and --checkpoint"),
     (["{content}", "{style}", "-o", "{folder}/a.bmp", "--trace", "{folder}/a.bmp.json"], "both OUT.json and --trace"),
     (["{content}", "{style}", "-o", "{out}", "--mask", "alpha:{text}", "--trace", "{text}"], "both a picture to read"),
@@ -184,9 +184,16 @@ def test_options_may_stand_between_the_pictures(pair, monkeypatch):
     monkeypatch.setattr(painting, "paint", lambda _, job, *others: (seen.append(job), (0, ""))[1])
     assert stylize.main([content, "-o", out, style, "--size", "64", content]) == 0
     assert [each.name for each in (seen[0].content, *seen[0].styles)] == ["content.png", "style.png", "content.png"]
+    monkeypatch.chdir(Path(content).parent)
+    Path("-c.png").write_bytes(Path(content).read_bytes())
+    assert stylize.main(["--size", "64", "-o", out, "--", "-c.png", style]) == 0
+    assert seen[1].content.name == "-c.png"
+    assert stylize.main([content, style, "-o", content, "--overwrite"]) == 0  # it is read before it is replaced
 
 
-def test_a_drive_is_no_style_mask():
+def test_a_drive_is_no_style_mask(monkeypatch):
+    assert stylize._masks(["m:/s.png", "m:s"]) == [("m", "/s.png"), ("m", "s")]
+    monkeypatch.setattr(sys, "platform", "win32")
     masks = {
         r"C:\m.png:D:\s.png": (r"C:\m.png", r"D:\s.png"),
         "C:/m.png": "C:/m.png",

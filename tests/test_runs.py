@@ -81,12 +81,13 @@ def test_checkpoints_are_written_by_the_clock(main, monkeypatch):
         assert len(written) == count
 
 
-def test_a_file_that_the_run_did_not_write_is_no_checkpoint_to_be_removed(main, tmp_path):
-    options = ["c.png", "s.png", "-o", "out.png", *SMALL, "--overwrite", "--checkpoint", "mine"]
+def test_a_file_that_is_there_is_no_checkpoint_to_be_removed(main, capsys, tmp_path):
+    options = ["c.png", "s.png", "-o", "out.png", *SMALL, "--checkpoint", "mine"]
     (tmp_path / "mine").write_text("mine")
-    assert main(*options) == 0
+    assert main(*options) == 2
+    assert "mine exists already: --resume goes on from it" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "mine"
-    assert main(*options, "--checkpoint-every", "0") == 0  # it has been replaced, and is the run's own
+    assert main(*options, "--overwrite") == 0
     assert not (tmp_path / "mine").exists()
 
 

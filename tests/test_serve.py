@@ -627,8 +627,9 @@ def test_a_key_gives_its_job_whatever_has_changed_since(tmp_path, files):
     problem(post(client, files), 503)
 
 
-def test_one_key_at_the_same_moment_makes_one_job(client, files):
-    answers = []
+@pytest.mark.parametrize("room", [1, 9])
+def test_one_key_at_the_same_moment_makes_one_job(tmp_path, files, room):
+    client, answers = service(tmp_path, queue=room, per_client=room), []
     threads = [
         threading.Thread(target=lambda: answers.append(post(client[0], files, headers={"idempotency-key": "a"})))
         for _ in range(6)

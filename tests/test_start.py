@@ -32,6 +32,9 @@ def test_a_start_of_another_shape_or_with_alpha_is_told_of(caplog):
         caplog.clear()
         first_pixels(content, [], picture(height, width, 1), config)
         assert ("is stretched to the shape of 60 x 40" in caplog.text) == stretched
+    caplog.clear()
+    first_pixels(picture(1366, 2048, 0), [], picture(85, 128, 1), Config())  # made of a picture of 1000 x 667
+    assert not caplog.text
     start = image.Picture(content.rgb, np.ones((40, 60), np.float32), "start.png")
     first_pixels(content, [], start, Config())
     assert "start.png: transparency left out of account" in caplog.text

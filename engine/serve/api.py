@@ -253,11 +253,17 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
             "priority": priority,
             "deadline": min(settings.deadline, deadline or settings.deadline),
         }
+        full = None
+        try:
+            service.check_room(row["client"])  # before the next question: the same request may just take the room
+        except Problem as error:
+            full = error
         try:
             job = store.known(row)  # before anything is asked that may have changed since
             if job is None:
                 service.check_open()
-                service.check_room(row["client"])
+                if full:
+                    raise full
                 if not styles:
                     raise Problem(422, "style: send at least one picture, or style_id")
                 size = service.check_picture("content", data)

@@ -152,7 +152,9 @@ class Store:
                     write(folder / f"style-{i}", style)
             _sync(folder.parent)
             with self._write() as database:
-                self._check_room(database, row["client"], *limits)
+                again = "SELECT 1 FROM jobs WHERE client = ? AND key = ?"
+                if not database.execute(again, (row["client"], row["key"])).fetchone():  # else nothing is added
+                    self._check_room(database, row["client"], *limits)
                 names = ", ".join(row)
                 database.execute(
                     f"INSERT INTO jobs ({names}, created) VALUES ({', '.join('?' * len(row))}, ?)",

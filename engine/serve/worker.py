@@ -137,9 +137,10 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     number, start = row["preview"], time.monotonic()
     clock = _Clock(config.sized(max(content.size)).schedule(content.aspect))
     step: Step | None = None
+    painted: float | None = None  # when it was: waiting for room is no running
 
     def seconds() -> float:
-        return float(row["seconds"]) + time.monotonic() - start
+        return float(row["seconds"]) + (time.monotonic() if painted is None else painted) - start
 
     def show(step: Step, fast: bool) -> None:
         nonlocal number
@@ -176,6 +177,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
             tell(step)
             return "failed", f"the deadline of {row['deadline']:g} s has passed"
     assert step is not None
+    painted = time.monotonic()
     tell(step)
     known = {iteration: loss for iteration, _, loss in (*store.losses(job), *losses)}
     record = painting.describe(stylizer, config, task, sorted(known.items()), seconds(), step)
