@@ -199,6 +199,12 @@ class Config:
         """Long side of the result in pixels; the size may not be `original` any more."""
         return max(self.size) if isinstance(self.size, tuple) else int(self.size)
 
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(width, height) of a run without content."""
+        width, height = self.size if isinstance(self.size, tuple) else (self.long_side, self.long_side)
+        return width, height
+
     def style_shares(self, count: int) -> list[float]:
         """The share of each of `count` styles; their sum is one. Raises ValueError if style_blend has other ones."""
         blend = self.style_blend or (1.0,) * count

@@ -80,8 +80,7 @@ def forecast(
 def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
     """While the statistics of a style are taken: the network at its size."""
     config, most, spec = goal.config, 0, None
-    masks = goal.masks or ((None, None),) * len(goal.styles)
-    for style, (_, mask) in zip(goal.styles, masks, strict=True):
+    for style, (_, mask) in zip(goal.styles, goal.parts, strict=True):
         if isinstance(style, images.Picture):
             size = style_size(style, side, config)
             spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding, stylizer.precision)

@@ -40,12 +40,17 @@ class Goal:
         used = config.content_layer_weights if self.content is not None else config.style_layer_weights
         return tuple(layer for layer in LAYERS if layer in used)
 
+    @property
+    def parts(self) -> tuple[tuple[Mask | None, Mask | None], ...]:
+        """The pair of masks of each style; both are None where there are no masks."""
+        return self.masks or ((None, None),) * len(self.styles)
+
     def coloured(self) -> Goal:
         """The goal as the objective sees it with its `Config.colour`."""
         if self.content is None or self.config.colour == "none":
             return self
         pictures, masks = [], []
-        for style, (part, own) in zip(self.styles, self.masks or ((None, None),) * len(self.styles), strict=True):
+        for style, (part, own) in zip(self.styles, self.parts, strict=True):
             if isinstance(style, images.Picture):
                 pictures.append(style)
                 masks.append((_fitted(part, self.content), _fitted(own, style)))
@@ -157,5 +162,5 @@ def style_size(style: images.Picture, side: int, config: Config) -> tuple[int, i
 
 def canvas(config: Config) -> images.Picture:
     """A black picture in the shape of a run without content."""
-    width, height = config.size if isinstance(config.size, tuple) else (config.long_side, config.long_side)
+    width, height = config.canvas
     return images.Picture(np.zeros((height, width, 3), np.float32))

@@ -59,7 +59,7 @@ def size(job: Job, config: Config) -> tuple[int, int]:
     """(width, height) of the picture of a job that could begin."""
     if job.content is not None:
         return config.whole(job.content.fit(config.sized(max(job.content.size)).long_side))
-    return config.whole(config.size if isinstance(config.size, tuple) else (config.long_side, config.long_side))
+    return config.whole(config.canvas)
 
 
 def paint(

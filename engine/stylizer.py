@@ -351,12 +351,11 @@ class Stylizer:
         if not goal.styles:
             return []
         config = goal.config
-        masks = goal.masks or ((None, None),) * len(goal.styles)
         found = [
             self._saved(style, side, config)
             if isinstance(style, Targets)
             else self._statistics(style, side, config, mask, precision)
-            for style, (_, mask) in zip(goal.styles, masks, strict=True)
+            for style, (_, mask) in zip(goal.styles, goal.parts, strict=True)
         ]
         device = provider.place(self.device)
         found = [

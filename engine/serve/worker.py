@@ -102,12 +102,10 @@ def _works(device: str) -> bool:
     """Whether the device takes work: some CUDA errors stay with the process, and would fail every later job."""
     import torch
 
-    from engine.provider import GPUS
+    from engine.provider import place
 
-    if device not in GPUS:
-        return True
     try:
-        return bool(torch.ones(1, device="cuda").item())  # waits for the device
+        return bool(torch.ones(1, device=place(device)).item())  # waits for the device
     except Exception:
         return False
 
