@@ -22,6 +22,7 @@ from .features import DTYPES, give_back_freed_memory, ignore, nhwc_zeros, on_str
 
 log = logging.getLogger(__name__)
 
+_CAPTURE = 3  # in which run of a thread ONNX Runtime captures
 _ELEMENTS = {DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
 
 
@@ -32,7 +33,7 @@ class _Graph:
     """A session whose inputs and outputs are bound to tensors; `run` allocates and copies nothing.
 
     `make` is called when the session is opened, and again if it has to be opened without a CUDA graph: ONNX Runtime
-    captures in the third run of each thread, and only then knows whether it can.
+    only knows whether it can have one when it captures.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class _Graph:
         model, arrays = self._make()
         self._session, settings = _open(model, arrays, *self._place, captured)
         self._captured = "enable_cuda_graph" in settings
+        self._runs = threading.local()
         provider.verify(self._session, device)
         give_back_freed_memory()
         self._binding = self._session.io_binding()
@@ -71,8 +73,11 @@ class _Graph:
 
     def run(self) -> None:
         """Inputs -> outputs, which are no inputs: a run that failed can be made again. Raises BackendError."""
+        self._runs.made = made = getattr(self._runs, "made", 0) + 1
+        may_capture = self._captured and made <= _CAPTURE
         try:
-            self._session.run_with_iobinding(self._binding, self._options)
+            with kernels.capturing if may_capture else contextlib.nullcontext():
+                self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             if not self._captured:
                 raise BackendError(f"device {self._place[0]}: a run of ONNX Runtime broke ({error})") from error

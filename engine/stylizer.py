@@ -334,6 +334,7 @@ class Stylizer:
         Raises FloatingPointError where the precision cannot hold the statistics of a style.
         """
         config = goal.config
+        kernels.stand_captures(provider.place(self.device))
         regions = self._regions(goal, max(content.size), precision)  # the memory of this is free again
         network = self._features(content.size, goal.layers, config, precision)
         targets = {}
@@ -395,6 +396,7 @@ class Stylizer:
         key = (digest.digest(), style.size, size, layers, *kinds)
 
         def make() -> Statistics:
+            kernels.stand_captures(provider.place(self.device))
             features = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
             found = {}
             with features.use():

@@ -6,7 +6,7 @@ formula in NumPy, in the dtype of its input, and serves as the oracle.
 """
 
 from ._cuda import own_stream
-from ._graphs import Counters, Recorded, announce_no_graph, seconds
+from ._graphs import Counters, Recorded, announce_no_graph, capturing, seconds, stand_captures
 from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, Term, gram
 from .lbfgs import DIVERGED, Lbfgs, pairs
@@ -29,8 +29,10 @@ __all__ = [
     "Trail",
     "Wasserstein",
     "announce_no_graph",
+    "capturing",
     "gram",
     "own_stream",
     "pairs",
     "seconds",
+    "stand_captures",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import itertools
@@ -22,9 +21,6 @@ THREADS = 256  # of every block
 MAX_BLOCKS = 1024  # of a kernel that strides over its input
 _OVERLAPPING = 9, 0  # compute capability from which on a kernel can be brought to the device ahead of its turn
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-_CUBLAS_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType, then cuBLAS's own numbers
-_ON_HOST, _ON_DEVICE, _AS_IT_IS, _IN_FP32, _ANY_ALGORITHM = 0, 1, 0, 68, -1
-_PLAIN_MATH, _FULL_REDUCTION = 0, 16
 _CHOICES = {
     "typename T": tuple(ELEMENTS.values()),
     "typename H": tuple(ELEMENTS.values())[1:],  # of 16 bits
@@ -160,38 +156,6 @@ def _cell(argument: Argument) -> np.ndarray[Any, Any]:
     if isinstance(argument, float):
         return np.array([argument, 0], np.float32).view(np.uint64)
     return np.array([argument or 0], np.int64).view(np.uint64)
-
-
-@functools.cache
-def _cublas() -> ctypes.CDLL:
-    """The library that torch has loaded: neither torch nor CuPy hands its device pointers to a captured stream."""
-    return ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}")
-
-
-def multiply(symmetric: Tensor, features: Tensor, factor: Tensor, share: Tensor, out: Tensor) -> None:
-    """out (C, M) = factor * symmetric (C, C) features (C, M) + share * out by cuBLAS, for numbers on the device, fp32.
-
-    Matrices have one dtype; features and out are contiguous, or the transposes of contiguous ones. Sums are fp32.
-    """
-    channels, positions = features.shape
-    # cuBLAS stands columns side by side: to it all are transposed, and (M, C) in memory is C x M.
-    if features.stride(0) == 1:
-        size, left, right = (channels, positions), (symmetric, channels), (features, channels)
-    else:
-        size, left, right = (positions, channels), (features, positions), (symmetric, channels)
-    kind, address = _CUBLAS_TYPES[features.dtype], ctypes.c_void_p
-    operands = [each for tensor, rows in (left, right) for each in (address(tensor.data_ptr()), kind, rows)]
-    library, handle = _cublas(), address(torch.cuda.current_blas_handle())  # on torch's current stream
-    library.cublasSetPointerMode_v2(handle, _ON_DEVICE)
-    # torch sets its own mode with each handle, which may round fp32 to TF32; and low precision adds up in fp32.
-    library.cublasSetMathMode(handle, _PLAIN_MATH if features.dtype == torch.float32 else _FULL_REDUCTION)
-    status = library.cublasGemmEx(
-        handle, _AS_IT_IS, _AS_IT_IS, *size, channels, address(factor.data_ptr()), *operands,
-        address(share.data_ptr()), address(out.data_ptr()), kind, size[0], _IN_FP32, _ANY_ALGORITHM,
-    )  # fmt: skip
-    library.cublasSetPointerMode_v2(handle, _ON_HOST)
-    if status:
-        raise RuntimeError(f"cublasGemmEx: status {status}")
 
 
 def blocks(count: int) -> int:

@@ -69,7 +69,7 @@ class Counters:
     def __init__(self, pieces: int, device: torch.device) -> None:
         self.memory = torch.zeros(pieces * self.PIECE, dtype=torch.uint8, device=device)
         self._free = list(self.memory.split(self.PIECE))
-        with _capturing:  # which goes through all of them
+        with capturing:  # which goes through all of them
             Counters._all.add(self)
 
     def take(self) -> Tensor:
@@ -117,13 +117,30 @@ class Counters:
                 made(runtime.cudaGraphAddDependencies(graph, [first], [root], None, 1))
 
 
-_capturing = threading.Lock()
+capturing = threading.Lock()  # most captures begin with a wait for the device, which no other one survives
+
+
+def stand_captures(place: str) -> None:
+    """On a GPU, let the calling thread, from now on, allocate and ask for events while another one captures a graph.
+
+    CUDA forbids that while there is a capture in the mode that ONNX Runtime uses, and breaks the capture as well; it
+    does not in threads that do not look at the captures of others.
+    """
+    if not place.startswith("cuda"):
+        return
+    from cuda.bindings import driver
+
+    torch.cuda.init()
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    status, _ = driver.cuThreadExchangeStreamCaptureMode(mode)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"mode of captures: {status.name}")
 
 
 def _capture(launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     """The launches as a graph; they do not run meanwhile. None if they cannot be captured."""
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with _capturing:  # it begins with a wait for the device, which another capture would not survive
+    with capturing:
         collecting = gc.isenabled()
         gc.disable()  # what a graph or a library of the past gives back now would break the capture
         try:  # other threads may go on using the device meanwhile

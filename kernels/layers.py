@@ -27,9 +27,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import _cuda, _graphs
+from . import _blas, _cuda, _graphs
 from .content import content_gradient_blas, content_loss_blas
-from .gram import gram_blas, products_cublas
+from .gram import gram_blas
 from .style import style_gradient_blas
 from .wasserstein import Wasserstein
 
@@ -175,19 +175,13 @@ class Layers:
         self._finish_distances()
 
     def ways(self) -> dict[str, Callable[[], None]]:
-        """The ways to `losses` on a GPU, but for distances.
-
-        cuBLAS takes part unless it would round fp32 to TF32; narrow layers have their kernel in any case.
-        """
+        """The ways to `losses` on a GPU, but for distances; narrow layers have their kernel in either."""
 
         def losses(way: str) -> None:
             self._launch_measures(way, slice(0, len(self.names)))
             self._launch_factors()
 
-        names = [_BY_KERNEL]
-        if self._dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-            names.append(_BY_CUBLAS)
-        return {way: partial(losses, way) for way in names}
+        return {way: partial(losses, way) for way in (_BY_KERNEL, _BY_CUBLAS)}
 
     def _launch_measures(self, way: str, part: slice) -> None:
         """features -> F F^T of each share of the positions -> sums, of some layers."""
@@ -198,7 +192,7 @@ class Layers:
                 kernel = f"gram_narrow<{element}, {len(features)}>"
                 _cuda.launch("gram", kernel, (len(products),), self._table, i)
             elif products is not None and way == _BY_CUBLAS:
-                products_cublas(features, self._part[i], products)
+                _blas.products(features, self._part[i], products)
         blocks = self._gram_blocks[part.stop] - self._gram_blocks[part.start]
         if way == _BY_KERNEL and blocks:
             kernel = f"gram<{element}, {self._nhwc}>"
@@ -251,7 +245,7 @@ class Layers:
         for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
             if lifted is not None and layer.cotangent is not None:
                 factor, share = self._factors[2 + _FACTORS * i], self._shares[int(layer.content is not None)]
-                _cuda.multiply(lifted, layer.features, factor, share, layer.cotangent)
+                _blas.multiply(lifted, layer.features, factor, share, layer.cotangent)
 
     def _fastest(self, ways: Mapping[str, Callable[[], None]]) -> str:
         shapes = tuple((tuple(a.features.shape), a.target is not None) for a in self._layers)

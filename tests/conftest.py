@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 import benchmarks  # noqa: F401 - makes a checkout that is not installed whole
 
 # isort: split
+from blas import Cublas
 from cuda_host import Host
 from oracle import random_state
 
 from engine import Config, Stylizer
-from engine.kernels import _cuda, _graphs
+from engine.kernels import _blas, _cuda, _graphs
 
 TINY = Config(size=48, iterations=3, scales=1)
 
@@ -69,13 +71,12 @@ def host(programs: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     """Tensors on the CPU are taken for CUDA tensors, of a chip with three multiprocessors."""
     import torch
 
-    def multiply(symmetric, features, factor, share, out):
-        assert symmetric.dtype == features.dtype == out.dtype
-        product = float(factor) * (symmetric.double() @ features.double())
-        out.copy_(product if float(share) == 0 else product + float(share) * out.double())  # what is there may be NaN
-
+    library = Cublas()
+    monkeypatch.setattr(_blas, "_library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    handle = _blas._Handle(7, torch.device("cpu"))
+    monkeypatch.setattr(_blas, "_handle", lambda device: handle)
     monkeypatch.setattr(_cuda, "launch", programs.launch)
-    monkeypatch.setattr(_cuda, "multiply", multiply)
     monkeypatch.setattr(_cuda, "processors", lambda device: 3)
     monkeypatch.setattr(_cuda, "shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(_graphs, "fastest", lambda ways, device, key: next(iter(ways)))

@@ -17,7 +17,7 @@ import torch
 from cuda_host import Shifted
 
 from engine import kernels
-from engine.kernels import _cuda, _graphs, lbfgs, network
+from engine.kernels import _blas, _cuda, _graphs, lbfgs, network
 from engine.kernels import layers as layers_module
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
@@ -84,19 +84,7 @@ def test_compiles_within_its_budget(name, architecture):
 
 @pytest.fixture
 def cublas(host, monkeypatch):
-    """cuBLAS is taken to be faster; its products are those of the CPU, with sums and results in fp32."""
-
-    def product(multiply):
-        def multiplied(left, right, *, out, out_dtype=SINGLE):
-            assert out.dtype == out_dtype
-            assert multiply is not torch.bmm or left.data_ptr() == right.data_ptr()  # views, no copies
-            out.copy_(multiply(left.to(out_dtype), right.to(out_dtype)))
-
-        return multiplied
-
-    monkeypatch.setattr(torch, "bmm", product(torch.bmm))
-    monkeypatch.setattr(torch, "mm", product(torch.mm))
-
+    """cuBLAS is taken to be faster."""
     monkeypatch.setattr(_graphs, "fastest", lambda ways, device, key: list(ways)[-1])
 
 
@@ -210,11 +198,26 @@ def test_gram_matrices_by_cublas_do_not_overflow(cublas):
     assert float(layers._differences[0][0, 1]) == pytest.approx(65504.0**2, rel=1e-5)
 
 
-def test_cublas_takes_no_part_where_it_would_round_fp32(host, monkeypatch):
-    layers, *_ = group("one pixel", SINGLE, False)
-    assert len(layers.ways()) == 2
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert list(layers.ways()) == ["Gram matrices by our kernels"]
+def test_cublas_tells_what_it_refuses(host):
+    given = features(3, 5)
+    _blas._library().workspace = None
+    with pytest.raises(RuntimeError, match="cublasGemmStridedBatchedEx: status 1"):
+        _blas.products(given, 5, torch.zeros(1, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize("share", [8, 16, 40])
+def test_products_by_cublas(host, dtype, nhwc, share):
+    """Whole shares and a rest; whole ones alone; one that is not whole. Nothing else is written."""
+    given = features(24, 32 if share == 16 else 29, dtype=dtype, nhwc=nhwc)
+    shares = -(-given.shape[1] // share)
+    out = torch.full((shares + 1, 24, 24), torch.nan)
+    _blas.products(given, share, out[:-1])
+    for i in range(shares):
+        part = numbers(given)[:, i * share : (i + 1) * share]
+        assert error(out[i], part @ part.T) < 1e-6
+    assert out[-1].isnan().all()
 
 
 def test_the_faster_way_is_chosen_once(monkeypatch, caplog):
