@@ -4,11 +4,12 @@ On a GPU a step is one launch for all layers, or for those that are measured tog
 a table. The Gram products run on the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same
 order, so within a process the same features give the same bits.
 
-The products are made by cuBLAS where that is faster, which is timed on the device at the first use of each group of
-shapes; but Gram matrices of few channels in NHWC order, in 16 bits, have a kernel that leaves room for the network
-beside it. For the cotangents cuBLAS reads its factor from the device, and adds to the content's share. A layer that has
-no memory for its cotangent has a `Term` instead, from which the VJP makes the cotangent where it is needed: that saves
-three passes over the features of a layer with a style loss out of six, and three of five with a content loss.
+In 16 bits and NHWC order Gram matrices of few channels have a kernel of their own, and the others are by cuBLAS: both
+leave room for the network beside them. Elsewhere cuBLAS makes the products where that is faster, which is timed on the
+device at the first use of each group of shapes. For the cotangents it reads its factor from the device, and adds to the
+content's share. A layer that has no memory for its cotangent has a `Term` instead, from which the VJP makes the
+cotangent where it is needed: that saves three passes over the features of a layer with a style loss out of six, and
+three of five with a content loss.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
 follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
@@ -41,12 +42,15 @@ _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-# Channels for which Gram matrices have a kernel of their own, and its blocks for each multiprocessor: no more, unless a
-# block had more than the MOST turns, whose sums get too long, and fewer, if one had less than the LEAST. Few blocks
-# disturb the network beside which they run little.
-_NARROW = {64: 1.0, 128: 0.5}
-_LEAST, _MOST = 20, 64
+# Channels for which Gram matrices have a kernel of their own, its blocks for each multiprocessor, and the least turns of a
+# block: there are no more blocks, unless one had more than the MOST turns, whose sums get too long, and fewer, if one had
+# less than the least. Few blocks disturb the network beside which they run little.
+_NARROW = {64: (1.0, 20), 128: (1.0, 10)}
+_MOST = 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
+# Positions of a share of cuBLAS: with few it writes more than it reads, with many the sums get too long.
+_SHORTEST, _LONGEST = 64, 4096
+_CUBLAS_TILE = 128, 64  # of G, which one of its blocks computes
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
 
@@ -255,9 +259,10 @@ class Layers:
         """The table of layers.cuh, and the number of blocks of each launch."""
         tile = _TILES[self._dtype]
         self._nhwc = "true" if self._layers[0].features.stride(0) == 1 else "false"
-        # Their kernel is faster than cuBLAS beside the network, where timings of it alone would not show it.
         lies_well = self._nhwc == "true" and self._dtype.itemsize == 2
         self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
+        # Beside the network cuBLAS takes less time than our kernel; timings of either alone would not show it.
+        self._way = _BY_CUBLAS if lies_well else ""
         pairs = []
         for layer, narrow in zip(self._layers, self._narrow, strict=True):
             across = -(-len(layer.features) // tile)
@@ -277,11 +282,12 @@ class Layers:
         for layer, difference, lifted, count, narrow in zip(*columns, strict=True):
             channels, positions = layer.features.shape
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
-            share = _share(positions, wanted)
             if narrow:
-                blocks = max(1, int(_NARROW[channels] * _cuda.processors(device)))
-                at_once = _ELEMENTS // channels
-                share = at_once * min(_MOST, max(_LEAST, -(-positions // (at_once * blocks))))
+                share = _share_narrow(channels, positions, _cuda.processors(device))
+            elif self._way == _BY_CUBLAS:
+                share = _share_cublas(channels, positions, _cuda.processors(device))
+            else:
+                share = _share(positions, wanted)
             shares = -(-positions // share)
             # Threads that add up one element of G.
             lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
@@ -399,12 +405,32 @@ def _share(positions: int, wanted: int) -> int:
     return next((positions // n for n in counts if positions % n == 0 and positions // n % 8 == 0), wanted)
 
 
+def _share_narrow(channels: int, positions: int, processors: int) -> int:
+    blocks, least = _NARROW[channels]
+    at_once = _ELEMENTS // channels
+    turns = -(-positions // (at_once * max(1, int(blocks * processors))))
+    return at_once * min(_MOST, max(least, turns))
+
+
+def _share_cublas(channels: int, positions: int, processors: int) -> int:
+    """Shares whose products fill the device once; equal ones where there are such, as a rest takes another launch."""
+    tiles = math.prod(-(-channels // side) for side in _CUBLAS_TILE)
+    wanted = min(max(1, processors // tiles), max(1, positions // _SHORTEST))
+    wanted = max(wanted, -(-positions // _LONGEST))
+    counts = sorted(range(-(-3 * wanted // 4), wanted + wanted // 4 + 1), key=lambda count: abs(count - wanted))
+    for multiple in (8, 1):
+        for count in counts:
+            if positions % (count * multiple) == 0:
+                return positions // count
+    return -(-positions // wanted)
+
+
 def gram(features: Tensor, products: Products | None = None) -> Tensor:
     """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
     target = torch.zeros(len(features), len(features), device=features.device)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
     if features.is_cuda:  # once for a style: nothing to choose
-        alone._way = _BY_KERNEL
+        alone._way = alone._way or _BY_KERNEL
     alone.measure(alone.names)
     (difference,) = alone._differences
     assert difference is not None

@@ -120,10 +120,10 @@ def test_gram(host, shape, dtype, nhwc):
 
 @pytest.mark.parametrize(
     ("channels", "positions", "blocks", "dtype"),
-    [(64, 1, 1, HALF), (64, 2500, 1, BRAIN), (64, 2688, 2, HALF), (128, 63, 1, BRAIN), (128, 4160, 2, HALF)],
+    [(64, 1, 1, HALF), (64, 2500, 1, BRAIN), (64, 2688, 2, HALF), (128, 63, 1, BRAIN), (128, 4160, 3, HALF)],
 )
 def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
-    """Some, none and all of the positions in the turns of a block; two blocks; most turns; nothing behind is read."""
+    """Some, none and all of the positions in the turns of a block; several blocks; most turns; nothing behind is read."""
     given = torch.full((positions + 200, channels), torch.nan, dtype=dtype)[:positions].T
     given.copy_(features(channels, positions, dtype=dtype))
     layers = Layers({"": Layer(given, None, None, torch.zeros(channels, channels))}, 0, 1)
@@ -132,6 +132,22 @@ def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
     assert len(layers._partial[0]) == blocks
     assert error(found, gram_reference(numbers(given))) < 1e-5  # up to 2048 numbers are added up in fp32 one by one
     assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("channels", [1, 64, 256, 512])
+@pytest.mark.parametrize("positions", [1, 63, 168, 2688, 10880, 10375, 174592, 10**7])
+def test_shares_of_the_positions(channels, positions):
+    """Neither too many nor too long; of equal length where that is possible."""
+    share = layers_module._share_cublas(channels, positions, 132)
+    shares = -(-positions // share)
+    assert (shares - 1) * share < positions <= shares * share
+    assert share <= 4 / 3 * layers_module._LONGEST
+    assert share >= min(positions, layers_module._SHORTEST)
+    if positions in (168, 2688, 10880):
+        assert positions % share == 0
+    if channels in layers_module._NARROW:
+        share = layers_module._share_narrow(channels, positions, 132)
+        assert layers_module._NARROW[channels][1] <= share * channels // layers_module._ELEMENTS <= layers_module._MOST
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
@@ -166,8 +182,9 @@ def group(name, dtype, nhwc):
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
 @pytest.mark.parametrize("nhwc", [False, True])
-def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
+def test_gram_matrices_by_cublas_give_the_same_losses(cublas, monkeypatch, dtype, nhwc):
     """With whole shares and a rest, next to a layer that has no style."""
+    monkeypatch.setattr(layers_module, "_SHORTEST", 24)
     layers, *_ = group("odd", dtype, nhwc)
     layers.losses()
     found = layers.terms.clone()
