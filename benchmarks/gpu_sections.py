@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -326,18 +327,23 @@ def equal_loss(
             rows.add(name, **{key: found[key] for key in ("loss", "baseline_s", "engine_s", "ratio")})
 
 
-def forecast(rows: Rows, device: str, engine: str = "engine-cudnn-fp16", size: int = 512, iterations: int = 30) -> None:
-    """What a run over all scales has in use at its peak, by torch's books, against its forecast."""
-    problem = cases.load(size, device=device)
-    config = replace(problem.config, iterations=iterations)
-    with rows.attempt(engine):
-        stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
-        told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        stylizer(problem.content, problem.style, config)
-        taken = (torch.cuda.max_memory_allocated() - before) / 2**20
-        rows.add(engine, abs(told / taken - 1) < FORECAST_ERROR, forecast_mib=told, peak_mib=taken)
+def forecast(
+    rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (256, 512, 1024)
+) -> None:
+    """What runs over all scales have in use at their peaks, by torch's books, against their forecasts."""
+    for size in sizes:
+        with rows.attempt(f"{engine} {size}"):
+            problem = cases.load(size, device=device)
+            config = replace(problem.config, iterations=30)
+            stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
+            told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
+            gc.collect()  # what went before is gone
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            stylizer(problem.content, problem.style, config)
+            taken = (torch.cuda.max_memory_allocated() - before) / 2**20
+            rows.add(f"{engine} {size}", abs(told / taken - 1) < FORECAST_ERROR, forecast_mib=told, peak_mib=taken)
+            del stylizer
 
 
 SECTIONS: dict[str, Callable[[Rows, str], None]] = {

@@ -64,11 +64,12 @@ def forecast(
         style_phase, run_phase = _style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)
         if stylizer.device == "cudnn":  # which keeps the networks of the scales before
             style_phase["other networks"] = sum(kept)
-            if run_phase["network"] <= limit:
-                kept.append(run_phase["network"])
+            own = run_phase["network"] + run_phase["libraries"]
+            if own <= limit:
+                kept.append(own)
             while sum(kept) > limit:
                 kept.pop(0)
-            run_phase["other networks"] = sum(kept) - (run_phase["network"] if run_phase["network"] <= limit else 0)
+            run_phase["other networks"] = sum(kept) - (own if own <= limit else 0)
         phases += [style_phase, run_phase]
     if stylizer.device == "cpu" and config.colour not in ("none", "keep-after"):
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
@@ -123,6 +124,8 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
     if gpu:
         from . import fused
 
+        shapes = [(channels, height * width) for _, channels, height, width in map(spec.shapes.get, styles)]
+        total += regions * kernels.memory_of_products(shapes, kernels.processors(fused.PLACE))
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
         made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]
         return total, tuple(made)

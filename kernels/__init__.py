@@ -5,10 +5,10 @@ CUDA sources beside it, on the current stream and without a host synchronisation
 formula in NumPy, in the dtype of its input, and serves as the oracle.
 """
 
-from ._cuda import own_stream
+from ._cuda import own_stream, processors
 from ._graphs import Counters, Recorded, announce_no_graph, capturing, seconds, stand_captures
 from .adam import RATE, Adam
-from .layers import Layer, Layers, Products, Term, gram
+from .layers import Layer, Layers, Products, Term, gram, memory_of_products
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
 from .trail import Trail
@@ -31,8 +31,10 @@ __all__ = [
     "announce_no_graph",
     "capturing",
     "gram",
+    "memory_of_products",
     "own_stream",
     "pairs",
+    "processors",
     "seconds",
     "stand_captures",
 ]

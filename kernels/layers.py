@@ -20,7 +20,7 @@ a cotangent below two in the root mean square overflows fp16 as long as C M < 2^
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -42,9 +42,9 @@ _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-# Channels for which Gram matrices have a kernel of their own, its blocks for each multiprocessor, and the least turns of a
-# block: there are no more blocks, unless one had more than the MOST turns, whose sums get too long, and fewer, if one had
-# less than the least. Few blocks disturb the network beside which they run little.
+# Channels for which Gram matrices have a kernel of their own, its blocks for each multiprocessor and least turns of
+# a block: there are no more blocks, unless one had more than the MOST turns, whose sums get too long, and fewer, if one
+# had less than the least. Few blocks disturb the network beside which they run little.
 _NARROW = {64: (1.0, 20), 128: (1.0, 10)}
 _MOST = 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
@@ -423,6 +423,12 @@ def _share_cublas(channels: int, positions: int, processors: int) -> int:
             if positions % (count * multiple) == 0:
                 return positions // count
     return -(-positions // wanted)
+
+
+def memory_of_products(shapes: Iterable[tuple[int, int]], processors: int) -> int:
+    """Bytes of the products of all shares, for 16-bit features (C, M) in NHWC order, of layers with a style loss."""
+    share = {True: _share_narrow, False: _share_cublas}
+    return sum(4 * c**2 * -(-m // share[c in _NARROW](c, m, processors)) for c, m in shapes)
 
 
 def gram(features: Tensor, products: Products | None = None) -> Tensor:

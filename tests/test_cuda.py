@@ -123,7 +123,7 @@ def test_gram(host, shape, dtype, nhwc):
     [(64, 1, 1, HALF), (64, 2500, 1, BRAIN), (64, 2688, 2, HALF), (128, 63, 1, BRAIN), (128, 4160, 3, HALF)],
 )
 def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
-    """Some, none and all of the positions in the turns of a block; several blocks; most turns; nothing behind is read."""
+    """Some, none, all positions in the turns of a block; several blocks; most turns; nothing behind is read."""
     given = torch.full((positions + 200, channels), torch.nan, dtype=dtype)[:positions].T
     given.copy_(features(channels, positions, dtype=dtype))
     layers = Layers({"": Layer(given, None, None, torch.zeros(channels, channels))}, 0, 1)
