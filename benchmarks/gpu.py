@@ -39,7 +39,7 @@ LIMITS = {  # seconds for each section, in order of value
     "kernels": 90,
     "providers": 120,
     "loop": 60,
-    "options": 120,
+    "options": 150,
     "going-on": 60,
     "runs": 90,
     "iteration-512": 60,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "masks": {},
     "freeze": {},
 }
+OF_THE_GRAPHS = ("default", "wasserstein", "before ReLUs", "max", "reflect", "replicate", "tile", "0-256", "masks")
 OF_A_RUN = ("default", "noise", "adam", "average", "no clamp", "history 2", "freeze")
 
 
@@ -128,12 +129,15 @@ def limits(option: str, precision: str) -> dict[str, float]:
 def options(
     rows: Rows,
     device: str,
-    engines: Iterable[str] = ENGINES[:2],
-    names: Iterable[str] = tuple(OPTIONS),
+    engines: Sequence[str] = ENGINES,
+    names: Sequence[str] = tuple(OPTIONS),
     size: int = 96,
     iterations: int = 40,
 ) -> None:
-    """Each option on the device and on the CPU: loss and gradient of one picture, and the result of a short run."""
+    """Each option on the device and on the CPU: loss and gradient of one picture, and the result of a short run.
+
+    Other engines than the first differ by their graphs only.
+    """
     trial = Trial(size, iterations)
     for name in engines:
         with rows.attempt(name):

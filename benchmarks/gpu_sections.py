@@ -248,7 +248,9 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
             for _ in islice(running, GPU_HISTORY + 2):  # a full history
                 pass
             whole = seconds_of_gpu(partial(next, running), device)
-            alone = recorded(network_alone(engine._objective), device)
+            alone = network_alone(engine._objective)
+            if engine._objective.network.recordable:  # others capture for themselves
+                alone = recorded(alone, device)
             for _ in range(kernels.Recorded.WARM_UP + 1):
                 alone()
             network = seconds_of_gpu(alone, device)

@@ -124,7 +124,7 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
     if gpu:
         from . import fused
 
-        shapes = [(channels, height * width) for _, channels, height, width in map(spec.shapes.get, styles)]
+        shapes = [(spec.shapes[name][1], math.prod(spec.shapes[name][2:])) for name in styles]
         total += regions * kernels.memory_of_products(shapes, kernels.processors(fused.PLACE))
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
         made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]

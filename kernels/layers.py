@@ -42,15 +42,13 @@ _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-# Channels for which Gram matrices have a kernel of their own, its blocks for each multiprocessor and least turns of
-# a block: there are no more blocks, unless one had more than the MOST turns, whose sums get too long, and fewer, if one
-# had less than the least. Few blocks disturb the network beside which they run little.
-_NARROW = {64: (1.0, 20), 128: (1.0, 10)}
-_MOST = 64
+# Channels for which Gram matrices have a kernel of their own, and its blocks for each multiprocessor: no more, unless a
+# block had more than the MOST turns, whose sums get too long, and fewer, if one had less than the LEAST. Few blocks
+# disturb the network beside which they run little.
+_NARROW = {64: 1.0, 128: 0.5}
+_LEAST, _MOST = 20, 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
-# Positions of a share of cuBLAS: with few it writes more than it reads, with many the sums get too long.
-_SHORTEST, _LONGEST = 64, 4096
-_CUBLAS_TILE = 128, 64  # of G, which one of its blocks computes
+_LONGEST = 8192  # positions of a share, whose sums would get too long
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
 
@@ -263,13 +261,8 @@ class Layers:
         self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
         # Beside the network cuBLAS takes less time than our kernel; timings of either alone would not show it.
         self._way = _BY_CUBLAS if lies_well else ""
-        pairs = []
-        for layer, narrow in zip(self._layers, self._narrow, strict=True):
-            across = -(-len(layer.features) // tile)
-            pairs.append(across * (across + 1) // 2 if layer.target is not None and not narrow else 0)
-        # All blocks of the Gram launch get about the same number of positions, and together they fill the device.
-        work = sum(count * layer.features.shape[1] for count, layer in zip(pairs, self._layers, strict=True))
-        wanted = _CHUNK * max(1, -(-work // (_CHUNK * _WAVES * _cuda.processors(device))))
+        styles = [(len(a.features), a.features.shape[1]) for a in self._layers if a.target is not None]
+        wanted = _wanted(styles, tile, _cuda.processors(device))
         rows = []
         self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
@@ -278,16 +271,13 @@ class Layers:
         ]
         self._gram_blocks, self._loss_blocks = [0], [0]  # before each layer, and in all
         self._gradient_blocks = 0
-        columns = (self._layers, self._differences, self._lifted, pairs, self._narrow)
-        for layer, difference, lifted, count, narrow in zip(*columns, strict=True):
+        columns = (self._layers, self._differences, self._lifted, self._narrow)
+        for layer, difference, lifted, narrow in zip(*columns, strict=True):
             channels, positions = layer.features.shape
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
+            share = _share(positions, wanted)
             if narrow:
                 share = _share_narrow(channels, positions, _cuda.processors(device))
-            elif self._way == _BY_CUBLAS:
-                share = _share_cublas(channels, positions, _cuda.processors(device))
-            else:
-                share = _share(positions, wanted)
             shares = -(-positions // share)
             # Threads that add up one element of G.
             lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
@@ -297,7 +287,7 @@ class Layers:
             spans = -(-channels * positions // _SPAN)
             if layer.target is not None:
                 products = torch.empty((shares, channels, channels), device=device)
-                grams = count * shares
+                grams = 0 if narrow else _tiles(channels, tile) * shares
                 losses = -(-channels * (channels + 1) // 2 // span)
                 self._gradient_blocks += -(-channels // tile) * -(-positions // tile)
             else:
@@ -397,6 +387,18 @@ class Layers:
                 self._products.style_gradient(features, difference, factor, layer.cotangent, layer.content is not None)
 
 
+def _tiles(channels: int, tile: int) -> int:
+    """Tiles on and above the diagonal of G."""
+    across = -(-channels // tile)
+    return across * (across + 1) // 2
+
+
+def _wanted(shapes: Iterable[tuple[int, int]], tile: int, processors: int) -> int:
+    """Positions of a share with which blocks for all Gram matrices, one for each tile and share, fill the device."""
+    work = sum(_tiles(channels, tile) * positions for channels, positions in shapes)
+    return _CHUNK * min(_LONGEST // _CHUNK, max(1, -(-work // (_CHUNK * _WAVES * processors))))
+
+
 def _share(positions: int, wanted: int) -> int:
     """A share of the positions of about the `wanted` size; equal shares where there are such, with no rest."""
     least = -(-positions // wanted)
@@ -406,29 +408,16 @@ def _share(positions: int, wanted: int) -> int:
 
 
 def _share_narrow(channels: int, positions: int, processors: int) -> int:
-    blocks, least = _NARROW[channels]
     at_once = _ELEMENTS // channels
-    turns = -(-positions // (at_once * max(1, int(blocks * processors))))
-    return at_once * min(_MOST, max(least, turns))
+    turns = -(-positions // (at_once * max(1, int(_NARROW[channels] * processors))))
+    return at_once * min(_MOST, max(_LEAST, turns))
 
 
-def _share_cublas(channels: int, positions: int, processors: int) -> int:
-    """Shares whose products fill the device once; equal ones where there are such, as a rest takes another launch."""
-    tiles = math.prod(-(-channels // side) for side in _CUBLAS_TILE)
-    wanted = min(max(1, processors // tiles), max(1, positions // _SHORTEST))
-    wanted = max(wanted, -(-positions // _LONGEST))
-    counts = sorted(range(-(-3 * wanted // 4), wanted + wanted // 4 + 1), key=lambda count: abs(count - wanted))
-    for multiple in (8, 1):
-        for count in counts:
-            if positions % (count * multiple) == 0:
-                return positions // count
-    return -(-positions // wanted)
-
-
-def memory_of_products(shapes: Iterable[tuple[int, int]], processors: int) -> int:
+def memory_of_products(shapes: Sequence[tuple[int, int]], processors: int) -> int:
     """Bytes of the products of all shares, for 16-bit features (C, M) in NHWC order, of layers with a style loss."""
-    share = {True: _share_narrow, False: _share_cublas}
-    return sum(4 * c**2 * -(-m // share[c in _NARROW](c, m, processors)) for c, m in shapes)
+    wanted = _wanted(shapes, _TILES[torch.float16], processors)
+    shares = (_share_narrow(c, m, processors) if c in _NARROW else _share(m, wanted) for c, m in shapes)
+    return sum(4 * c * c * -(-m // share) for (c, m), share in zip(shapes, shares, strict=True))
 
 
 def gram(features: Tensor, products: Products | None = None) -> Tensor:
