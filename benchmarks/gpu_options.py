@@ -142,7 +142,8 @@ def options(
     for name in engines:
         with rows.attempt(name):
             stylizer = Stylizer(trial.problem.weights, *cases.ENGINES[name])
-            for option in names:
+            own = names if name == engines[0] else [each for each in names if each in OF_THE_GRAPHS]
+            for option in own:
                 with rows.attempt(f"{name} {option}"):
                     errors = trial.errors(trial.found(stylizer, option), option)
                     most = limits(option, stylizer.precision)
