@@ -13,19 +13,22 @@ from .config import WHOLE, Config
 
 log = logging.getLogger(__name__)
 
+TRACE = 0.05  # of noise on grey, for inversions
+
 
 def first_pixels(
     content: images.Picture, styles: Sequence[object], start: images.Picture | None, config: Config
 ) -> Tensor:
     """Pixels (1, 3, H, W) of the content's size: the content, noise, colours drawn from the styles or `start`.
 
-    `config.init_noise` is the share of uniform noise that is blended in.
+    `config.init_noise` is the share of uniform noise that is blended in. Without a style a start from noise is a trace of
+    it on grey: full noise holds patterns that deep features take for flat colours, and such an inversion keeps them.
     """
     generator = torch.Generator().manual_seed(config.seed)
     width, height = content.size
     noise = torch.rand(1, 3, height, width, generator=generator)
     if config.init == "noise":
-        return noise
+        return noise if styles else torch.lerp(torch.full_like(noise, 0.5), noise, TRACE)
     if config.init == "style":
         pictures = [each for each in styles if isinstance(each, images.Picture)]
         pixels = _drawn(pictures, config.style_shares(len(pictures)), height, width, generator)

@@ -1,3 +1,5 @@
+from importlib import resources
+
 import numpy as np
 import pytest
 import torch
@@ -42,11 +44,20 @@ def test_a_start_of_another_shape_or_with_alpha_is_told_of(caplog):
 
 def test_noise_is_uniform_and_has_a_seed():
     content = picture(100, 120, 0)
-    one, same, other = (first_pixels(content, [], None, Config(init="noise", seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (first_pixels(content, [content], None, Config(init="noise", seed=k)) for k in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert float(one.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(one.var()) == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_an_inversion_starts_from_a_trace_of_noise_and_finds_the_content(stylizer):
+    content = image.load((resources.files("engine.samples") / "content.jpg").read_bytes())
+    config = Config(size=96, scales=1, init="noise", iterations=60)
+    start = first_pixels(image.resize(content, content.fit(96)), [], None, config)
+    assert 0.475 <= float(start.min()) < 0.48 < 0.52 < float(start.max()) <= 0.525
+    found = np.asarray(stylizer(content, None, config).image, float)
+    assert np.abs(found - 255 * image.resize(content, content.fit(96)).rgb).mean() < 6  # from full noise 23
 
 
 def test_style_draws_the_mean_and_the_covariance_of_all_styles():
@@ -70,7 +81,7 @@ def test_style_without_variance_gives_its_colour():
 @given(share=st.floats(0, 1))
 def test_the_share_of_noise(share):
     content = picture(16, 20, 0)
-    noise = first_pixels(content, [], None, Config(init="noise", seed=5)).double()
+    noise = first_pixels(content, [content], None, Config(init="noise", seed=5)).double()
     blend = first_pixels(content, [], None, Config(seed=5, init_noise=share))
     truth = (1 - share) * image.to_tensor(content).double() + share * noise
     assert (blend - truth).abs().max() < 1e-6
