@@ -21,8 +21,8 @@ def first_pixels(
 ) -> Tensor:
     """Pixels (1, 3, H, W) of the content's size: the content, noise, colours drawn from the styles or `start`.
 
-    `config.init_noise` is the share of uniform noise that is blended in. Without a style a start from noise is a trace of
-    it on grey: full noise holds patterns that deep features take for flat colours, and such an inversion keeps them.
+    `config.init_noise` is the share of uniform noise that is blended in. Without a style a start from noise is a trace
+    of it on grey: full noise holds patterns that deep features take for flat colours, and an inversion keeps them.
     """
     generator = torch.Generator().manual_seed(config.seed)
     width, height = content.size
