@@ -330,13 +330,17 @@ def equal_loss(
 
 
 def forecast(
-    rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (256, 512, 1024)
+    rows: Rows,
+    device: str,
+    engine: str = "engine-cudnn-fp16",
+    sizes: Iterable[int] = (256, 512, 1024),
+    iterations: int = 30,
 ) -> None:
     """What runs over all scales have in use at their peaks, by torch's books, against their forecasts."""
     for size in sizes:
         with rows.attempt(f"{engine} {size}"):
             problem = cases.load(size, device=device)
-            config = replace(problem.config, iterations=30)
+            config = replace(problem.config, iterations=iterations)
             stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
             told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
             gc.collect()  # what went before is gone
