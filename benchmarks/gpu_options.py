@@ -54,7 +54,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "masks": {},
     "freeze": {},
 }
-OF_THE_GRAPHS = ("default", "wasserstein", "before ReLUs", "max", "reflect", "replicate", "tile", "0-256", "masks")
+# What concerns the graphs of a network, or how an iteration is captured: the rest is the same on all engines.
+OF_THE_ENGINE = ("default", "wasserstein", "before ReLUs", "max", "reflect", "replicate", "tile", "0-256", "masks")
+OF_THE_ENGINE += ("average", "history 2", "freeze")
 OF_A_RUN = ("default", "noise", "adam", "average", "no clamp", "history 2", "freeze")
 
 
@@ -136,13 +138,13 @@ def options(
 ) -> None:
     """Each option on the device and on the CPU: loss and gradient of one picture, and the result of a short run.
 
-    Other engines than the first differ by their graphs only.
+    Engines after the first try those of OF_THE_ENGINE.
     """
     trial = Trial(size, iterations)
     for name in engines:
         with rows.attempt(name):
             stylizer = Stylizer(trial.problem.weights, *cases.ENGINES[name])
-            own = names if name == engines[0] else [each for each in names if each in OF_THE_GRAPHS]
+            own = names if name == engines[0] else [each for each in names if each in OF_THE_ENGINE]
             for option in own:
                 with rows.attempt(f"{name} {option}"):
                     errors = trial.errors(trial.found(stylizer, option), option)

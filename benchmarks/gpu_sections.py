@@ -337,6 +337,7 @@ def forecast(
     iterations: int = 30,
 ) -> None:
     """What runs over all scales have in use at their peaks, by torch's books, against their forecasts."""
+    before = torch.cuda.memory_allocated()  # once: workspaces of a size serve the next one
     for size in sizes:
         with rows.attempt(f"{engine} {size}"):
             problem = cases.load(size, device=device)
@@ -344,7 +345,6 @@ def forecast(
             stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
             told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
             gc.collect()  # what went before is gone
-            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             stylizer(problem.content, problem.style, config)
             taken = (torch.cuda.max_memory_allocated() - before) / 2**20

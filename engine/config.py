@@ -95,7 +95,10 @@ class Config:
     pooling: str = _option("avg", "pooling of the network: avg or max")
     padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
     tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
-    init: str = _option("content", "start from content, noise, style (its colours, drawn) or a picture (PATH)")
+    init: str = _option(
+        "content",
+        "start from content, noise (without STYLE a trace on grey), style (its colours, drawn) or a picture (PATH)",
+    )
     init_noise: float = _option(0.0, "share of noise in the start, from 0 to 1")
     optimizer: str = _option("lbfgs", "lbfgs or adam")
     learning_rate: float = _option(0.03, "step of adam, in pixel values from 0 to 1")

@@ -204,6 +204,7 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     if stream is None or current is None or current == stream:
         yield
         return
+    kernels.stand_captures(str(stream.device))
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):

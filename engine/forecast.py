@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +87,15 @@ def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
             size = style_size(style, side, config)
             spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding, stylizer.precision)
             own = _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size)
+            if stylizer.device == "cudnn":
+                own += max(_products(spec, [layer], 1) for layer in spec.layers)
             if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
                 element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
                 own += element * max(math.prod(spec.shapes[layer]) for layer in spec.layers)
             most = max(most, own)
         else:
             stylizer._saved(style, side, config)  # or it is refused
-    return {"network of the style": most, **(_beside(stylizer, spec) if spec else {})}
+    return {"network of the style": most, **(_beside(stylizer, spec, config) if spec else {})}
 
 
 def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
@@ -102,7 +105,7 @@ def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int
     own, made = _losses(goal, spec, gpu)
     return {
         "network": _network(stylizer, spec, made) + (20 * count if config.pixel_range != "auto" else 0),  # see `Ranged`
-        **_beside(stylizer, spec),
+        **_beside(stylizer, spec, config),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,
         "pictures": 0 if gpu else 3 * 4 * count,
@@ -124,13 +127,22 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
     if gpu:
         from . import fused
 
-        shapes = [(spec.shapes[name][1], math.prod(spec.shapes[name][2:])) for name in styles]
-        total += regions * kernels.memory_of_products(shapes, kernels.processors(fused.PLACE))
+        total += _products(spec, styles, regions)
+        if config.style_loss == "wasserstein":  # roots of covariances, fp64
+            total += 16 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
         made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]
         return total, tuple(made)
     # Where both losses look at a layer, the cotangent takes the place of features that are still to be read.
     return total + max((features[name] for name in contents if name in styles), default=0), ()
+
+
+def _products(spec: vgg.Spec, styles: Sequence[str], regions: int) -> int:
+    """Bytes of the products on their way to the Gram matrices of these layers on a GPU."""
+    from . import fused
+
+    shapes = [(spec.shapes[name][1], math.prod(spec.shapes[name][2:])) for name in styles]
+    return kernels.memory_of_products(shapes * regions, kernels.processors(fused.PLACE))
 
 
 def _network(stylizer: Stylizer, spec: vgg.Spec, made: tuple[str, ...], *, forward_only: bool = False) -> int:
@@ -143,13 +155,14 @@ def _network(stylizer: Stylizer, spec: vgg.Spec, made: tuple[str, ...], *, forwa
     return winograd.memory(spec, stylizer._threads, forward_only=forward_only)
 
 
-def _beside(stylizer: Stylizer, spec: vgg.Spec) -> dict[str, int]:
-    """What networks of all sizes share; on a CPU the process holds it before."""
+def _beside(stylizer: Stylizer, spec: vgg.Spec, config: Config) -> dict[str, int]:
+    """The weights, which all networks share, and the workspaces of one; on a CPU the process holds them before."""
     if stylizer.device == "cpu":
         return {}
     from . import fused
 
-    return {"weights": fused.memory_of_weights(spec), "libraries": fused.LIBRARIES}
+    libraries = fused.LIBRARIES + (fused.TORCHS_CUBLAS if config.style_loss == "wasserstein" else 0)
+    return {"weights": fused.memory_of_weights(spec), "libraries": libraries}
 
 
 def _short(value: int) -> str:

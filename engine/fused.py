@@ -40,6 +40,7 @@ PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 REPLAYS = 5  # of one round of timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 LIBRARIES = 16 << 20  # bytes of workspaces of a network, half of them cuBLAS's; cuDNN's as seen on an H200
+TORCHS_CUBLAS = 32 << 20  # bytes that torch keeps for a stream on which it multiplies matrices itself
 _chosen: dict[Hashable, int] = {}  # plan of each convolution
 _timing = threading.Lock()  # what runs beside it would spoil it
 _free_handles: list[int] = []

@@ -22,7 +22,7 @@ from .features import DTYPES, give_back_freed_memory, ignore, nhwc_zeros, on_str
 
 log = logging.getLogger(__name__)
 
-_CAPTURE = 3  # in which run of a thread ONNX Runtime captures
+_CAPTURING_RUN = 3  # of a thread, by which ONNX Runtime has captured
 _ELEMENTS = {DTYPES[precision]: element for precision, element in graph.ELEMENTS.items()}
 
 
@@ -74,7 +74,7 @@ class _Graph:
     def run(self) -> None:
         """Inputs -> outputs, which are no inputs: a run that failed can be made again. Raises BackendError."""
         self._runs.made = made = getattr(self._runs, "made", 0) + 1
-        may_capture = self._captured and made <= _CAPTURE
+        may_capture = self._captured and made <= _CAPTURING_RUN
         try:
             with kernels.capturing if may_capture else contextlib.nullcontext():
                 self._session.run_with_iobinding(self._binding, self._options)

@@ -13,7 +13,7 @@ from .config import WHOLE, Config
 
 log = logging.getLogger(__name__)
 
-TRACE = 0.05  # of noise on grey, for inversions
+INVERSION_NOISE = 0.05  # its share in the start of an inversion
 
 
 def first_pixels(
@@ -28,7 +28,7 @@ def first_pixels(
     width, height = content.size
     noise = torch.rand(1, 3, height, width, generator=generator)
     if config.init == "noise":
-        return noise if styles else torch.lerp(torch.full_like(noise, 0.5), noise, TRACE)
+        return noise if styles else torch.lerp(torch.full_like(noise, 0.5), noise, INVERSION_NOISE)
     if config.init == "style":
         pictures = [each for each in styles if isinstance(each, images.Picture)]
         pixels = _drawn(pictures, config.style_shares(len(pictures)), height, width, generator)

@@ -27,12 +27,11 @@ class _Handle:
     """cuBLAS on one stream: factors are on the device, fp32 is not rounded to TF32, and 16 bits add up in fp32."""
 
     def __init__(self, stream: int, device: torch.device) -> None:
-        self.pointer = ctypes.c_void_p()
+        self._device, self._pointer = device, ctypes.c_void_p()
         self._workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=device)
         numbers = torch.tensor([0.0, 1.0], device=device)
         self.zero, self.one = numbers
-        with torch.cuda.device(device):
-            self.call("cublasCreate_v2", pointer=ctypes.byref(self.pointer))
+        self.call("cublasCreate_v2", pointer=ctypes.byref(self._pointer))
         self.call("cublasSetStream_v2", ctypes.c_void_p(stream))  # which takes the workspace away
         self.call("cublasSetWorkspace_v2", _address(self._workspace), ctypes.c_size_t(_WORKSPACE))
         self.call("cublasSetPointerMode_v2", _ON_DEVICE)
@@ -40,7 +39,8 @@ class _Handle:
 
     def call(self, function: str, *arguments: object, pointer: object = None) -> None:
         """Raises RuntimeError if cuBLAS refuses."""
-        status = getattr(_library(), function)(self.pointer if pointer is None else pointer, *arguments)
+        with torch.cuda.device(self._device):
+            status = getattr(_library(), function)(self._pointer if pointer is None else pointer, *arguments)
         if status:
             raise RuntimeError(f"{function}: status {status}")
 

@@ -117,6 +117,7 @@ class Counters:
                 made(runtime.cudaGraphAddDependencies(graph, [first], [root], None, 1))
 
 
+_thread = threading.local()
 capturing = threading.Lock()  # most captures begin with a wait for the device, which no other one survives
 
 
@@ -126,7 +127,7 @@ def stand_captures(place: str) -> None:
     CUDA forbids that while there is a capture in the mode that ONNX Runtime uses, and breaks the capture as well; it
     does not in threads that do not look at the captures of others.
     """
-    if not place.startswith("cuda"):
+    if not place.startswith("cuda") or hasattr(_thread, "stands"):
         return
     from cuda.bindings import driver
 
@@ -135,6 +136,7 @@ def stand_captures(place: str) -> None:
     status, _ = driver.cuThreadExchangeStreamCaptureMode(mode)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"mode of captures: {status.name}")
+    _thread.stands = True
 
 
 def _capture(launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

@@ -48,7 +48,7 @@ _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 _NARROW = {64: 1.0, 128: 0.5}
 _LEAST, _MOST = 20, 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
-_LONGEST = 8192  # positions of a share, whose sums would get too long
+_LONGEST = 8192  # positions of a share: longer sums lose digits
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
 
@@ -261,8 +261,9 @@ class Layers:
         self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
         # Beside the network cuBLAS takes less time than our kernel; timings of either alone would not show it.
         self._way = _BY_CUBLAS if lies_well else ""
-        styles = [(len(a.features), a.features.shape[1]) for a in self._layers if a.target is not None]
-        wanted = _wanted(styles, tile, _cuda.processors(device))
+        layers = zip(self._layers, self._narrow, strict=True)
+        wide = [tuple(a.features.shape) for a, narrow in layers if a.target is not None and not narrow]
+        wanted = _wanted(wide, tile, _cuda.processors(device))
         rows = []
         self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
@@ -393,8 +394,11 @@ def _tiles(channels: int, tile: int) -> int:
     return across * (across + 1) // 2
 
 
-def _wanted(shapes: Iterable[tuple[int, int]], tile: int, processors: int) -> int:
-    """Positions of a share with which blocks for all Gram matrices, one for each tile and share, fill the device."""
+def _wanted(shapes: Iterable[tuple[int, ...]], tile: int, processors: int) -> int:
+    """Positions of a share with which the blocks of our kernel, one for each tile and share, fill the device.
+
+    cuBLAS gets shares of this length as well: beside the network longer ones were no faster.
+    """
     work = sum(_tiles(channels, tile) * positions for channels, positions in shapes)
     return _CHUNK * min(_LONGEST // _CHUNK, max(1, -(-work // (_CHUNK * _WAVES * processors))))
 
@@ -414,8 +418,8 @@ def _share_narrow(channels: int, positions: int, processors: int) -> int:
 
 
 def memory_of_products(shapes: Sequence[tuple[int, int]], processors: int) -> int:
-    """Bytes of the products of all shares, for 16-bit features (C, M) in NHWC order, of layers with a style loss."""
-    wanted = _wanted(shapes, _TILES[torch.float16], processors)
+    """Bytes of the products of all shares, for the style losses of `Layers` of 16-bit features (C, M) in NHWC order."""
+    wanted = _wanted([shape for shape in shapes if shape[0] not in _NARROW], _TILES[torch.float16], processors)
     shares = (_share_narrow(c, m, processors) if c in _NARROW else _share(m, wanted) for c, m in shapes)
     return sum(4 * c * c * -(-m // share) for (c, m), share in zip(shapes, shares, strict=True))
 

@@ -13,7 +13,7 @@ class Cublas:
     """Column by column; sums are fp64."""
 
     def __init__(self):
-        self.workspace = None
+        self.workspace, self.streams = None, []
 
     def __getattr__(self, name):
         own = re.sub("([A-Z])", r"_\1", name.removeprefix("cublas").removesuffix("_v2")).lower()
@@ -25,6 +25,7 @@ class Cublas:
 
     def _set_stream(self, handle, stream):
         self.workspace = None
+        self.streams.append(stream.value)
         return 0
 
     def _set_workspace(self, handle, memory, size):

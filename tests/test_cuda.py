@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from blas import Cublas
 from cuda_host import Shifted
 
 from engine import kernels
@@ -140,19 +141,28 @@ def test_gram_of_few_channels(host, channels, positions, blocks, dtype):
     assert torch.equal(found, found.T)
 
 
-@pytest.mark.parametrize("positions", [1, 63, 168, 2688, 10880, 10375, 174592, 10**7])
+@pytest.mark.parametrize("positions", [1, 63, 168, 2688, 10880, 10375, 174592, 10**8])
 def test_shares_of_the_positions(positions):
-    """Not too long; of equal length where that is possible. What they take is what is told beforehand."""
-    shapes = [(64, positions), (256, positions)]
-    wanted = layers_module._wanted(shapes, 128, 132)
+    """Not too long, even of the largest pictures; of equal length where that is possible."""
+    wanted = layers_module._wanted([(256, positions)], 128, 132)
     share = layers_module._share(positions, wanted)
     assert share <= layers_module._LONGEST
-    if positions in (168, 2688, 10880):
+    if positions in (168, 2688):
         assert positions % share == 0
     narrow = layers_module._share_narrow(64, positions, 132)
     assert layers_module._LEAST <= narrow * 64 // layers_module._ELEMENTS <= layers_module._MOST
-    found = layers_module.memory_of_products(shapes, 132)
-    assert found == 4 * (64**2 * -(-positions // narrow) + 256**2 * -(-positions // share))
+
+
+@pytest.mark.parametrize("regions", [1, 2])
+def test_memory_of_products_is_what_they_take(host, regions):
+    shapes = [(64, 5000), (128, 1300), (256, 2000), (512, 40)]
+    layers = {
+        f"{c} {region}": Layer(features(c, m, dtype=HALF, nhwc=True), None, None, torch.zeros(c, c))
+        for region in range(regions)
+        for c, m in shapes
+    }
+    taken = sum(each.nbytes for each in Layers(layers, 0, 1)._partial)
+    assert layers_module.memory_of_products(shapes * regions, 3) == taken
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
@@ -224,6 +234,18 @@ def test_cublas_tells_what_it_refuses(host):
     _blas._library().workspace = None
     with pytest.raises(RuntimeError, match="cublasGemmStridedBatchedEx: status 1"):
         _blas.products(given, 5, torch.zeros(1, 3, 3))
+
+
+def test_each_stream_has_a_handle_of_its_own(monkeypatch):
+    library, streams = Cublas(), iter((7, 9, 7))
+    monkeypatch.setattr(_blas, "_library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
+    _blas._of_stream.cache_clear()
+    one, other, again = (_blas._handle(torch.device("cpu")) for _ in range(3))
+    assert one is again is not other
+    assert library.streams == [7, 9]
+    _blas._of_stream.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])

@@ -252,6 +252,38 @@ def test_a_capture_that_fails_at_run_time_goes_on_launch_by_launch(pictures, ref
     assert found == run_graphs(pictures)
 
 
+def test_captures_of_onnx_runtime_are_alone(pictures, monkeypatch):
+    """It may capture in the first runs of each thread: nobody else does then, but later ones wait for nobody."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from engine import kernels, session
+    from engine.export import vgg, weights
+
+    open_one = session._open
+    monkeypatch.setattr(session, "_open", lambda *given: (open_one(*given)[0], {"enable_cuda_graph": "1"}))
+    spec = vgg.Spec(32, 32, ("relu1_1",))
+    network = session.Features(spec, weights.load("embedded", spec.layers), "onnxruntime", 1, forward_only=True)
+    graph, alone = network._forward, []
+    real = graph._session
+
+    class Watched:
+        def run_with_iobinding(self, *given):
+            alone.append(kernels.capturing.locked())
+            real.run_with_iobinding(*given)
+
+    graph._session = Watched()
+
+    def run():
+        for _ in range(5):
+            graph.run()
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(run).result()
+    assert alone == 2 * [True, True, True, False, False]
+    assert not kernels.capturing.locked()
+
+
 def test_a_stream_that_is_left_recording_is_no_place_to_go_on(pictures, refused, monkeypatch):
     import torch
 
