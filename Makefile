@@ -12,8 +12,9 @@ demo: $(SET_UP)
 	$(BIN)/python -m engine.stylize --demo $(DEMO) --overwrite -o demo.png
 	@echo "demo.png written"
 
+# Two processes, each with one thread for torch: more would wait for each other.
 test: $(SET_UP)
-	$(BIN)/python -m pytest -m "$(MARK)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "$(MARK)"
 
 test-slow: $(SET_UP)
 	$(BIN)/python -m pytest -m slow -rP

@@ -46,7 +46,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
 
 @pytest.fixture(scope="session")
 def stylizer() -> Stylizer:
-    return Stylizer(weights="embedded", device="cpu")
+    return Stylizer(weights="embedded", device="cpu", threads=2)
 
 
 @pytest.fixture(scope="session")
