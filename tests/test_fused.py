@@ -318,14 +318,38 @@ def test_streams_are_nobody_elses(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_callers_stream_waits_after_an_error_too(monkeypatch, fails):
-    waits = []
+    waits, standing = [], []
     caller, own = (SimpleNamespace(device=0, wait_stream=lambda other, name=name: waits.append(name)) for name in "ab")
+    monkeypatch.setattr(kernels, "stand_captures", standing.append)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext(), features.on_stream(own):
         if fails:
             raise FloatingPointError
     assert waits == ["b", "a"]
+    assert standing == ["0"]  # a thread that only uses what another one has made has to stand captures as well
+
+
+def test_each_thread_learns_once_to_stand_the_captures_of_others(monkeypatch):
+    from cuda.bindings import driver
+
+    modes = []
+
+    def exchange(mode):
+        modes.append(mode)
+        return driver.CUresult.CUDA_SUCCESS, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+
+    monkeypatch.setattr(driver, "cuThreadExchangeStreamCaptureMode", exchange)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+
+    def use():
+        for place in ("cpu", "cuda:0", "cuda:0"):
+            kernels.stand_captures(place)
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(use).result()
+    assert modes == 2 * [driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL]
 
 
 def test_kernels_are_filled_up_with_zeros(net, monkeypatch):
