@@ -257,6 +257,25 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
 
+def gram_matrices(
+    rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (256, 512, 1024)
+) -> None:
+    """An iteration with each way to the Gram matrices beside the network: timings of each alone do not tell."""
+    for size in sizes:
+        problem = cases.load(size, device=device)
+        with rows.attempt(f"{engine} {size}"):
+            layers = cases.Engine(problem, *cases.ENGINES[engine])._objective._layers
+            chosen, ways = layers._way, list(layers.ways())
+            for way in ways:
+                loop = cases.Engine(problem, *cases.ENGINES[engine])
+                loop._objective._layers._way = way
+                running = loop.iterate(problem.start)
+                for _ in islice(running, GPU_HISTORY + 2):
+                    pass
+                taken = 1e6 * seconds_of_gpu(partial(next, running), device)
+                rows.add(f"{size}: {way}", iteration_us=taken, chosen=way == chosen)
+
+
 def network_alone(objective: Objective) -> Callable[[], None]:
     """Both passes with cotangents that nobody writes; those that the VJP makes are zero, but for the deepest."""
     network = objective.network
@@ -359,6 +378,7 @@ SECTIONS: dict[str, Callable[[Rows, str], None]] = {
     **gpu_kernels.SECTIONS,
     **gpu_options.SECTIONS,
     "our-part": our_part,
+    "gram-matrices": gram_matrices,
     "runs": runs,
     "forecast": forecast,
     **{f"iteration-{size}": partial(iteration, size=size) for size in (256, 512, 1024)},

@@ -254,6 +254,17 @@ def test_whole_runs_of_two_engines_agree(rows):
     assert all(row["loss"] == pytest.approx(row["told"], rel=1e-4) for row in rows.rows)
 
 
+def test_ways_to_the_gram_matrices_are_timed(rows, monkeypatch):
+    monkeypatch.setattr(gpu_sections, "GPU_HISTORY", 1)
+    monkeypatch.setattr(gpu_sections, "seconds_of_gpu", lambda work, device: work() and 1e-6)
+    gpu_sections.gram_matrices(rows, "cpu", "engine-cpu", (48,))
+    assert [row["name"] for row in rows.rows] == [
+        "48: Gram matrices by our kernels",
+        "48: Gram matrices by cuBLAS but for narrow ones",
+    ]
+    assert all(row["iteration_us"] == 1 for row in rows.rows)
+
+
 def test_memory_is_compared_with_its_forecast(rows, stylizer, monkeypatch):
     monkeypatch.setattr(gpu_sections, "Stylizer", lambda *given: stylizer)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
