@@ -133,9 +133,11 @@ def test_a_run_takes_what_was_forecast():
         done = subprocess.run([sys.executable, "-c", RUN, repr(options)], capture_output=True, text=True, check=True)
         return float(done.stdout)
 
+    def holds(options):  # what malloc keeps depends on how threads meet: some 5 %, more on a busy machine
+        return any(0.85 < ratio(options) < 1.25 for _ in range(2))
+
     with ThreadPoolExecutor(2) as side_by_side:
-        for options, found in zip(given, side_by_side.map(ratio, given), strict=True):
-            assert 0.85 < found < 1.25, options
+        assert list(side_by_side.map(holds, given)) == [True] * len(given)
 
 
 def test_the_command_line(pictures, tmp_path, capsys):
