@@ -56,7 +56,7 @@ RUNS = [
 
 @pytest.mark.parametrize("options", RUNS, ids=lambda options: "-".join(options))
 def test_a_resumed_run_keeps_its_average_its_stall_and_its_totals(stylizer, pictures, monkeypatch, options):
-    """Cut before the end of the first scale, at its end, and before that of the last."""
+    """Cut in the middle of scales, at the end of the first one, and after the only step of the last."""
     monkeypatch.setattr(optimize, "WINDOW", 5)
     config = Config(**SMALL | options)
     pair = pictures["content"], pictures["style"]
@@ -64,7 +64,7 @@ def test_a_resumed_run_keeps_its_average_its_stall_and_its_totals(stylizer, pict
     first = sum(scale == expected[0][0] for scale, *_ in expected)
     assert first < config.iterations[0] or "stop" not in options
     assert expected[-1][1] == expected[-1][2] == len(expected)
-    for cut in (first - 1, first, len(expected) - 1):
+    for cut in (2, first - 1, first, first + 1, len(expected) - 1):
         data = interrupted(stylizer, pictures, config, cut)
         assert everything(stylizer.steps(*pair, config, resume=data)) == expected[cut:]
     data = interrupted(stylizer, pictures, config, len(expected))

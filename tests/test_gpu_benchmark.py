@@ -280,10 +280,10 @@ def test_memory_is_compared_with_its_forecast(rows, stylizer, monkeypatch):
 
 
 def test_options_are_compared_with_the_cpu(rows):
-    names, engines = ("default", "tile", "adam"), ("engine-onnxruntime", "engine-cpu", "engine-cudnn")
+    names, engines = ("default", "tile", "freeze", "adam"), ("engine-onnxruntime", "engine-cpu", "engine-cudnn")
     gpu_options.options(rows, "cpu", engines, names, size=48, iterations=3)
     found = [row["name"] for row in rows.rows if "skipped" not in row and "cudnn" not in row["name"]]
-    assert found == [f"{engines[0]} {name}" for name in names] + [f"{engines[1]} {name}" for name in names[:2]]
+    assert found == [f"{engines[0]} {name}" for name in names] + [f"{engines[1]} {name}" for name in names[:3]]
     assert all(row["passed"] for row in rows.rows if "skipped" not in row), rows.rows
 
 

@@ -43,7 +43,7 @@ def check_evaluate(stylizer, state, size, config, seed, tolerance=1e-5):
     return error(score.gradient, gradient)
 
 
-CASES = [((64, 64), "torchvision"), ((97, 131), "torchvision"), ((97, 131), "caffe"), ((120, 141), "torchvision")]
+CASES = [((64, 64), "torchvision"), ((97, 131), "torchvision"), ((97, 131), "caffe"), ((161, 200), "torchvision")]
 
 
 DEVICES = ["cpu", "onnxruntime"]
@@ -505,7 +505,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_a_hundred_calls_do_not_grow_memory(stylizer, pictures):
+def test_two_hundred_calls_do_not_grow_memory(stylizer, pictures):
     config = Config(size=48, iterations=1, scales=1)
 
     def call(index):
@@ -516,10 +516,10 @@ def test_a_hundred_calls_do_not_grow_memory(stylizer, pictures):
         call(index)
     gc.collect()
     before = resident()
-    for index in range(100):
+    for index in range(200):
         call(index)
     gc.collect()
-    assert resident() - before < 12e6
+    assert resident() - before < 20e6
 
 
 def test_the_cache_is_limited_by_bytes_and_forgets_the_oldest():
