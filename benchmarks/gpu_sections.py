@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -357,17 +357,18 @@ def forecast(
 ) -> None:
     """What runs over all scales have in use at their peaks, by torch's books, against their forecasts."""
     before = torch.cuda.memory_allocated()  # once: workspaces of a size serve the next one
-    for size in sizes:
-        with rows.attempt(f"{engine} {size}"):
+    for size, kept in product(sizes, (True, False)):
+        name = f"{engine} {size}" + ("" if kept else ", networks let go")
+        with rows.attempt(name):
             problem = cases.load(size, device=device)
             config = replace(problem.config, iterations=iterations)
-            stylizer = Stylizer(problem.weights, *cases.ENGINES[engine])
+            stylizer = Stylizer(problem.weights, *cases.ENGINES[engine], keep_networks=kept)
             told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
             gc.collect()  # what went before is gone
             torch.cuda.reset_peak_memory_stats()
             stylizer(problem.content, problem.style, config)
             taken = (torch.cuda.max_memory_allocated() - before) / 2**20
-            rows.add(f"{engine} {size}", abs(told / taken - 1) < FORECAST_ERROR, forecast_mib=told, peak_mib=taken)
+            rows.add(name, abs(told / taken - 1) < FORECAST_ERROR, forecast_mib=told, peak_mib=taken)
             del stylizer
 
 

@@ -63,7 +63,7 @@ def forecast(
     for side, steps in config.schedule(picture.aspect):
         size = config.whole(picture.fit(side))
         style_phase, run_phase = _style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)
-        if stylizer.device == "cudnn":  # which keeps the networks of the scales before
+        if stylizer.keeps_networks:  # those of the scales before
             style_phase["other networks"] = sum(kept)
             own = run_phase["network"] + run_phase["libraries"]
             if own <= limit:

@@ -376,10 +376,15 @@ def save(image: Image.Image, path: str, record: Mapping[str, Any] | None = None)
 
 @contextlib.contextmanager
 def atomic(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; rename it on success, remove it otherwise."""
+    """Yield a temporary path beside `target`; rename it on success, remove it otherwise.
+
+    Whenever the power fails, the file of that name is the old or the new one.
+    """
     temporary = target.with_name(f".stylize-{uuid.uuid4().hex}{target.suffix}")
     try:
         yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

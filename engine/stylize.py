@@ -182,7 +182,7 @@ def _run(given: argparse.Namespace) -> int:
 
     grid = sheet.axes(given.grid, _parse) if given.grid else []
     cells = sheet.configs(config, grid)  # before the weights are read: mistakes in the values are told now
-    stylizer = Stylizer(given.weights, given.device, given.precision)
+    stylizer = Stylizer(given.weights, given.device, given.precision, keep_networks=len(cells) > 1)
     if record:
         replay.check_engine(record, stylizer, config)
     if given.forecast:

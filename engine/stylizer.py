@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 # Bytes kept for later runs, $STYLIZE_CACHE_BYTES: style targets, 2.4 MB a scale with the default layers; and networks,
-# 0.8 kB a pixel in fp16, but on `cpu`, where they open in milliseconds.
+# 0.8 kB a pixel in fp16, but on `cpu`.
 _CACHE, _NETWORK_CACHE = 2**28, 2**32
 
 
@@ -66,6 +66,7 @@ class Stylizer:
     the device cannot run here.
 
     Style targets and, but on `cpu`, networks are kept for later runs, up to the environment's STYLIZE_CACHE_BYTES.
+    Without `keep_networks` a network is let go at the end of its scale, for those who have one picture to paint.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Stylizer:
         device: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        keep_networks: bool = True,
     ) -> None:
         self.device, self.precision = provider.resolve(device, precision)
         self._automatic = precision == "auto"
@@ -84,6 +86,8 @@ class Stylizer:
         self._lock = threading.RLock()
         self._opened: _Network | None = None
         self._digests: tuple[str, ...] = ()
+        # On a CPU they open in milliseconds: better to give the memory back.
+        self.keeps_networks = keep_networks and self.device != "cpu"
         self._cache = Cache(images.limit("STYLIZE_CACHE_BYTES", _CACHE if self.device == "cpu" else _NETWORK_CACHE))
         self._network(Config().layers)
 
@@ -418,7 +422,7 @@ class Stylizer:
     def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config, precision: str) -> Features:
         padding = "circular" if config.tile else config.padding
         make = functools.partial(self._open_features, size, layers, config, padding, precision)
-        if self.device == "cpu":  # opens in milliseconds: better to give the memory back than to keep it
+        if not self.keeps_networks:
             return make()
         key = ("network", size, layers, config.pixel_range, config.pooling, padding, precision)
         return self._cache.get(key, make, lambda network: network.memory)

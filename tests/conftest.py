@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import benchmarks  # noqa: F401 - makes a checkout that is not installed whole
 
@@ -18,6 +19,8 @@ from engine import Config, Stylizer
 from engine.kernels import _blas, _cuda, _graphs
 
 TINY = Config(size=48, iterations=3, scales=1)
+settings.register_profile("own", deadline=None)  # a busy machine is no reason to fail
+settings.load_profile("own")
 
 
 @pytest.fixture(autouse=True)

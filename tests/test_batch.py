@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,21 @@ def test_a_worker_that_cannot_start_among_others_that_paint_has_died():
     assert pool.started == 3
 
 
+def test_the_death_of_a_process_is_an_answer():
+    pool = batch.Processes("embedded", "cpu", Config(), 1)
+    worker = pool.start()
+    pool._busy[worker[0]] = worker
+    worker[1].kill()
+    assert wait([worker[0]], 60)
+    found, answer = pool.outcome()
+    assert found is worker
+    assert isinstance(answer, batch.DiedError)
+    assert str(answer) == "status -9"
+    pool.send(worker, Job("c.png", ("s.png",), "o.png"))  # it is told no earlier
+    assert isinstance(pool.outcome()[1], batch.DiedError)
+    pool.stop(worker)
+
+
 def test_a_worker_that_cannot_start_leaves_its_task_to_the_others():
     class Pool(Stub):
         def outcome(self):
@@ -171,6 +187,22 @@ def test_urls_are_read_and_written(pictures, stylizer):
     painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
     assert painter.paint(task) == ""
     assert files.ls("/out", detail=False) == ["/out/content[1]--style[1].png"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    out, pipe = tmp_path / "out.png", LocalFileSystem.pipe_file
+    out.write_text("old")
+
+    def broken(self, path, data, **options):
+        pipe(self, path, data[:1], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", broken)
+    with pytest.raises(OSError, match="No space"):
+        batch._write(str(out), b"new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.png", "old")]
 
 
 def test_files_of_a_server_keep_its_name_and_the_login(monkeypatch):

@@ -1,6 +1,7 @@
 """A resumed run is the uninterrupted one, bit for bit; what does not fit is refused."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from engine import Config, Stylizer, kernels, optimize
 from engine.checkpoint import Checkpoint, dump, load
 from engine.export.weights import load as load_weights
+from engine.goal import load as load_goal
 from engine.optimize import State, minimise
 
 SMALL = {"size": 64, "scales": 2, "iterations": (4, 3)}
@@ -192,6 +194,19 @@ def test_other_pictures_weights_and_devices_are_refused(stylizer, pictures, stat
     Image.fromarray(style).save(moved)
     with pytest.raises(ValueError, match=r"another init$"):
         stylizer.steps(content, style, Config(**SMALL, init=moved), resume=data)
+
+
+def test_other_masks_are_refused(pictures):
+    left, part = np.zeros((40, 56), np.float32), np.ones((44, 36), np.float32)
+    left[:, :28] = part[:20] = 1
+    part[20:] = 0
+    given = [(None, None), (left, None), (1 - left, None), ((left, part), None), (None, left), (None, 1 - left)]
+    pair = pictures["content"], pictures["style"]
+    found = [load_goal(*pair, Config(), None if mask is None else [mask], freeze).digests() for mask, freeze in given]
+    for one, other in itertools.combinations(found, 2):
+        differing = [name for name in ("freeze", "mask") if one[name] != other[name]]
+        with pytest.raises(ValueError, match="of a run with another " + ", another ".join(differing)):
+            Checkpoint(one, 0, 1, {}).check(other)
 
 
 def test_the_identity_of_the_weights_is_that_of_the_layers_in_use(stylizer):

@@ -2,11 +2,11 @@ import contextlib
 import io
 import json
 import logging
-import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import Config, painting, stylize
+from engine import Config, batches, painting, sheet, stylize
+from engine.config import options
 from engine.targets import Targets
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "3", "--weights", "embedded", "--device", "cpu"]
@@ -44,8 +45,6 @@ def test_makes_a_picture(pair, tmp_path, capsys):
 
 
 def test_help_lists_every_option():
-    from engine.config import options
-
     done = run("--help", text=True)
     assert done.returncode == 0
     for option in options():
@@ -67,19 +66,62 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == version("gatys-engine")
 
 
+OPTIONS = {
+    "size": ("64", 64),
+    "iterations": ("5,4", (5, 4)),
+    "scales": ("2", 2),
+    "content_weight": ("2", 2.0),
+    "style_weight": ("3e2", 300.0),
+    "tv_weight": (".5", 0.5),
+    "tv_power": ("1.5", 1.5),
+    "tv_form": ("sum", "sum"),
+    "content_layers": ("relu3_1", (("relu3_1", 1.0),)),
+    "style_layers": ("relu1_1, relu2_1:.5", (("relu1_1", 1.0), ("relu2_1", 0.5))),
+    "content_loss": ("sum", "sum"),
+    "style_loss": ("shifted", "shifted"),
+    "style_blend": ("3,1", (3.0, 1.0)),
+    "style_scale": ("1.5", 1.5),
+    "style_size": ("300", 300),
+    "pixel_range": ("0-255", "0-255"),
+    "pooling": ("max", "max"),
+    "padding": ("reflect", "reflect"),
+    "init": ("noise", "noise"),
+    "init_noise": (".25", 0.25),
+    "optimizer": ("adam", "adam"),
+    "learning_rate": (".1", 0.1),
+    "history": ("7", 7),
+    "average": (".9", 0.9),
+    "stop": ("1e-3", 1e-3),
+    "seed": ("9", 9),
+    "colour": ("match", "match"),
+}
+
+
 def test_every_config_option_reaches_the_config():
-    given = stylize._parser().parse_args(
-        shlex.split(
-            "--size 64 --iterations 5,4 --scales 2 --content-weight 2 --style-weight 3e2 --tv-weight .5 "
-            "--content-layers relu3_1 --style-layers relu1_1,relu2_1:.5 --pooling max --init noise --optimizer adam "
-            "--seed 9 --colour match"
-        )
-    )
-    config = stylize._config(given)
-    assert (config.size, config.iterations, config.scales, config.seed) == (64, (5, 4), 2, 9)
-    assert (config.content_weight, config.style_weight, config.tv_weight) == (2.0, 300.0, 0.5)
-    assert (config.content_layers, config.style_layers) == ((("relu3_1", 1.0),), (("relu1_1", 1.0), ("relu2_1", 0.5)))
-    assert (config.pooling, config.init, config.optimizer, config.colour) == ("max", "noise", "adam", "match")
+    assert {option.name for option in options()} - {"clamp", "tile"} == set(OPTIONS)
+    for name, (text, value) in OPTIONS.items():
+        config = stylize._config(stylize._parser().parse_args(["--" + name.replace("_", "-"), text]))
+        assert getattr(config, name) == value != getattr(Config(), name)
+        assert config == replace(Config(), **{name: value})
+    given = stylize._parser().parse_args(["--size", "96x64"])
+    assert stylize._config(given).size == (96, 64)
+    assert stylize._config(stylize._parser().parse_args(["--iterations", "5,4,..."])).iterations == (5, 4, "...")
+
+
+def test_device_precision_and_weights_reach_the_engine(pair, tmp_path, monkeypatch):
+    content, style, out = pair
+    seen = []
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *given, **more: seen.append((given, more)))
+    monkeypatch.setattr(batches, "Stylizer", lambda *given, **more: seen.append((given, more)))
+    for module, name in ((painting, "paint"), (batches, "paint"), (sheet, "make")):
+        monkeypatch.setattr(module, name, lambda *given, **more: (0, ""))
+    engine = ["--weights", "w.pth", "--device", "onnxruntime", "--precision", "fp16"]
+    assert stylize.main([content, style, "-o", out, *engine]) == 0
+    assert stylize.main([content, style, "-o", out, *engine, "--grid", "seed=1,2"]) == 0
+    assert stylize.main(["--contents", content, "--styles", style, "-o", str(tmp_path / "many"), *engine]) == 0
+    expected = ("w.pth", "onnxruntime", "fp16")
+    assert seen[:2] == [(expected, {"keep_networks": False}), (expected, {"keep_networks": True})]
+    assert seen[2] == ((*expected, None), {})
 
 
 @pytest.mark.parametrize("name", ["clamp", "tile"])
@@ -180,7 +222,7 @@ def test_frames_that_are_there_are_replaced_only_if_that_is_meant(tmp_path):
 def test_options_may_stand_between_the_pictures(pair, monkeypatch):
     content, style, out = pair
     seen = []
-    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *arguments: None)
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *arguments, **options: None)
     monkeypatch.setattr(painting, "paint", lambda _, job, *others: (seen.append(job), (0, ""))[1])
     assert stylize.main([content, "-o", out, style, "--size", "64", content]) == 0
     assert [each.name for each in (seen[0].content, *seen[0].styles)] == ["content.png", "style.png", "content.png"]

@@ -4,9 +4,13 @@ The classes of `engine.kernels` run unchanged, with `launch` replaced; so what t
 """
 
 import contextlib
+import ctypes
 import functools
+import gc
 import itertools
 import re
+import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -205,6 +209,27 @@ def test_gram_matrices_by_cublas_give_the_same_losses(cublas, dtype, nhwc):
     layers.ways()["Gram matrices by our kernels"]()
     torch.testing.assert_close(found, layers.terms, rtol=1e-5, atol=0)
     assert len(layers._partial[1]) == -(-71 // layers._part[1]) > 1
+
+
+@pytest.mark.parametrize("way", ["our kernels", "cuBLAS"])
+@pytest.mark.parametrize(("dtype", "nhwc"), [(SINGLE, False), (HALF, True)])
+def test_losses_measured_in_parts_are_the_same(host, monkeypatch, way, dtype, nhwc):
+    """As a network reads them, with style layers in both parts."""
+    layers, *_ = group("tiles", dtype, nhwc)
+    (layers._way,) = (each for each in layers.ways() if way in each)
+    layers.losses()
+    expected = [layers.terms.clone(), layers._factors.clone(), layers._sums.clone()]
+    for memory in (
+        layers.terms,
+        layers._factors,
+        layers._sums,
+        *filter(lambda each: each is not None, layers._partial),
+    ):
+        memory.fill_(torch.nan)
+    layers.measure(("0", "1"))
+    layers.measure(("2", "3"))
+    layers.conclude()
+    assert all(map(torch.equal, expected, (layers.terms, layers._factors, layers._sums)))
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -552,6 +577,17 @@ VARIATIONS += [(power, wrap, form) for form in FORMS[1:] for power, wrap in ((1,
 @pytest.mark.parametrize(("power", "wrap", "form"), VARIATIONS)
 @pytest.mark.parametrize("size", [(2, 2), (2, 300), (17, 31), (8, 5)])
 def test_pixels(host, size, power, wrap, form):
+    check_pixels(size, power, wrap, form)
+
+
+def test_kernels_of_few_blocks_take_all_elements(host, monkeypatch):
+    """One block, as if the picture were larger than the most of them."""
+    monkeypatch.setattr(_cuda, "MAX_BLOCKS", 1)
+    check_pixels((17, 31), 2, False, "mean")
+    check_optimisers(kernels.Adam, 1e-6, FALL[:4])
+
+
+def check_pixels(size, power, wrap, form):
     pixels, vjp = random(1, 3, *size), random(1, 3, *size, seed=1)
     truth, slope = total_variation_reference(numbers(pixels[0]), power, wrap, form)
     terms, gradient = torch.tensor([5.0, 1.0, 0.0, 2.0]), torch.full_like(pixels, torch.nan)
@@ -630,6 +666,19 @@ TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torc
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
 @pytest.mark.parametrize(("make", "tolerance"), [(FULL, 5e-3), (kernels.Adam, 1e-6)])
 def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
+    check_optimisers(make, tolerance, losses)
+
+
+def test_adam_goes_on_from_the_moments_of_a_run(host):
+    moments = [random(700, seed=1), random(700, seed=2).square()]
+
+    def make(image, gradient, loss, trail):
+        return kernels.Adam(image, gradient, loss, trail, [each.clone() for each in moments], steps=5)
+
+    check_optimisers(make, 1e-6, FALL[:4])
+
+
+def check_optimisers(make, tolerance, losses):
     on_cpu, on_cuda = optimisers(make, losses)
     for i, ((image, best), (cuda_image, cuda_best)) in enumerate(zip(on_cpu, on_cuda, strict=True)):
         limit = min(tolerance, 2e-5) if i < 5 else tolerance  # what is rounded otherwise grows from there
@@ -669,9 +718,10 @@ def test_lbfgs_dot_products(host, count, chunks, pairs, boxed):
     assert torch.equal(found[used:-2], torch.zeros(2 * slots - used, 2))
 
 
+@pytest.mark.parametrize("make", [functools.partial(lbfgs.Lbfgs, history=3), kernels.Adam])
 @pytest.mark.parametrize("cut", [1, 9])
-def test_lbfgs_goes_on_from_what_it_saved(host, cut):
-    """With the rounded rows and the gradient before, bit for bit: before and after the short history is full."""
+def test_an_optimiser_goes_on_from_what_it_saved(host, make, cut):
+    """With L-BFGS's rounded rows and the gradient before, bit for bit: before and after the short history is full."""
     count = 37
 
     def steps(runner, image, gradient, loss, numbers):
@@ -682,7 +732,7 @@ def test_lbfgs_goes_on_from_what_it_saved(host, cut):
 
     def fresh():
         image, gradient, loss = random(count), torch.empty(count), torch.zeros(())
-        return lbfgs.Lbfgs(image, gradient, loss, Trail(image), 3), image, gradient, loss
+        return make(image, gradient, loss, Trail(image)), image, gradient, loss
 
     whole, again = fresh(), fresh()
     steps(*whole, range(cut))
@@ -763,6 +813,72 @@ def test_bf16_products_without_tensor_cores(programs):
     programs.launch("probe", "probe", (1,), left, right, plain, shuffled)
     torch.testing.assert_close(plain, shuffled, rtol=1e-5, atol=1e-5)
     assert plain.abs().min() > 0
+
+
+@pytest.mark.parametrize(("capability", "early"), [((9, 0), 1), ((8, 9), 0), ((10, 0), 1)])
+def test_what_a_launch_hands_to_the_driver(monkeypatch, capability, early):
+    from cuda.bindings import driver
+
+    seen, result = [], driver.CUresult.CUDA_SUCCESS
+
+    def launched(launching, function, parameters, extra):
+        if result != driver.CUresult.CUDA_SUCCESS:
+            return (result,)
+        cells = (ctypes.c_void_p * 6).from_address(parameters)
+        values = [ctypes.string_at(cell, 8) for cell in cells]
+        grid = launching.gridDimX, launching.gridDimY, launching.gridDimZ
+        block = launching.blockDimX, launching.blockDimY, launching.blockDimZ
+        seen.append((values, grid, block, int(launching.hStream), launching.numAttrs, int(function), extra))
+        if launching.numAttrs:
+            (attribute,) = launching.attrs
+            assert attribute.id.name == "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+            assert attribute.value.programmaticStreamSerializationAllowed == 1
+        return (result,)
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda index: contextlib.nullcontext()))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launched)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=55))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    function = SimpleNamespace(kernel=SimpleNamespace(ptr=77))
+    monkeypatch.setattr(_cuda, "_function", lambda name, kernel, device: function)
+    tensor = torch.arange(6.0)[2:]
+    table = _cuda.Table([(tensor, 3, None, 0.5)], torch.device("cpu"))
+    _cuda.launch("adam", "adam_step", (3, 2), tensor, table, -3, 0.5, None, 2**40)
+    ((values, *others),) = seen
+    assert others == [(3, 2, 1), (_cuda.THREADS, 1, 1), 55, early, 77, 0]
+    assert [int.from_bytes(values[i], "little", signed=True) for i in (0, 1, 2, 4, 5)] == [
+        tensor.data_ptr(), table.tensor.data_ptr(), -3, 0, 2**40
+    ]  # fmt: skip
+    assert struct.unpack("<f", values[3][:4]) == (0.5,)
+    assert table.tensor.tolist() == [[tensor.data_ptr(), 3, 0, *struct.unpack("<q", struct.pack("<d", 0.5))]]
+    result = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError, match="kernel adam_step: CUDA_ERROR_INVALID_VALUE"):
+        _cuda.launch("adam", "adam_step", (3,), tensor)
+
+
+def test_each_kernel_is_in_one_module(monkeypatch):
+    """Those of an element type are compiled when one of them is asked for."""
+    compiled = []
+
+    class Module:
+        def __init__(self, code, options, name_expressions):
+            assert code == _cuda.text("losses.cu")
+            assert "-std=c++17" in options
+            compiled.append(name_expressions)
+            self.get_function = name_expressions.index
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda index: contextlib.nullcontext()), RawModule=Module)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    for cached in (_cuda._module, _cuda._function):
+        cached.cache_clear()
+    for _ in range(2):
+        for kernel in _cuda.expressions("losses"):
+            _cuda._function("losses", kernel, 0)
+    assert sorted(itertools.chain(*compiled)) == sorted(_cuda.expressions("losses"))
+    assert len(compiled) == 3
+    for cached in (_cuda._module, _cuda._function):
+        cached.cache_clear()
 
 
 class Runtime:
@@ -881,6 +997,8 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
+        assert _graphs.capturing.locked()
+        assert not gc.isenabled()
         mark = len(seen)
         yield
         seen[mark:] = ["capture"]  # what is recorded does not run
@@ -900,6 +1018,8 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
             for _ in range(5):
                 recorded(lambda: seen.append("launch"))
             made = [] if failing == "capture" else ["cleared", "ready"]
+            assert gc.isenabled()
+            assert not _graphs.capturing.locked()
             repeated = "launch" if failing else "replay"
             assert seen == ["launch", "launch", "capture", *made, *[repeated] * 3]
     assert [record.message for record in caplog.records] == (

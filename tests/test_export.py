@@ -1,8 +1,10 @@
+import numpy as np
 import onnx
 import pytest
 
 from engine.export import __main__ as command
 from engine.export import graph, validate, vgg, weights
+from engine.export.ort import onnxruntime
 
 
 def test_writes_validated_files_and_prints_a_table(tmp_path, capsys):
@@ -50,21 +52,29 @@ def test_writes_16_bit_files(tmp_path, precision):
 
 
 def test_written_files_compute_the_same_as_the_engine(tmp_path):
-    import numpy as np
-
-    from engine.export.ort import onnxruntime
-
-    spec = vgg.Spec(33, 40, ("relu2_1",))
+    spec = vgg.Spec(33, 40, ("relu1_2", "relu2_1"))
     net = weights.load("embedded", spec.layers)
     command.export(spec, net, tmp_path)
-    (path,) = tmp_path.glob("forward-*.onnx")
-    session = onnxruntime().InferenceSession(path)
-    image = np.random.default_rng(0).random((1, 3, 33, 40), np.float32)
-    names = [output.name for output in session.get_outputs()]
-    from_file = dict(zip(names, session.run(None, {"image": image}), strict=True))
-    in_memory = validate.run(graph.forward(spec, net), graph.forward_initializers(spec, net), {"image": image})
-    for name, value in from_file.items():
-        np.testing.assert_array_equal(value, in_memory[name])
+    random = np.random.default_rng(0)
+    given = {"image": random.random((1, 3, 33, 40), np.float32)}
+    forward = graph.forward(spec, net), graph.forward_initializers(spec, net)
+    vjp = graph.vjp(spec, net), graph.vjp_initializers(spec, net)
+    for kind, pair in (("forward", forward), ("vjp", vjp)):
+        (path,) = tmp_path.glob(f"{kind}-*.onnx")
+        session = onnxruntime().InferenceSession(path)
+        names = [output.name for output in session.get_outputs()]
+        assert {each.name for each in session.get_inputs()} == set(given)
+        from_file = dict(zip(names, session.run(None, given), strict=True))
+        in_memory = validate.run(*pair, given)
+        for name, value in from_file.items():
+            np.testing.assert_array_equal(value, in_memory[name])
+        wanted = {each.name for each in vjp[0].graph.input}
+        given = {name: value for name, value in from_file.items() if name in wanted}
+        cotangents = {
+            name: random.standard_normal(from_file[name].shape, np.float32) for name in spec.layers if name in given
+        }
+        given |= {f"cotangent.{name}": value for name, value in cotangents.items()}
+    assert list(from_file) == ["gradient"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from engine.kernels import _cuda
 from engine.losses import Objective, Region
 from engine.targets import Statistic
 
+CONVOLUTION = fused._Convolution
 STYLE_AND_CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
 
@@ -103,6 +104,186 @@ def test_features_and_gradient_are_those_of_autograd(on_cpu, net, spec, precisio
 
 def relative(value, truth):
     return float((value.double() - truth).norm() / truth.norm())
+
+
+class Graph:
+    """A graph of cuDNN's that computes what it is told by torch, in the order in which it is told, with one plan."""
+
+    def __init__(self, io_data_type, intermediate_data_type, compute_data_type, handle):
+        assert (intermediate_data_type, compute_data_type) == ("FLOAT", "FLOAT")
+        self.io, self.handle, self.said = io_data_type, handle, {}
+
+    def tensor(self, dim, stride, data_type):
+        assert data_type == self.io
+        return Node(lambda memory, own: memory[own].double(), dim=dim, stride=stride)
+
+    def conv_fprop(self, image, weight, padding, stride, dilation):
+        options = {"padding": padding, "stride": stride, "dilation": dilation}
+        return Node(lambda memory, own: torch.nn.functional.conv2d(image(memory), weight(memory), **options))
+
+    def bias(self, input, bias):
+        return Node(lambda memory, own: input(memory) + bias(memory))
+
+    def relu(self, input):
+        return Node(lambda memory, own: input(memory).relu())
+
+    def __getattr__(self, name):
+        return lambda *given: self.said.update({name: given})
+
+    def get_execution_plan_count(self):
+        return 1
+
+    def get_workspace_size_plan_at_index(self, plan):
+        return 0
+
+    def execute_plan_at_index(self, memory, workspace, plan, handle):
+        assert (plan, handle) == (0, self.handle)
+        for node, tensor in memory.items():
+            assert (node.dim, node.stride) == (list(tensor.shape), list(tensor.stride()))
+        (result,) = (node for node in memory if node.is_output)
+        memory[result].copy_(result(memory))
+
+
+class Node:
+    def __init__(self, value, dim=None, stride=None):
+        self._value, self.dim, self.stride, self.is_output = value, dim, stride, False
+
+    def __call__(self, memory):
+        return self._value(memory, self)
+
+    def set_output(self, value):
+        self.is_output = value
+        return self
+
+    def set_data_type(self, kind):
+        return self
+
+    def set_dim(self, dim):
+        self.dim = dim
+        return self
+
+    def set_stride(self, stride):
+        self.stride = stride
+        return self
+
+
+@pytest.fixture
+def told(on_cpu, monkeypatch):
+    """cuDNN with `Graph`s in the place of `on_cpu`'s convolutions: the graphs that were made, and what was timed."""
+    made, timed = [], []
+    notes = SimpleNamespace(RUNTIME_COMPILATION="compiles", TENSOR_CORE="rounds")
+    library = SimpleNamespace(
+        pygraph=lambda **given: (made.append(Graph(**given)), made[-1])[1], create_handle=lambda: "handle",
+        set_stream=lambda handle, stream: None, heur_mode=SimpleNamespace(A=0, FALLBACK=1), behavior_note=notes,
+        data_type=SimpleNamespace(FLOAT="FLOAT", HALF="HALF", BFLOAT16="BFLOAT16"), numerical_note=notes,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cudnn", library)
+    monkeypatch.setattr(fused, "_Convolution", CONVOLUTION)
+    monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(kernels, "seconds", lambda *given: (timed.append(given), 1.0)[1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
+    return made, timed
+
+
+@pytest.mark.parametrize(
+    ("spec", "precision"),
+    [*itertools.product([SPECS[i] for i in (0, 2, 3, 5)], ["fp32", "fp16"]), (SPECS[4], "bf16")],
+)
+def test_what_cudnn_is_told_is_vgg(told, net, spec, precision):
+    made, timed = told
+    spec = replace(spec, precision=precision)
+    test_features_and_gradient_are_those_of_autograd(None, net, spec, precision)
+    for each in made:
+        assert each.said["deselect_workspace_greater_than"] == (fused.WORKSPACE,)
+        assert each.said["deselect_behavior_notes"] == (["compiles"],)
+        assert ("deselect_numeric_notes" in each.said) == (each.io == "FLOAT")
+    assert {each.io for each in made} == {{"fp32": "FLOAT", "fp16": "HALF", "bf16": "BFLOAT16"}[precision]}
+    before = len(timed)
+    fused.Features(spec, fused.Network(net))
+    assert len(timed) == before <= len(made) / 2
+
+
+def test_convolutions_that_differ_have_plans_of_their_own(told):
+    _, timed = told
+    library = fused._Library(SimpleNamespace(cuda_stream=1))
+
+    def make(size=5, padding=1, bias=False, rectified=False, dtype=torch.float32):
+        grown = size + 2 * padding - 2
+        tensors = torch.zeros(1, 8, size, size), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, grown, grown)
+        line = torch.zeros(1, 8, 1, 1, dtype=dtype) if bias else None
+        CONVOLUTION(library, *(each.to(dtype) for each in tensors), padding, line, rectified)
+
+    variations = [
+        {}, {"padding": 2}, {"bias": True}, {"bias": True, "rectified": True}, {"size": 6}, {"dtype": torch.float16}
+    ]  # fmt: skip
+    for _ in range(2):
+        for given in variations:
+            make(**given)
+    assert len(timed) == len(variations)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_losses_are_read_beside_the_network(on_cpu, net, monkeypatch, fails):
+    """In the order in which a GPU may take it up: the side stream waits for what it reads, and is waited for."""
+    own = fused.Features(SPECS[0], fused.Network(net))
+    order = []
+    own._forward = [lambda *given, i=i: order.append(i) for i in range(len(own._forward))]
+    ours = SimpleNamespace(wait_stream=lambda other: order.append("join" if other is own._beside else other))
+    own._beside = SimpleNamespace(wait_stream=lambda other: order.append("fork" if other is ours else other))
+
+    @contextlib.contextmanager
+    def stream(which):
+        order.append("beside" if which is own._beside else which)
+        yield
+        order.append("back")
+
+    def read(layers):
+        order.append(layers)
+        if fails:
+            raise FloatingPointError
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: ours)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext():
+        own.forward(read)
+    *others, deepest = SPECS[0].layers
+    fork = next(steps for name, steps in own._ready if name == others[-1])
+    head = [*range(fork), "fork", "beside", tuple(others)]
+    assert order == head + (["join"] if fails else ["back", *range(fork, len(own._forward)), (deepest,), "join"])
+
+
+def test_a_replayed_vjp_is_that_of_its_terms(on_cpu, net, monkeypatch):
+    """Another objective's have another memory."""
+    made = []
+    own = fused.Features(SPECS[3], fused.Network(net))
+    own._vjp = []
+    monkeypatch.setattr(kernels, "Recorded", lambda place: (made.append(place), lambda launches: launches())[1])
+    one, other = (kernels.Term(torch.zeros(3)) for _ in range(2))
+    counts = []
+    for terms in ({"relu1_1": one}, {"relu1_1": one}, {"relu1_1": other}, {"relu2_2": other}, {"relu1_1": one}):
+        own.vjp(lambda layers: None, terms)
+        counts.append(len(made))
+    assert counts == [1, 1, 2, 3, 4]
+    assert not own._terms
+
+
+def test_what_the_vjp_may_make_itself(on_cpu, net):
+    spec = vgg.Spec(32, 32, ("relu1_1", "relu2_1", "relu3_1"), precision="fp16")
+    assert not fused.chains(spec, "relu1_1", style=True, content=True)
+    network = fused.Features(spec, fused.Network(net))
+    content = {"relu2_1": torch.zeros_like(network.features["relu2_1"])}
+    styles = ("relu1_1", "relu2_1", "relu3_1")
+    statistics = {
+        name: Statistic(torch.eye(spec.shapes[name][1]), torch.zeros(spec.shapes[name][1])) for name in styles
+    }
+    config = Config(content_layers=("relu2_1",), style_layers=styles)
+    mask = np.ones((32, 32), np.float32)
+    plain = Objective(network, content, [Region(statistics)], config)
+    assert set(plain._chained) == {"relu1_1"}  # both losses look at relu2_1, and cuBLAS is faster at relu3_1
+    masked = Objective(network, content, [Region(statistics, 1.0, mask)], config)
+    assert masked._chained == {}
+    assert Objective(network, content, [Region(statistics)], replace(config, style_loss="wasserstein")).recorded is None
+    assert plain.recorded is not None
 
 
 @pytest.mark.parametrize(("frozen", "precision"), [(False, "fp32"), (True, "fp16"), (False, "bf16")])

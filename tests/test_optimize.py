@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,12 +146,20 @@ def test_adam_keeps_pixels_in_range():
 
 
 def test_adam_carries_its_moments_to_the_next_scale():
-    state = State()
-    small = list(minimise(lambda x: ((x - 0.9) ** 2).mean(), torch.full((1, 3, 4, 4), 0.5), "adam", 5, state))[-1].best
+    """Without a gradient it goes on by the moments alone, which have grown with the image."""
+    state, slope = State(), torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+    list(minimise(lambda x: (x * slope).sum(), torch.full((1, 3, 4, 4), 0.5), "adam", 5, state))
     assert state.steps == 5
-    list(minimise(lambda x: ((x - 0.9) ** 2).mean(), small.repeat(1, 1, 2, 2), "adam", 5, state))
-    assert state.steps == 10
-    assert state.moments[0].shape == (1, 3, 8, 8)
+    moments = [(1 - rate**5) * power for rate, power in zip(BETAS, (slope, slope.square()), strict=True)]
+    for found, expected in zip(state.moments, moments, strict=True):
+        torch.testing.assert_close(found, expected)
+    first, second = (torch.nn.functional.interpolate(each, size=(8, 8), mode="bilinear") for each in moments)
+    start = torch.full((1, 3, 8, 8), 0.5)
+    losses = iter((2.0, 1.0))  # the second image is the best
+    *_, last = minimise(lambda x: (0 * x).sum() + next(losses), start, "adam", 2, state, rate=0.1)
+    assert state.steps == 7
+    step = 0.1 * BETAS[0] * first / (1 - BETAS[0] ** 6) / (BETAS[1] * second / (1 - BETAS[1] ** 6)).sqrt()
+    torch.testing.assert_close(last.best, start - step, rtol=1e-5, atol=1e-6)
 
 
 def boxed_minimum(loss, start):
@@ -415,3 +425,63 @@ def test_a_picture_that_wraps_is_enlarged_without_borders(mode):
     plain = optimize.resized(coarse, (48, 64), mode, wrap=False)
     assert (plain - fine)[..., 4:-4, 4:-4].abs().max() < 1e-5
     assert (plain - fine).abs().max() > 0.05
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Adam on a CPU that is taken for a GPU, whose losses arrive when somebody waits for them."""
+
+    class Event:
+        arrived = False
+
+        def query(self):
+            return self.arrived
+
+        def synchronize(self):
+            self.arrived = True
+
+    class Adam(kernels.Adam):
+        def step(self):
+            self.steps += 1
+            self._step_cpu(float(self._loss))
+
+    stream = SimpleNamespace(record_event=Event, wait_stream=lambda other: None)
+    monkeypatch.setattr(kernels, "Adam", Adam)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("count", [3, 2 * optimize.AHEAD + 5])
+def test_a_gpu_is_given_iterations_ahead_of_those_that_are_yielded(request, count):
+    loss, _ = quadratic()
+    start, evaluations = torch.full((1, 3, 5, 5), 0.5), itertools.count()
+
+    def counted(x):
+        next(evaluations)
+        return loss(x)
+
+    expected = [(step.loss, step.best.clone()) for step in minimise(loss, start, "adam", count, State(), rate=0.2)]
+    request.getfixturevalue("on_a_gpu")
+    kept = []
+    for i, step in enumerate(minimise(counted, start, "adam", count, State(), rate=0.2), 1):
+        assert next(evaluations) == min(i + optimize.AHEAD, count) + i - 1
+        assert step.loss == expected[i - 1][0]
+        assert torch.equal(step.best, expected[i - 1][1])
+        kept.append(step)
+    assert len(kept) == count
+    assert all(torch.equal(step.best, best) for step, (_, best) in zip(kept, expected, strict=True))
+
+
+@pytest.mark.parametrize("bad", [0, optimize.AHEAD, optimize.AHEAD + 3])
+def test_a_loss_of_a_gpu_that_is_not_finite_is_told_in_the_end(on_a_gpu, bad):
+    loss, _ = quadratic()
+    evaluations, seen = itertools.count(), []
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        for step in minimise(
+            lambda x: loss(x) * (math.nan if next(evaluations) == bad else 1),
+            torch.full((1, 3, 5, 5), 0.5), "adam", optimize.AHEAD + 4, State(),
+        ):  # fmt: skip
+            seen.append(step)
+    assert len(seen) <= 4  # none of those that were queued
+    assert all(torch.isfinite(step.best).all() for step in seen)

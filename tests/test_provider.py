@@ -176,6 +176,7 @@ def test_a_graph_that_cannot_be_captured_runs_launch_by_launch(monkeypatch, capl
         def InferenceSession(content, options, providers):  # noqa: N802  # ONNX Runtime's name
             ((name, settings),) = providers
             tried.append((name, settings["prefer_nhwc"], settings.get("enable_cuda_graph")))
+            assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
             if len(tried) < failures:
                 raise RuntimeError("no graph here")
             return "session"
@@ -342,6 +343,26 @@ def test_precision_auto_is_half_on_a_gpu(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
     assert provider.resolve("cuda", "auto") == ("cuda", "fp16")
     assert provider.resolve("cuda", "fp32") == ("cuda", "fp32")
+
+
+def test_settings_of_the_cuda_provider():
+    exact = list(provider.attempts("cuda", "fp32", 5, b""))
+    assert [each.get("enable_cuda_graph") for each in exact] == ["1", None]
+    assert {each["use_tf32"] for each in exact} == {each["prefer_nhwc"] for each in exact} == {"0"}
+    for each in provider.attempts("cuda", "fp16", 5, b""):
+        assert (each["use_tf32"], each["prefer_nhwc"], each["user_compute_stream"]) == ("1", "1", "5")
+
+
+def test_a_graph_that_does_not_run_where_it_should_is_refused(monkeypatch):
+    from engine import session
+    from engine.export import vgg, weights
+
+    spec = vgg.Spec(32, 32, ("relu1_1",))
+    found = weights.load("embedded", spec.layers)
+    session.Features(spec, found, "onnxruntime", 1, forward_only=True)
+    monkeypatch.setattr(ort.onnxruntime().InferenceSession, "get_providers", lambda self: ["Other"])
+    with pytest.raises(BackendError, match="CPUExecutionProvider did not start, Other did"):
+        session.Features(spec, found, "onnxruntime", 1, forward_only=True)
 
 
 def test_a_session_on_another_provider_is_refused():

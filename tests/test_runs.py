@@ -30,7 +30,7 @@ def main(stylizer, pictures, tmp_path, monkeypatch):
     for name, picture in (("c", "content"), ("d", "content"), ("s", "style")):
         Image.fromarray(pictures[picture][:: -1 if name == "d" else 1]).save(f"{name}.png")
     for place in (module, batches):
-        monkeypatch.setattr(place, "Stylizer", lambda *arguments: stylizer)
+        monkeypatch.setattr(place, "Stylizer", lambda *arguments, **options: stylizer)
     return lambda *arguments: stylize.main([*arguments])
 
 
@@ -156,6 +156,56 @@ def test_a_replay_makes_the_same_bytes(main, name):
     assert first.pop("timings")
     assert second.pop("timings")
     assert first == second
+
+
+def test_a_replay_takes_masks_and_what_was_frozen(main):
+    left = np.zeros((40, 56), np.uint8)
+    left[:, :28] = 255
+    for name, mask in (("left", left), ("right", 255 - left), ("top", np.roll(left, 20, axis=1))):
+        Image.fromarray(mask).save(f"{name}.png")
+    own = ["--mask", "left.png", "--mask", "right.png:top.png", "--freeze", "left.png", "--init", "noise"]
+    assert main("c.png", "s.png", "d.png", "-o", "out.png", *SMALL, *own) == 0
+    assert main("--replay", "out.png", "-o", "again.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+    record = replay.read("again.png")
+    assert (record["masks"], record["freeze"]) == (["left.png", ["right.png", "top.png"]], "left.png")
+
+
+@pytest.mark.parametrize("name", ["picture", "checkpoint", "plot", "targets", "manifest"])
+def test_a_write_that_fails_leaves_the_old_file(main, stylizer, pictures, monkeypatch, tmp_path, name):
+    """Each is written under another name first."""
+    out = tmp_path / {"targets": "old.safetensors", "manifest": "old.bmp.json"}.get(name, "old.png")
+    out.write_text("old")
+
+    def broken(self, *arguments, **options):
+        if isinstance(self, Path):
+            path = self
+        else:
+            path = Path(next(each for each in arguments if isinstance(each, str | Path)))
+        with path.open("wb") as file:
+            file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    write = {
+        "picture": (Image.Image, "save", lambda: image.save(Image.new("RGB", (8, 8)), str(out))),
+        "checkpoint": (Path, "write_bytes", lambda: painting._write(str(out), b"data")),
+        "targets": (Path, "write_bytes", lambda: stylizer.targets(pictures["style"], Config(size=48)).save(out)),
+        "manifest": (Path, "write_text", lambda: image.save(Image.new("RGB", (8, 8)), str(tmp_path / "old.bmp"), {})),
+    }
+    if name == "plot":
+        figure = pytest.importorskip("matplotlib.figure").Figure
+        write["plot"] = (
+            figure,
+            "savefig",
+            lambda: painting.plot([{"scale": 48, "iteration": 1, "loss": 2.0}], str(out)),
+        )
+    place, function, call = write[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, function, broken)
+        with pytest.raises(OSError, match="No space"):
+            call()
+    assert out.read_text() == "old"
+    assert not list(tmp_path.glob(".stylize-*"))
 
 
 def test_the_file_depends_on_nothing_but_the_run_and_its_timings(main, monkeypatch, tmp_path):

@@ -154,6 +154,23 @@ def test_events_tell_progress_previews_and_the_end(client, files, stylizer, monk
     assert events[0][0] == "4"
     later = client[0].get(job["events"], headers={"last-event-id": "3"}).text
     assert json.loads(re.search(r"data: (.*)", later)[1])["losses"] == losses[3:]
+    assert client[0].app.state.service.streams == 0
+    monkeypatch.setattr(api, "_STREAMS", 0)
+    assert "event streams are open" in problem(client[0].get(job["events"]), 503)
+
+
+def test_a_deadline_is_that_of_the_server_at_most(tmp_path, files):
+    own = service(tmp_path, deadline=50.0)
+    deadlines = [
+        own[1].job(post(own[0], files, **given).json()["id"])["deadline"]
+        for given in ({}, {"deadline": 7}, {"deadline": 1e6})
+    ]
+    assert deadlines == [50, 7, 50]
+
+
+def test_size_original_is_limited_too(tmp_path, files):
+    own = service(tmp_path, max_size=48)
+    assert "size 56: this server paints up to 48" in problem(post(own[0], files, {"size": "original"}), 422)
 
 
 def test_cancelling_stops_within_one_iteration_and_keeps_the_picture(client, files, stylizer):
@@ -345,8 +362,11 @@ def test_each_worker_has_a_gpu_of_its_own_unless_there_is_to_be_none(client, mon
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setenv("STYLIZE_TOKEN", "secret")
     monkeypatch.setattr(supervisor.subprocess, "Popen", lambda command, stdin, env: env)
-    assert supervisor.Supervisor(client[1], Settings(workers=2))._spawn(1)["CUDA_VISIBLE_DEVICES"] == second
+    environment = supervisor.Supervisor(client[1], Settings(workers=2))._spawn(1)
+    assert environment["CUDA_VISIBLE_DEVICES"] == second
+    assert "STYLIZE_TOKEN" not in environment
 
 
 def test_what_is_left_of_a_run_counts_the_pixels_of_all_scales(monkeypatch):
@@ -568,7 +588,9 @@ def test_a_picture_with_something_behind_it_is_only_a_picture(client, files):
         ({"sise": 64}, 422, "did you mean size"),
         ({"size": 31}, 422, "from 32"),
         ({"size": "64"}, 422, "give original or a number"),
-        ({"size": 4096}, 422, "up to 2048"),
+        ({"size": 4096}, 422, "size 4096: this server paints up to 2048"),
+        ({"style_size": 4096}, 422, "style size 4096: this server paints up to 2048"),
+        ({"style_scale": 64}, 422, "style size 3"),
         ({"style_weight": -1}, 422, "negative"),
         ('{"style_weight": NaN}', 422, "finite"),
         ('{"style_weight": 1e999}', 422, "finite"),
@@ -696,7 +718,8 @@ def test_uploads_that_wait_for_long_come_again_and_hold_up_no_picture(client, fi
 
 def test_limits_of_bytes_and_pixels(tmp_path, files):
     both = service(tmp_path, max_bytes=len(files["content"]) + 5000, max_pixels=40 * 56)
-    assert post(both[0], {"content": files["content"], "style": files["content"]}).status_code in (202, 413)
+    assert post(both[0], {"content": files["content"], "style": files["content"]}).status_code == 202
+    problem(post(service(tmp_path, max_pixels=40 * 56 - 1)[0], files), 413)
     noise = png(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
     problem(post(both[0], {**files, "style": noise}), 413)
 

@@ -1,6 +1,7 @@
 """The directions in which the rooms may import each other, and what a built wheel holds."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -133,17 +134,20 @@ def test_files_stay_short():
             assert len(path.read_text().splitlines()) < 500, path
 
 
-def test_importing_changes_nothing():
+def test_importing_changes_nothing(tmp_path):
     code = (
-        "import os, sys\n"
+        "import os, sys, threading\n"
         "import engine\n"
         "assert 'torch' not in sys.modules and 'engine.stylize' not in sys.modules\n"
         "import torch\n"
         "before = torch.get_num_threads(), torch.get_default_dtype(), sorted(os.listdir('.'))\n"
         "engine.Stylizer, engine.Step, engine.BackendError\n"
         "assert before == (torch.get_num_threads(), torch.get_default_dtype(), sorted(os.listdir('.')))\n"
+        "assert threading.active_count() == 1\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "STYLIZE_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert not list(tmp_path.iterdir())
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""
 

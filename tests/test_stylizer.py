@@ -3,6 +3,7 @@ import gc
 import itertools
 import math
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -324,6 +325,37 @@ def test_a_run_that_fp16_cannot_hold_goes_on_in_fp32(pictures, monkeypatch, capl
         named(pictures["content"], pictures["style"], TINY)
 
 
+def test_a_run_that_falls_back_in_its_middle_goes_on_from_its_last_picture(pictures, monkeypatch):
+    """And so does one that is resumed after it, in fp32 at once."""
+    from engine import losses, provider
+
+    write, minimise, evaluations, begun = losses.Objective.write, Stylizer._minimise, itertools.count(), []
+
+    def breaks(self, *arguments):
+        broken = self.network.spec.precision == "fp16" and next(evaluations) >= 3
+        return write(self, *arguments) * (float("nan") if broken else 1)
+
+    def noted(self, content, goal, precision, start, left, *others):
+        begun.append((precision, left, image.to_pil(start).tobytes()))
+        return minimise(self, content, goal, precision, start, left, *others)
+
+    monkeypatch.setattr(losses.Objective, "write", breaks)
+    monkeypatch.setattr(Stylizer, "_minimise", noted)
+    monkeypatch.setattr(provider, "resolve", lambda device, precision: ("onnxruntime", "fp16"))
+    pair, config = (pictures["content"], pictures["style"]), replace(TINY, iterations=7)
+    found, saved = [], b""
+    for step in Stylizer(weights="embedded", precision="auto").steps(*pair, config):
+        found.append((step.iteration, step.precision, step.loss, step.image.tobytes()))
+        saved = step.checkpoint() if step.iteration == 5 else saved
+    assert [each[:2] for each in found] == [(i, "fp16" if i < 4 else "fp32") for i in range(1, 8)]
+    assert [each[:2] for each in begun] == [("fp16", 7), ("fp32", 4)]
+    assert begun[1][2] == found[2][3]
+    resumed = Stylizer(weights="embedded", precision="auto").steps(*pair, config, resume=saved)
+    assert [(each.iteration, each.precision, each.loss, each.image.tobytes()) for each in resumed] == found[5:]
+    with pytest.raises(ValueError, match="another precision"):
+        Stylizer(weights="embedded", precision="fp16").steps(*pair, config, resume=saved)
+
+
 def test_a_score_that_fp16_cannot_hold_is_taken_in_fp32(pictures, monkeypatch):
     from engine import losses, provider
 
@@ -554,6 +586,41 @@ def test_networks_and_targets_are_kept_up_to_the_limit(pictures, monkeypatch):
     monkeypatch.setenv("STYLIZE_CACHE_BYTES", "much")
     with pytest.raises(ValueError, match="STYLIZE_CACHE_BYTES"):
         Stylizer(weights="embedded", device="cpu")
+
+
+def test_what_is_kept_serves_nothing_that_differs(pictures, monkeypatch):
+    own = Stylizer(weights="embedded", device="onnxruntime")
+    monkeypatch.setattr(own._cache, "get", lambda key, *_: key)
+    usual = {"config": Config(), "precision": "fp16"}
+    of_network = {"size": (48, 32), "layers": ("relu1_1",), **usual}
+    of_style = {"style": image.load(pictures["style"]), "side": 48, "mask": None, **usual}
+    shared = [{}, {"precision": "fp32"}]
+    shared += [
+        {"config": Config(**each)} for each in ({"pooling": "max"}, {"pixel_range": "0-255"}, {"padding": "reflect"})
+    ]
+    networks = [*shared, {"size": (32, 48)}, {"layers": ("relu1_2",)}, {"config": Config(tile=True)}]
+    assert len({own._features(**(of_network | each)) for each in networks}) == len(networks)
+    mask, other = np.ones((44, 36), np.float32), image.load(pictures["style"][::-1])
+    styles = [*shared, {"style": other}, {"side": 49}, {"mask": mask}, {"mask": mask / 2}]
+    options = {"style_loss": "shifted"}, {"style_scale": 2}, {"style_layers": ("relu1_1",)}
+    styles += [{"config": Config(**each)} for each in options]
+    assert len({own._statistics(**(of_style | each)) for each in styles}) == len(styles)
+    same = {"config": Config(seed=1, tile=True, content_layers=("relu3_1",))}
+    assert own._statistics(**(of_style | same)) == own._statistics(**of_style)
+
+
+def test_a_network_that_is_not_kept_is_gone_at_the_end_of_its_scale(pictures, monkeypatch):
+    once = Stylizer(weights="embedded", device="onnxruntime", keep_networks=False)
+    opened, open_one = weakref.WeakSet(), once._open_features
+
+    def noted(*given, **more):
+        opened.add(network := open_one(*given, **more))
+        return network
+
+    monkeypatch.setattr(once, "_open_features", noted)
+    config = Config(size=96, iterations=(2, 2), scales=2)
+    assert [len(opened) for _ in once.steps(pictures["content"], noise(40, 40, 0), config)] == [1] * 4
+    assert len(once._cache) == 2  # statistics of the style
 
 
 def test_weights_that_change_under_a_stylizer_are_refused(pictures, states, tmp_path):

@@ -35,16 +35,13 @@ def test_embedded_keeps_activations_of_order_one():
 
 
 def test_embedded_file_is_the_one_that_was_learned():
-    """Its hash, its size, its recipe; and that reading it is fast."""
+    """Its hash, its size, its recipe."""
     content = embedded.FILE.read_bytes()
     assert len(content) <= 8 * 2**20
     assert hashlib.sha256(content).hexdigest() == "06cd2b4a3ddd31620038217a261ae3c8be4e8c279099e2c162c0b494b9c0d3ab"
     with safe_open(embedded.FILE, framework="pt") as file:
         recipe = json.loads(file.metadata()["recipe"])
     assert {"seed", "data", "versions", "method"} <= set(recipe)
-    start = time.process_time()
-    embedded.load_embedded(vgg.CONVS)
-    assert time.process_time() - start < 1.5  # of processor time, on any number of cores
 
 
 def test_a_shallow_cut_is_the_head_of_a_deep_one():

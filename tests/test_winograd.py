@@ -1,8 +1,11 @@
 """The CPU's program of Winograd convolutions against float64."""
 
+import contextlib
+import os
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numba
@@ -365,12 +368,36 @@ def test_an_interrupted_program_leaves_no_thread_at_work(monkeypatch):
 
 
 def test_no_thread_works_on_after_a_call(pictures):
-    stylizer = Stylizer(weights="embedded", device="cpu")
+    stylizer = Stylizer(weights="embedded", device="cpu", threads=2)
     stylizer(pictures["content"], pictures["style"], Config(size=64, iterations=3, scales=1))
     time.sleep(0.2)
-    before = time.process_time()
-    time.sleep(1)
-    assert time.process_time() - before < 0.1
+
+    def worked():
+        """Seconds of processor time of our threads."""
+        ours = [each.native_id for each in threading.enumerate() if each.name.startswith("stylize")]
+        assert ours
+        stats = [Path(f"/proc/self/task/{each}/stat").read_text().rsplit(")", 1)[1].split() for each in ours]
+        return sum(int(each[11]) + int(each[12]) for each in stats) / os.sysconf("SC_CLK_TCK")
+
+    before = worked()
+    time.sleep(0.5)
+    assert worked() - before < 0.05
+
+
+def test_openmp_has_one_thread_while_the_program_runs(monkeypatch, stylizer, pictures):
+    """Its own would wait for each other beside those of the program."""
+    limits = []
+
+    class Controller:
+        @contextlib.contextmanager
+        def limit(self, **given):
+            limits.append(given)
+            yield
+            limits.append("over")
+
+    monkeypatch.setattr(winograd, "_openmp", Controller)
+    stylizer(pictures["content"], pictures["style"], Config(size=48, iterations=1, scales=1))
+    assert limits[:2] == [{"limits": 1, "user_api": "openmp"}, "over"]
 
 
 def test_a_stylizer_that_is_let_go_ends_its_threads(pictures):
@@ -378,13 +405,13 @@ def test_a_stylizer_that_is_let_go_ends_its_threads(pictures):
 
     gc.collect()  # those of other tests
     time.sleep(0.2)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     stylizer = Stylizer(weights="embedded", device="cpu", threads=3)
     stylizer(pictures["content"], pictures["style"], Config(size=48, iterations=1, scales=1))
-    assert threading.active_count() > before
+    assert set(threading.enumerate()) - before
     del stylizer
     gc.collect()
     deadline = time.monotonic() + 10  # on a busy machine
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
