@@ -6,7 +6,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from engine import BackendError, provider
+from engine import provider
+from engine.export.ort import MissingError
 
 from . import cases, machine
 
@@ -18,7 +19,7 @@ def test_iteration(benchmark: BenchmarkFixture, problem: cases.Problem, name: st
     if name in cases.ENGINES:
         try:
             provider.check(cases.ENGINES[name][0])
-        except BackendError as error:
+        except MissingError as error:
             pytest.skip(str(error))
     error = cases.strict_error(name, problem)
     assert error <= (cases.STRICT if cases.exact(name) else 0.5)

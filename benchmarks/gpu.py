@@ -44,7 +44,7 @@ LIMITS = {  # seconds for each section, in order of value
     "runs": 90,
     "iteration-512": 60,
     "equal-512": 60,
-    "forecast": 60,
+    "forecast": 90,
     "pictures": 60,
     "kernel-times": 60,
     "our-part": 60,
@@ -79,11 +79,11 @@ class Rows:
     @contextlib.contextmanager
     def attempt(self, name: str) -> Iterator[None]:
         """What goes wrong inside fails the row of this name, and the section goes on; what is missing is skipped."""
-        from engine import BackendError
+        from engine.export.ort import MissingError
 
         try:
             yield
-        except BackendError as error:
+        except MissingError as error:
             self.skip(name, str(error))
         except Exception as error:  # of torch, CuPy, ONNX Runtime or TensorRT
             self.add(name, False, failed=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")

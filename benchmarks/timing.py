@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from engine import BackendError
 from engine import image as images
+from engine.export.ort import MissingError
 from engine.kernels.lbfgs import GPU_HISTORY, pairs
 
 from . import cases, machine
@@ -64,7 +64,7 @@ def start(
                 after = (torch.cuda.max_memory_allocated() / 2**20, _memory_in_use(problem.device)[1])
                 row["memory_mib"] = max(now - then for now, then in zip(after, before, strict=True))
         except Exception as error:  # torch.compile has too many ways to fail
-            if name in required and not isinstance(error, BackendError):
+            if name in required and not isinstance(error, MissingError):
                 raise
             row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue

@@ -65,6 +65,8 @@ def forecast(
         style_phase, run_phase = _style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)
         if stylizer.keeps_networks:  # those of the scales before
             style_phase["other networks"] = sum(kept)
+            shared = {name: run_phase[name] for name in ("network", "weights", "libraries")}
+            phases.append({**shared, "other networks": sum(kept)})  # it is opened before others make room for it
             own = run_phase["network"] + run_phase["libraries"]
             if own <= limit:
                 kept.append(own)
@@ -123,7 +125,8 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
     total += 3 * 4 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)  # G, A and their difference
     if views and styles:  # each region has a view of the features and its cotangent, made by way of others
         total += 2 * regions * sum(features[name] for name in styles)
-        total += (2 if goal.masks else 1) * max(features[name] for name in styles)
+        wide = 4 if config.style_loss == "wasserstein" else element  # the slope of a mean is fp32
+        total += (2 if goal.masks else 1) * wide // element * max(features[name] for name in styles)
     if gpu:
         from . import fused
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import choice
-from .export.ort import INSTALL, BackendError, onnxruntime
+from .export.ort import INSTALL, BackendError, MissingError, onnxruntime
 from .export.weights import cache_folder
 
 log = logging.getLogger(__name__)
@@ -79,41 +79,41 @@ def _works(device: str) -> bool:
 
 
 def check(device: str) -> None:
-    """Raise BackendError, naming the missing library and the install line, unless `device` can run here."""
+    """Raise MissingError, naming the missing library and the install line, unless `device` can run here."""
     if device == "cpu":
         return
     extra = _EXTRA[device]
     line = INSTALL.format(extra=extra)
     if device == "cudnn":
         if importlib.util.find_spec("cudnn") is None:
-            raise BackendError(f"device cudnn: nvidia-cudnn-frontend is missing: {line}")
+            raise MissingError(f"device cudnn: nvidia-cudnn-frontend is missing: {line}")
     else:
         ort = onnxruntime(extra)
         if device == "onnxruntime":
             return
         if PROVIDERS[device] not in ort.get_available_providers():
-            raise BackendError(
+            raise MissingError(
                 f"device {device}: onnxruntime-gpu is missing, the CPU wheel onnxruntime is installed: "
                 f"pip uninstall -y onnxruntime && {line}"
             )
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise BackendError(f"device {device}: the NVIDIA driver (libcuda.so.1) is missing; then {line}") from error
+        raise MissingError(f"device {device}: the NVIDIA driver (libcuda.so.1) is missing; then {line}") from error
     for package, module in (("cupy", "cupy"), ("cuda-bindings", "cuda")):
         if importlib.util.find_spec(module) is None:
-            raise BackendError(f"device {device}: {package} is missing: {line}")
+            raise MissingError(f"device {device}: {package} is missing: {line}")
     import torch  # before preload_dlls: it brings most of the CUDA libraries
 
     if not torch.cuda.is_available():
-        raise BackendError(f"device {device}: torch {torch.__version__} finds no CUDA device")
+        raise MissingError(f"device {device}: torch {torch.__version__} finds no CUDA device")
     if device == "cudnn":
         try:
             import cudnn
 
             cudnn.backend_version()
         except Exception as error:  # its import fails in many ways
-            raise BackendError(f"device cudnn: nvidia-cudnn-frontend does not load ({error}): {line}") from error
+            raise MissingError(f"device cudnn: nvidia-cudnn-frontend does not load ({error}): {line}") from error
     else:
         ort.preload_dlls()
     if device == "tensorrt":
@@ -122,20 +122,20 @@ def check(device: str) -> None:
         try:
             ctypes.CDLL(library)
         except OSError as error:
-            raise BackendError(f"device {device}: {library} is missing: {line}") from error
+            raise MissingError(f"device {device}: {library} is missing: {line}") from error
 
 
 def _preload_tensorrt(line: str) -> None:
     """Load the libraries of the tensorrt wheel, which are on no search path."""
     found = importlib.util.find_spec("tensorrt_libs")
     if found is None or not found.submodule_search_locations:
-        raise BackendError(f"device tensorrt: tensorrt_libs (libnvinfer.so.10) is missing: {line}")
+        raise MissingError(f"device tensorrt: tensorrt_libs (libnvinfer.so.10) is missing: {line}")
     folder = found.submodule_search_locations[0]
     for library in ("libnvinfer.so.10", "libnvonnxparser.so.10"):
         try:
             ctypes.CDLL(f"{folder}/{library}", mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise BackendError(f"device tensorrt: {library} does not load ({error}): {line}") from error
+            raise MissingError(f"device tensorrt: {library} does not load ({error}): {line}") from error
 
 
 def attempts(device: str, precision: str, stream: int, model: bytes, captured: bool = True) -> Iterator[dict[str, Any]]:

@@ -20,16 +20,20 @@ class BackendError(RuntimeError):
     """A device, provider or library that was asked for is not what is running."""
 
 
+class MissingError(BackendError):
+    """What a device needs is not there, or not as it should be."""
+
+
 def onnxruntime(extra: str = "cpu") -> ModuleType:
     """Import and return onnxruntime.
 
-    Raises BackendError with the exact install line of `extra` (`cpu`, `gpu` or `tensorrt`) if the wheel is missing,
+    Raises MissingError with the exact install line of `extra` (`cpu`, `gpu` or `tensorrt`) if the wheel is missing,
     doubled or broken.
     """
     line = INSTALL.format(extra=extra)
-    wheels = [wheel for wheel in ("onnxruntime", "onnxruntime-gpu") if _installed(wheel)]
-    if len(wheels) == 2:
-        raise BackendError(
+    wheels = {wheel: folder for wheel in ("onnxruntime", "onnxruntime-gpu") if (folder := _folder(wheel))}
+    if len(wheels) > len({*wheels.values()}):
+        raise MissingError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one: "
             f"pip uninstall -y onnxruntime onnxruntime-gpu && {line}"
         )
@@ -37,8 +41,10 @@ def onnxruntime(extra: str = "cpu") -> ModuleType:
         import onnxruntime
     except ImportError as error:
         if not wheels:
-            raise BackendError(f"ONNX Runtime is not installed: {line}") from error
-        raise BackendError(f"{wheels[0]} is installed but does not load ({error}): {line} --force-reinstall") from error
+            raise MissingError(f"ONNX Runtime is not installed: {line}") from error
+        raise MissingError(
+            f"{next(iter(wheels))} is installed but does not load ({error}): {line} --force-reinstall"
+        ) from error
     return onnxruntime
 
 
@@ -57,9 +63,9 @@ def options(arrays: Mapping[str, NDArray[Any]]) -> Any:
     return found
 
 
-def _installed(wheel: str) -> bool:
+def _folder(wheel: str) -> str | None:
+    """Where a wheel has its package, None if it is not installed; of two folders the first on the path counts."""
     try:
-        metadata.distribution(wheel)
+        return str(metadata.distribution(wheel).locate_file("onnxruntime"))
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

@@ -97,6 +97,34 @@ def test_on_a_gpu_it_is_what_was_measured_there(on_a_gpu, monkeypatch):
     assert forecast(stylizer, *pair, Config(size=512, scales=1)).total > 1.5 * single.total
 
 
+def test_a_network_is_opened_before_others_make_room_for_it(on_a_gpu, monkeypatch):
+    """Small styles take little: what counts is the moment before the older networks go."""
+    content, style = np.zeros((512, 512, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)
+
+    def told(size, scales=1):
+        return forecast(on_a_gpu, content, style, Config(size=size, scales=scales, style_size=64))
+
+    alone = [told(size) for size in (256, 362, 512)]
+    networks = [each.parts["network"] + each.parts["libraries"] for each in alone]
+    monkeypatch.setattr(on_a_gpu._cache, "limit", networks[-1])  # which is more than the other two
+    expected = sum(networks) + alone[-1].parts["weights"]
+    assert expected > alone[-1].total
+    assert told(512, 3).total == expected
+
+
+def test_a_slope_takes_more_than_features_of_16_bits(on_a_gpu):
+    pair = [np.zeros((256, 256, 3), np.uint8)] * 2
+    mask = np.ones((256, 256), np.float32)
+    first = 64 * 256 * 256
+    for masks, bytes_more in ((None, 2), ([mask], 4)):
+        shifted, wasserstein = (
+            forecast(on_a_gpu, *pair, Config(size=256, scales=1, style_loss=kind), masks=masks).parts["targets"]
+            for kind in ("shifted", "wasserstein")
+        )
+        roots = 16 * sum(count**2 for count in (64, 128, 256, 512, 512))
+        assert wasserstein - shifted == bytes_more * first + roots
+
+
 def test_other_devices_are_refused(stylizer, monkeypatch, pictures):
     monkeypatch.setattr(stylizer, "device", "cuda")
     with pytest.raises(ValueError, match="device cuda: memory is forecast for cpu and cudnn only"):

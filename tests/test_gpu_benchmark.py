@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import baseline, cases, controls, gpu, gpu_kernels, gpu_options, gpu_sections
-from engine import Config
+from engine import BackendError, Config
 
 ROOT = gpu.machine.ROOT
 CHECKS = ("environment", "kernels", "providers", "loop", "options", "going-on", "runs", "forecast", "pictures")
@@ -129,8 +129,11 @@ def test_what_breaks_fails_its_row_and_the_section_goes_on(rows, monkeypatch):
     assert not any(row["passed"] for row in layers)
     assert all(row["passed"] for row in others)
     with rows.attempt("engine"):
-        raise gpu_sections.provider.BackendError("device cuda: cupy is missing")
+        raise gpu_sections.MissingError("device cuda: cupy is missing")
     assert rows.rows[-1]["skipped"] == "device cuda: cupy is missing"
+    with rows.attempt("engine"):
+        raise BackendError("device cudnn: none of the plans runs here")  # it is there, and broken
+    assert rows.rows[-1]["passed"] is False
 
 
 def test_kernels_agree_with_float64(rows):
@@ -276,7 +279,7 @@ def test_memory_is_compared_with_its_forecast(rows, stylizer, monkeypatch):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda times=times: 2**20 + told / times)
         gpu_sections.forecast(rows, "cpu", "engine-cpu", (48,), 1)
     assert [row["passed"] for row in rows.rows[::2]] == [True, True, False, False]
-    assert [row["name"] for row in rows.rows[:2]] == ["engine-cpu 48", "engine-cpu 48, networks let go"]
+    assert [row["name"] for row in rows.rows[:2]] == ["engine-cpu 48, networks let go", "engine-cpu 48"]
     assert rows.rows[0]["forecast_mib"] == told / 2**20
 
 

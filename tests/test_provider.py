@@ -12,7 +12,7 @@ from engine.export import ort
 
 
 def wheels(monkeypatch, *installed):
-    monkeypatch.setattr(ort, "_installed", lambda wheel: wheel in installed)
+    monkeypatch.setattr(ort, "_folder", lambda wheel: "site-packages" if wheel in installed else None)
 
 
 def test_a_missing_runtime_names_the_install_line(monkeypatch):
@@ -46,7 +46,13 @@ def test_a_broken_wheel_is_told_apart(monkeypatch):
 def test_the_wheels_of_this_machine():
     names = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     for wheel in ("onnxruntime", "onnxruntime-gpu"):
-        assert ort._installed(wheel) == (wheel in names)
+        assert bool(ort._folder(wheel)) == (wheel in names)
+
+
+def test_wheels_in_folders_of_their_own_do_not_overwrite_each_other(monkeypatch):
+    """The first on the path is the one that is imported."""
+    monkeypatch.setattr(ort, "_folder", lambda wheel: f"{wheel}/site-packages")
+    assert ort.onnxruntime() is sys.modules["onnxruntime"]
 
 
 @pytest.mark.parametrize("device", provider.GPUS)
