@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import multiprocessing
+import signal
 import sys
 import time
 import uuid
@@ -20,8 +21,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from . import jobs
 from .config import Config
-from .jobs import SUFFIXES, Job, brief, combine
+from .jobs import Job, brief, fail
 
 log = logging.getLogger(__name__)
 
@@ -61,21 +63,24 @@ class Painter:
         Where this worker can paint none the answer is an exception: ValueError if there is something wrong with what it
         was given, and so with every other worker.
         """
-        from . import manifest, painting
+        from . import manifest, painting, provider
 
         if self._failed:
             return self._failed
         try:
             start, losses = time.perf_counter(), []
+            files = manifest.named_files(self._config, None, None)
             job = replace(task, content=_load(task.content), styles=tuple(map(_load, task.styles)))
             for step in painting.begin(self._stylizer, job, self._config):
                 losses.append((step.iteration, step.loss))
             seconds = time.perf_counter() - start
-            record = painting.describe(self._stylizer, self._config, job, losses, seconds, step)
+            record = painting.describe(self._stylizer, self._config, job, files, losses, seconds, step)
             stream = io.BytesIO()
             step.image.save(stream, "PNG", **manifest.embed("PNG", record))
             _write(task.out, stream.getvalue())
         except Exception as error:  # one picture's failure is recorded, the others go on
+            if not isinstance(error, ValueError | TypeError | OSError) and not provider.works(self._stylizer.device):
+                raise  # and this worker ends: it would fail all that follows
             return brief(error)
         return ""
 
@@ -122,6 +127,7 @@ class Processes:
 
 
 def _serve(connection: Connection, *make: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver ends its workers
     painter = Painter(*make)
     while True:
         try:
@@ -216,7 +222,8 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
 def plan(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """All pictures: each content (a file, a folder or an fsspec URL of either) in each style. Raises ValueError."""
     found = [[each for source in sources for each in _pictures(source)] for sources in (contents, styles)]
-    return combine(found[0], found[1], f"{out.rstrip('/')}/{{content}}--{{style}}.png")
+    once = [list(dict.fromkeys(each)) for each in found]
+    return jobs.plan(once[0], once[1], f"{out.rstrip('/')}/{{content}}--{{style}}.png", {*contents, *styles})
 
 
 def _files(url: str) -> tuple[Any, str]:
@@ -232,7 +239,7 @@ def _pictures(source: str) -> list[str]:
         raise ValueError(f"{source} does not exist")
     if not files.isdir(path):
         return [source]
-    found = sorted(each for each in files.ls(path, detail=False) if each.lower().endswith(SUFFIXES))
+    found = sorted(each for each in files.ls(path, detail=False) if jobs.is_picture(each.rpartition("/")[2]))
     if not found:
         raise ValueError(f"{source} holds no picture")
     folder = source.rstrip("/")  # a URL as it was given: what comes from the server lacks its name and the login
@@ -270,6 +277,14 @@ def _write(url: str, data: bytes) -> None:
             files.rm_file(half)
 
 
+def _check_writable(folder: str) -> None:
+    """Raise OSError if no file can be written in a folder, which is made; leaves no file behind."""
+    probe = f"{folder}/.stylize-{uuid.uuid4().hex}"
+    _write(probe, b"")
+    files, path = _files(probe)
+    files.rm_file(path)
+
+
 def _there(url: str) -> bool:
     files, path = _files(url)
     return bool(files.exists(path))
@@ -296,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 all are painted, 1 some failed (the summary names them), 2 the user's mistake."""
+    """Run the command line: 0 all are painted, 1 some failed (the summary has them), 2 a mistake, 130 interrupted."""
     given = _parser().parse_args(arguments)
     start = time.perf_counter()
     try:
@@ -307,16 +322,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = Config(**json.loads(given.options))
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
+        if missing:
+            _check_writable(given.out.rstrip("/"))
         sharing = 1 if given.ray else min(given.workers, len(missing))  # an actor has processors of its own
         make = given.weights, given.device, config, given.threads, sharing
         pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)
     except ImportError as error:
-        return _fail(2, f"{error.name} is missing: pip install 'gatys-engine[ray]'" if error.name else brief(error))
+        line = f"{error.name} is missing: pip install 'gatys-engine[ray]'"
+        return fail(_NAME, 2, line if error.name else brief(error))
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        return _fail(2, brief(error))
+        return fail(_NAME, 2, brief(error))
     from tqdm import tqdm
 
-    painted, failed, mistake = 0, {}, ""
+    painted, failed, status, message = 0, {}, 0, ""
     answers = drive(pool, missing, given.workers)
     try:
         for task, reason in tqdm(answers, total=len(missing), disable=None, file=sys.stderr):
@@ -325,7 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 painted += 1
     except (ValueError, StartError) as error:
-        mistake = str(error)
+        status, message = 2, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; the same command paints the rest"
     summary = {
         "painted": painted,
         "there_already": len(tasks) - len(missing),
@@ -333,14 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(summary, indent=1))  # noqa: T201
-    if mistake:
-        return _fail(2, mistake)
-    return 1 if failed else 0
-
-
-def _fail(status: int, message: str) -> int:
-    print(f"{_NAME}: {message}", file=sys.stderr)  # noqa: T201
-    return status
+    return fail(_NAME, status, message) if status else int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import image
+from . import image, manifest
 from .config import Config
 from .jobs import Job, brief, check_apart
-from .painting import loaded, paint
+from .painting import is_frame, loaded, paint
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,20 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
         log.info("%d of %d pictures are there already", len(jobs) - len(todo), len(jobs))
     if not todo:
         return 0, ""
-    sources = {each for job in jobs for each in (job.content, *job.styles)}
+    sources = {each for job in jobs for each in (job.content, *job.styles)} | _start(config)
     check_apart([("a picture to write", job.out) for job in todo], [("one to read", each) for each in sources])
+    if given.save_every:
+        outs = {Path(job.out).resolve() for job in todo}
+        for each in (*sources, *(job.out for job in jobs)):
+            if is_frame(each, outs, given.save_every):
+                raise ValueError(f"{each} has the name of a frame of --save-every: give -o another folder or pattern")
     for job in todo:
         image.output_format(job.out)  # before a folder is made
     for folder in {Path(job.out).parent for job in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     for job in todo:
-        image.check_output(job.out, given.overwrite)
+        for path in image.written(job.out):
+            image.check_writable(path, given.overwrite or (path != job.out and _is_manifest(path)))
     threads = None if given.jobs == 1 else max(1, torch.get_num_threads() // given.jobs)
     stylizer = Stylizer(given.weights, given.device, given.precision, threads)
     start, stop = time.perf_counter(), threading.Event()
@@ -75,3 +81,17 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     if failures:
         return 1, f"{len(failures)} of {len(todo)} pictures failed:\n  " + "\n  ".join(failures)
     return 0, ""
+
+
+def _start(config: Config) -> set[str]:
+    """The picture that all runs start from, if there is one."""
+    return set() if config.init in ("content", "noise", "style") else {config.init}
+
+
+def _is_manifest(path: str) -> bool:
+    """Whether a file is the manifest of a picture, which may be gone."""
+    try:
+        manifest.parse(Path(path).read_bytes(), path)
+    except (OSError, ValueError):
+        return False
+    return True

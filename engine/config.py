@@ -18,6 +18,8 @@ TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
+DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -137,8 +139,8 @@ class Config:
             raise TypeError(f"style_blend has to be a tuple of numbers, not {self.style_blend!r}")
         for weight in self.style_blend:
             _weight("style_blend", weight)
-        if self.style_blend and not sum(self.style_blend) > 0:
-            raise ValueError("style_blend: give one weight at least that is not zero")
+        if self.style_blend:
+            _shared("style_blend", self.style_blend)
         object.__setattr__(self, "style_blend", tuple(float(weight) for weight in self.style_blend))
         _whole("seed", self.seed, 0, 2**63 - 1)
         if isinstance(self.iterations, list):
@@ -153,8 +155,7 @@ class Config:
             _weight(name, getattr(self, name))
         for name in ("content_layers", "style_layers"):
             object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
-        if not sum(weight for _, weight in self.style_layers) > 0:
-            raise ValueError("style_layers: give one weight at least that is not zero")
+        _shared("style_layers", [weight for _, weight in self.style_layers])
         choice("content_loss", self.content_loss, ("mean", "sum"))
         choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
         choice("tv_form", self.tv_form, TV_FORMS)
@@ -255,6 +256,15 @@ class Config:
 def options() -> Iterable[Field[Any]]:
     """The fields of `Config`, for building a command line."""
     return fields(Config)
+
+
+def _shared(name: str, weights: Iterable[float]) -> None:
+    """Raise ValueError for weights that cannot be divided by their sum."""
+    total = sum(weights)
+    if not total > 0:
+        raise ValueError(f"{name}: give one weight at least that is not zero")
+    if not math.isfinite(total):
+        raise ValueError(f"{name}: the sum of the weights is beyond all numbers, give smaller ones")
 
 
 def _weight(name: str, weight: object) -> None:

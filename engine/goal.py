@@ -62,8 +62,8 @@ class Goal:
     def digests(self) -> dict[str, Any]:
         """sha256 of each picture, target and mask, by what it is for; None for what there is not."""
         return {
-            "content": None if self.content is None else images.digest(self.content),
-            "style": [each.digest() if isinstance(each, Targets) else images.digest(each) for each in self.styles],
+            "content": None if self.content is None else self.content.digest,
+            "style": [each.digest for each in self.styles],
             "mask": [[_digest(plane) for plane in pair] for pair in self.masks],
             "freeze": _digest(self.freeze),
         }

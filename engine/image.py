@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -65,6 +66,15 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.rgb.shape[1], self.rgb.shape[0]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the decoded picture: its size, and its values as float32."""
+        state = hashlib.sha256(repr((self.size, self.alpha is None)).encode())
+        for plane in (self.rgb, self.alpha):
+            if plane is not None:
+                state.update(np.ascontiguousarray(plane).data)
+        return state.hexdigest()
 
     @property
     def aspect(self) -> float:
@@ -241,15 +251,6 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         except (ImageCms.PyCMSError, OSError) as error:
             log.warning("ICC profile left out of account: %s", error)
     return image.convert("RGB")
-
-
-def digest(picture: Picture) -> str:
-    """sha256 of the decoded picture: its size, and its values as float32."""
-    state = hashlib.sha256(repr((picture.size, picture.alpha is None)).encode())
-    for plane in (picture.rgb, picture.alpha):
-        if plane is not None:
-            state.update(np.ascontiguousarray(plane).tobytes())
-    return state.hexdigest()
 
 
 def resize(picture: Picture, size: tuple[int, int], wrap: bool = False) -> Picture:

@@ -5,10 +5,11 @@ Standard library only.
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ SUFFIXES = (  # what is taken from a folder: all that can be read
     ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs",
 )  # fmt: skip
 BREAKS = (ArithmeticError, MemoryError, OSError, RuntimeError)  # what may end a run that had begun well
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of a folder is taken: not if it is hidden, as what macOS leaves beside pictures."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,27 @@ class Job:
 def product(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """A job for each content with each style, in a fixed order.
 
-    Contents and styles are files, folders (the pictures in them) and glob patterns. `out` is a file name that holds
-    `{content}` or `{style}`, which stand for the names without suffix, or a folder, for `{content}--{style}.png` in it.
+    Contents and styles are files, folders (the pictures in them) and glob patterns; results of these jobs that lie
+    among them are not, unless they are named. `out` is a file name that holds `{content}` or `{style}`, which stand for
+    the names without suffix, or a folder, for `{content}--{style}.png` in it.
 
     Raises ValueError if a pattern finds nothing or two jobs would write one file, FileNotFoundError for a missing file.
     """
-    return combine(_files(contents), _files(styles), out)
+    return plan(_files(contents), _files(styles), out, {*contents, *styles})
+
+
+def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collection[str]) -> list[Job]:
+    """The jobs of `combine` but for sources that are results of its jobs, so that a second run makes nothing of them.
+
+    Those that the user has `named` are sources all the same.
+    """
+    made = {_place(job.out) for job in combine(contents, styles, out)}
+    sources = [[each for each in found if each in named or _place(each) not in made] for found in (contents, styles)]
+    return combine(sources[0], sources[1], out)
+
+
+def _place(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())
 
 
 def combine(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
@@ -93,6 +114,21 @@ def brief(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def wrong_file(error: BaseException) -> bool:
+    """Whether an error says that a file was named which is not there, or not to be read or written."""
+    known = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return isinstance(error, known) or (
+        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG)
+    )
+
+
+def fail(program: str, status: int, message: str) -> int:
+    """Say on stderr, if it is open, why a program ends, and return its exit status."""
+    if sys.stderr is not None:  # print would take stdout
+        print(f"{program}: {message}", file=sys.stderr)  # noqa: T201
+    return status
+
+
 def same_file(one: str, other: str) -> bool:
     """Whether two paths lead to one file, which need not be there."""
     return Path(one).resolve() == Path(other).resolve()
@@ -113,7 +149,7 @@ def _files(sources: Sequence[str]) -> list[str]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            names = [str(each) for each in sorted(path.iterdir()) if each.suffix.lower() in SUFFIXES and each.is_file()]
+            names = [str(each) for each in sorted(path.iterdir()) if is_picture(each.name) and each.is_file()]
         elif path.exists() or not glob.has_magic(source):
             path.stat()  # raises FileNotFoundError with the name
             names = [source]

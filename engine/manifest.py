@@ -41,12 +41,24 @@ _SHAPE = {  # of a manifest that can be replayed: types, keys of objects, [shape
 _LIBRARIES = ("gatys-engine", "torch", "numpy", "numba", "pillow")
 
 
+def named_files(config: Config, masks: list[str | tuple[str, str]] | None, freeze: str | None) -> dict[str, Any]:
+    """What a manifest says of the files that a run reads besides its pictures, as they are now: when it begins.
+
+    `masks` and `freeze` are as in a call, of file names.
+    """
+    files: dict[str, str] = {}
+    return {
+        "options": asdict(config) | {"init": _portable(config.init, files, _STARTS)},
+        "masks": _portable(masks, files, _ALPHA),
+        "freeze": _portable(freeze, files, _ALPHA),
+        "files": files,
+    }
+
+
 def describe(
-    config: Config,
+    files: Mapping[str, Any],
     content: tuple[str | None, str] | None,
     styles: Sequence[tuple[str | None, str]],
-    masks: list[str | tuple[str, str]] | None,
-    freeze: str | None,
     engine: Mapping[str, str],
     losses: Sequence[tuple[int, float]],
     seconds: float,
@@ -54,20 +66,16 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a run.
 
-    `content` (None without) and `styles` are (name, sha256 of the decoded picture), `masks` and `freeze` as in a call,
-    of file names, `engine` the device, precision, weights and their sha256, `losses` (iteration, loss), of which at
+    `files` is what `named_files` found, `content` (None without) and `styles` are (name, sha256 of the
+    decoded picture), `engine` the device, precision, weights and their sha256, `losses` (iteration, loss), of which at
     most some 500 are kept, `total` the iterations of the run.
     """
-    files: dict[str, str] = {}
     done = losses[-1][0] if losses else 0
     return {
         "format": _FORMAT,
-        "options": asdict(config) | {"init": _portable(config.init, files, _STARTS)},
-        "files": files,
+        **files,
         "content": content and {"name": content[0], "sha256": content[1]},
         "styles": [{"name": name, "sha256": digest} for name, digest in styles],
-        "masks": _portable(masks, files, _ALPHA),
-        "freeze": _portable(freeze, files, _ALPHA),
         "engine": dict(engine),
         "versions": versions(),
         "iterations": {"done": done, "total": total},

@@ -139,6 +139,7 @@ def minimise(
             state.steps, state.moments = runner.steps, tuple(runner.moments)
         bests = saved["queued.best"].to(image.device)[:iterations]
         queued.extend(Iterate(best, _Late(each)) for best, each in zip(bests, known, strict=True))
+        saved = None  # a history as long as our own
 
     def save() -> dict[str, Tensor]:
         bests = [each.best for each in queued]

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,11 +76,10 @@ def paint(
 
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
-    resume = Path(given.resume).read_bytes() if given.resume else None
-    run = Run(job, config)
+    run, files = Run(job, config), manifest.named_files(config, job.masks, job.freeze)
     start = saved = time.perf_counter()
     status, message = 0, ""
-    steps = begin(stylizer, job, config, resume)
+    steps = begin(stylizer, job, config, Path(given.resume).read_bytes() if given.resume else None)
     image.check_size(job.out, size(job, config))
     with _deferred(bool(given.checkpoint)) as asked:
         try:
@@ -109,7 +108,7 @@ def paint(
     if run.last is not None and not (status and whole_only):
         losses = [(row["iteration"], row["loss"]) for row in run.rows]
         seconds = time.perf_counter() - start
-        record = describe(stylizer, config, job, losses, seconds, run.last)
+        record = describe(stylizer, config, job, files, losses, seconds, run.last)
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
         if given.trace:
@@ -126,8 +125,8 @@ def _spared(path: str) -> Iterator[str]:
     """Warn where `path` cannot be written: the run, which does not need it, goes on."""
     try:
         yield path
-    except OSError as error:
-        log.warning("%s could not be written: %s", path, error.strerror or error)
+    except (OSError, MemoryError) as error:
+        log.warning("%s could not be written: %s", path, getattr(error, "strerror", None) or brief(error))
 
 
 @contextlib.contextmanager
@@ -177,6 +176,7 @@ def describe(
     stylizer: Stylizer,
     config: Config,
     job: Job,
+    files: Mapping[str, Any],
     losses: Sequence[tuple[int, float]],
     seconds: float,
     last: Step,
@@ -188,14 +188,14 @@ def describe(
         engine["began"] = stylizer.precision  # and fell back
     content, *styles = (named(source) for source in (job.content, *job.styles))
     used = [each for each in styles if each is not None]
-    return manifest.describe(config, content, used, job.masks, job.freeze, engine, losses, seconds, last.total)
+    return manifest.describe(files, content, used, engine, losses, seconds, last.total)
 
 
 def named(source: Any) -> tuple[str | None, str] | None:
     """(name of its file, sha256) of a picture or of style targets, which have no name; None for none."""
     if source is None:
         return None
-    return (source.name, image.digest(source)) if isinstance(source, image.Picture) else (None, source.digest())
+    return (source.name if isinstance(source, image.Picture) else None), source.digest
 
 
 def check_plot(path: str) -> None:
@@ -226,11 +226,19 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 def check_frames(out: str, every: int) -> None:
     """Raise ValueError if a numbered frame is there that `paint` would write with --save-every."""
-    path = Path(out)
-    for each in path.parent.iterdir():
-        number = each.stem.removeprefix(f"{path.stem}-")
-        if number.isdecimal() and int(number) % every == 0 and str(each) == _numbered(out, int(number)):
+    for each in Path(out).parent.iterdir():
+        if is_frame(str(each), {Path(out).resolve()}, every):
             raise ValueError(f"{each} exists already; pass --overwrite to replace it")
+
+
+def is_frame(path: str, outs: Collection[Path], every: int) -> bool:
+    """Whether a file would be a numbered frame of one of the pictures `outs`, absolute paths."""
+    place = Path(path).resolve()
+    stem, _, number = place.stem.rpartition("-")
+    if not number.isdecimal() or int(number) % every:
+        return False
+    picture = place.with_name(f"{stem}{place.suffix}")
+    return picture in outs and str(place) == _numbered(str(picture), int(number))
 
 
 def _numbered(out: str, iteration: int) -> str:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import choice
+from .config import DEVICES, PRECISIONS, choice
 from .export.ort import INSTALL, BackendError, MissingError, onnxruntime
 from .export.weights import cache_folder
 
@@ -28,14 +28,12 @@ PROVIDERS = {  # of ONNX Runtime; the device `cpu` is the program of `winograd`,
     "tensorrt": "TensorrtExecutionProvider",
 }
 GPUS = ("cudnn", "cuda", "tensorrt")
-DEVICES = ("auto", "cpu", "onnxruntime", *GPUS)
 _EXTRA = {"onnxruntime": "cpu", "cudnn": "cudnn", "cuda": "gpu", "tensorrt": "tensorrt"}
 _LIBRARIES = {
     "cudnn": ["libcudnn.so.9"],
     "cuda": ["libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudart.so.13", "libcudnn.so.9"],
 }
 _LIBRARIES["tensorrt"] = [*_LIBRARIES["cuda"], "libnvinfer.so.10"]
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 def resolve(device: str, precision: str) -> tuple[str, str]:
@@ -46,7 +44,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
     if device == "auto":
-        device = next(each for each in ("cudnn", "cuda", "cpu") if _works(each))
+        device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each))
         log.info("device: %s", device)
     else:
         check(device)
@@ -64,12 +62,22 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     return device, precision
 
 
+def works(device: str) -> bool:
+    """Whether the device takes work: some errors of CUDA stay with the process, and would fail all that follows."""
+    import torch
+
+    try:
+        return bool(torch.ones(1, device=place(device)).item())  # waits for the device
+    except Exception:
+        return False
+
+
 def place(device: str) -> str:
     """Where torch has the tensors of a device: the first GPU, whichever is current."""
     return "cuda:0" if device in GPUS else "cpu"
 
 
-def _works(device: str) -> bool:
+def _is_here(device: str) -> bool:
     try:
         check(device)
     except BackendError as error:

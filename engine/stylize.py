@@ -15,12 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import Config, choice, options
-from .jobs import BREAKS, Job, brief, check_apart, product, same_file, shard
+from .config import DEVICES, PRECISIONS, Config, choice, options
+from .jobs import BREAKS, Job, brief, check_apart, fail, product, same_file, shard, wrong_file
 from .presets import PRESETS
 
 _NAME = "engine.stylize"
-_WRONG_FILE = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,11 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    except (ValueError, TypeError, *_WRONG_FILE) as error:
-        return _fail(2, brief(error))
+        return fail(_NAME, 130, "interrupted")
+    except (ValueError, TypeError) as error:
+        return fail(_NAME, 2, brief(error))
     except BREAKS as error:  # BackendError is a RuntimeError
-        return _fail(1, brief(error))
+        return fail(_NAME, 2 if wrong_file(error) else 1, brief(error))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -151,8 +150,8 @@ def _run(given: argparse.Namespace) -> int:
     sources = _sources(given)
     from . import painting, provider
 
-    choice("device", given.device, provider.DEVICES)
-    choice("precision", given.precision, provider.PRECISIONS)
+    choice("device", given.device, DEVICES)
+    choice("precision", given.precision, PRECISIONS)
     if given.device != "auto":
         provider.check(given.device)
     verbose = not given.quiet and given.progress != "json"
@@ -164,7 +163,7 @@ def _run(given: argparse.Namespace) -> int:
 
         jobs = product(given.contents, given.style_list, given.out)
         status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
-        return _fail(status, message) if status else 0
+        return fail(_NAME, status, message) if status else 0
     if not given.forecast:
         _check_files(given, sources)
     if given.replay:
@@ -196,7 +195,7 @@ def _run(given: argparse.Namespace) -> int:
         status, message = sheet.make(stylizer, job, cells, len(grid[-1][1]), given)
     else:
         status, message = painting.paint(stylizer, job, config, given)
-    return _fail(status, message) if status else 0
+    return fail(_NAME, status, message) if status else 0
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -266,6 +265,10 @@ def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
         image.check_writable(path, given.overwrite or flag == "--checkpoint")
     if given.checkpoint and Path(given.checkpoint).exists() and not (resumed or given.overwrite):
         raise ValueError(f"{given.checkpoint} exists already: --resume goes on from it, --overwrite replaces it")
+    if given.save_every:
+        for each in [*_pictures(given, sources), *own.values()]:
+            if each != "-" and painting.is_frame(each, {Path(given.out).resolve()}, given.save_every):
+                raise ValueError(f"{each} has the name of a frame of --save-every: give OUT or the file another one")
     if given.save_every and not (given.overwrite or given.resume):
         painting.check_frames(given.out, given.save_every)
     if given.plot:
@@ -362,11 +365,6 @@ class _Once(logging.Filter):
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _fail(status: int, message: str) -> int:
-    print(f"{_NAME}: {message}", file=sys.stderr)  # noqa: T201
-    return status
 
 
 if __name__ == "__main__":

@@ -233,6 +233,7 @@ class Stylizer:
                 left = sum(counts[: index + 1]) - iteration
                 try:
                     for iterate in self._minimise(scaled, goal, precision, pixels, left, state, tensors):
+                        tensors = None
                         iteration += 1
                         pixels = iterate.best
                         stops = config.stop > 0 and stall(iterate.loss)
@@ -253,7 +254,7 @@ class Stylizer:
     def _identity(self, given: Goal, start: images.Picture | None) -> dict[str, Any]:
         """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
         config = given.config
-        options = asdict(config) | {"init": config.init if start is None else images.digest(start)}
+        options = asdict(config) | {"init": config.init if start is None else start.digest}
         own = {"weights": self.weights_digest(given.layers), "device": self.device}
         return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
 
@@ -294,6 +295,7 @@ class Stylizer:
             frozen=objective.frozen,
             recorded=objective.recorded,
         )
+        del saved  # only what restores it has to hold it
         yield from within(objective.network, iterates)
 
     def _falls_back(self, precision: str, reason: object) -> bool:
@@ -393,11 +395,10 @@ class Stylizer:
         A style is not expected to tile: it has borders even where the image has none.
         """
         size = style_size(style, side, config)
-        digest = hashlib.sha256(style.rgb.tobytes())
-        digest.update(b"" if mask is None else mask.tobytes())
+        of_mask = None if mask is None else hashlib.sha256(mask.tobytes()).digest()
         layers = tuple(config.style_layer_weights)
         kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, precision)
-        key = (digest.digest(), style.size, size, layers, *kinds)
+        key = (style.digest, of_mask, size, layers, *kinds)
 
         def make() -> Statistics:
             kernels.stand_captures(provider.place(self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ class Targets:
         """The style layers."""
         return tuple(next(iter(self.sides.values()), {}))
 
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of all that the targets hold."""
         state = hashlib.sha256(json.dumps(dict(self.made_for), sort_keys=True).encode())

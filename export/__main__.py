@@ -18,6 +18,8 @@ from . import graph, validate, vgg
 from .ort import BackendError
 from .weights import Weights, load
 
+# Of the caller; what else goes wrong is nobody's.
+_MISTAKES = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 DEFAULT_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
 
@@ -40,12 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         weights = load(options.weights, layers)
         rows = export(spec, weights, options.out)
-    except (ValueError, OSError) as error:
-        print(f"engine.export: {error}", file=sys.stderr)
-        return 2
-    except (BackendError, ArithmeticError) as error:
-        print(f"engine.export: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, ArithmeticError, MemoryError, BackendError) as error:
+        print(f"engine.export: {error or type(error).__name__}", file=sys.stderr)
+        return 2 if isinstance(error, _MISTAKES) else 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -5,6 +5,7 @@ Nothing is fetched from a network unless the caller names `imagenet`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -237,12 +238,14 @@ def _fetch_imagenet(target: Path) -> None:
                 partial.replace(target)
             finally:
                 checkpoint.unlink(missing_ok=True)
-    except PermissionError as error:
+    except requests.RequestException as error:
+        raise OSError(f"could not download {url} ({error}); try again, or pass a file with --weights PATH") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise PermissionError(
             f"cannot write the weights to {folder} ({error.strerror}); set STYLIZE_HOME to a folder that can be written"
         ) from error
-    except requests.RequestException as error:
-        raise OSError(f"could not download {url} ({error}); try again, or pass a file with --weights PATH") from error
     except ValueError as error:
         if "hash" not in str(error):
             raise

@@ -189,6 +189,60 @@ def test_urls_are_read_and_written(pictures, stylizer):
     assert files.ls("/out", detail=False) == ["/out/content[1]--style[1].png"]
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_painted(folders, capsys, monkeypatch):
+    monkeypatch.setattr(batch, "Processes", lambda *make: pytest.fail("a worker was started"))
+    out = folders / "file"
+    out.write_text("mine")
+    given = words(folders)
+    given[given.index("-o") + 1] = str(out)
+    assert batch.main(given) == 2
+    assert str(out) in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_the_probe_of_a_folder_is_gone(tmp_path):
+    batch._check_writable(str(tmp_path / "new"))
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(("works", "error"), [(True, RuntimeError), (False, RuntimeError), (False, ValueError)])
+def test_a_worker_whose_device_is_broken_ends(folders, monkeypatch, works, error):
+    def breaks(*arguments):
+        raise error("an illegal memory access")
+
+    worker = batch.Painter("embedded", "cpu", Config(), 1)
+    monkeypatch.setattr("engine.provider.works", lambda device: works)
+    monkeypatch.setattr("engine.painting.begin", breaks)
+    (content,) = (folders / "contents").glob("c1.png")
+    job = Job(str(content), (str(content),), "o.png")
+    if works or error is ValueError:
+        assert worker.paint(job) == "an illegal memory access"
+    else:
+        with pytest.raises(RuntimeError, match="illegal"):
+            worker.paint(job)
+
+
+def test_an_interrupt_is_told_with_the_summary(folders, capsys, monkeypatch):
+    class Pool(Stub):
+        def outcome(self):
+            if self.waiting[0][1].content.endswith("c2.png"):
+                raise KeyboardInterrupt
+            return super().outcome()
+
+    monkeypatch.setattr(batch, "Processes", lambda *make: Pool())
+    assert batch.main(words(folders)) == 130
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["painted"] == 2
+    assert captured.err.endswith("engine.batch: interrupted; the same command paints the rest\n")
+
+
+def test_a_picture_that_is_found_twice_is_painted_once(folders):
+    contents = folders / "contents"
+    styles, out = [str(folders / "styles")], str(folders / "out")
+    once = batch.plan([str(contents)], styles, out)
+    assert batch.plan([str(contents), str(contents / "c1.png")], styles, out) == once
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     from fsspec.implementations.local import LocalFileSystem
 

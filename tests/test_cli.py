@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import Config, batches, painting, sheet, stylize
+from engine import Config, batches, image, jobs, painting, sheet, stylize
 from engine.config import options
 from engine.targets import Targets
 
@@ -231,6 +232,25 @@ def test_options_may_stand_between_the_pictures(pair, monkeypatch):
     assert stylize.main(["--size", "64", "-o", out, "--", "-c.png", style]) == 0
     assert seen[1].content.name == "-c.png"
     assert stylize.main([content, style, "-o", content, "--overwrite"]) == 0  # it is read before it is replaced
+
+
+def test_a_closed_stderr_says_nothing_elsewhere(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert jobs.fail("program", 3, "it broke") == 3
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(errno.EROFS, 2), (errno.ENAMETOOLONG, 2), (errno.EACCES, 2), (errno.ENOSPC, 1), (errno.EIO, 1)],
+)
+def test_a_name_that_cannot_be_used_is_a_mistake_and_a_full_disk_is_none(pair, monkeypatch, capsys, code, status):
+    def fails(*arguments):
+        raise OSError(code, "so it is", "out.png")
+
+    monkeypatch.setattr(image, "check_output", fails)
+    assert stylize.main([*pair[:2], "-o", pair[2], *SMALL]) == status
+    assert "out.png: so it is" in capsys.readouterr().err
 
 
 def test_a_drive_is_no_style_mask(monkeypatch):

@@ -75,6 +75,15 @@ def test_layers_in_every_form_have_one_normal_form():
     assert dataclasses.replace(config, size=64).style_layers == config.style_layers
 
 
+@pytest.mark.parametrize(
+    "options", [{"style_blend": (1e308, 1e308)}, {"style_layers": ("relu1_1:1e308", "relu2_1:1e308")}]
+)
+def test_weights_whose_sum_is_no_number_are_refused(options):
+    """Or all of them would be zero, divided by it."""
+    with pytest.raises(ValueError, match="sum of the weights is beyond all numbers"):
+        Config(**options)
+
+
 def test_schedule_grows_by_sqrt_2_and_works_most_at_the_last_scale():
     schedule = Config(size=512, iterations=100).schedule(1.5)
     assert [side for side, _ in schedule] == [128, 181, 256, 362, 512]

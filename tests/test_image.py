@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import struct
@@ -414,6 +415,15 @@ def test_alpha_survives_png_and_is_left_out_of_jpeg(tmp_path, caplog):
     with Image.open(tmp_path / "a.jpg") as written:
         assert written.mode == "RGB"
     assert "alpha left out" in caplog.text
+
+
+def test_a_digest_is_of_the_size_and_the_values():
+    picture = image.load(colour())
+    values = hashlib.sha256(repr((picture.size, True)).encode() + picture.rgb.tobytes()).hexdigest()
+    assert picture.digest == image.load(colour()).digest == values
+    clear = image.Picture(picture.rgb, np.ones(picture.rgb.shape[:2], np.float32))
+    others = [image.load(colour(seed=1)), image.load(colour(8, 6)), clear]
+    assert len({values, *(each.digest for each in others)}) == 4
 
 
 def test_output_is_checked_before_the_work(tmp_path):

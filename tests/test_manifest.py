@@ -11,8 +11,8 @@ ENGINE = {"device": "cpu", "precision": "fp32", "weights": "embedded", "sha256":
 
 
 def record(config=None, losses=((1, 2.5), (2, 1.5)), masks=None, freeze=None):
-    inputs = ("c.png", "12"), [("s.png", "34"), (None, "56")], masks, freeze
-    return manifest.describe(config or Config(), *inputs, ENGINE, losses, 1.25, len(losses))
+    inputs = manifest.named_files(config or Config(), masks, freeze), ("c.png", "12"), [("s.png", "34"), (None, "56")]
+    return manifest.describe(*inputs, ENGINE, losses, 1.25, len(losses))
 
 
 def picture(mode="RGB"):
@@ -28,7 +28,7 @@ def test_the_picture_carries_it(tmp_path, suffix, mode):
     assert replay.read(path) == json.loads(json.dumps(record()))
     assert [each.name for each in tmp_path.iterdir()] == [f"out.{suffix}"]
     image.save(picture(mode), str(tmp_path / f"bare.{suffix}"))
-    assert image.digest(image.load(path)) == image.digest(image.load(str(tmp_path / f"bare.{suffix}")))
+    assert image.load(path).digest == image.load(str(tmp_path / f"bare.{suffix}")).digest
 
 
 @pytest.mark.parametrize("suffix", ["tif", "bmp"])

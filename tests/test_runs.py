@@ -1,6 +1,7 @@
 """The command line's checkpoints, replays, batches, progress, plots and contact sheets."""
 
 import argparse
+import hashlib
 import io
 import json
 import shutil
@@ -18,7 +19,7 @@ from PIL import Image
 
 from engine import BackendError, Config, batches, image, manifest, painting, replay, sheet, stylize
 from engine import stylizer as module
-from engine.jobs import Job
+from engine.jobs import Job, product
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "4", "--weights", "embedded", "--device", "cpu"]
 
@@ -171,6 +172,24 @@ def test_a_replay_takes_masks_and_what_was_frozen(main):
     assert (record["masks"], record["freeze"]) == (["left.png", ["right.png", "top.png"]], "left.png")
 
 
+def test_a_manifest_names_files_as_they_were_when_the_run_began(main, monkeypatch):
+    """A mask that is changed meanwhile, for the next run, is another one."""
+    mask, progress = np.zeros((40, 56), np.uint8), painting.progress
+    mask[:, :28] = 255
+    Image.fromarray(mask).save("m.png")
+    before = hashlib.sha256(Path("m.png").read_bytes()).hexdigest()
+
+    def changing(*arguments):
+        for step in progress(*arguments):
+            Image.fromarray(255 - mask).save("m.png")
+            yield step
+
+    monkeypatch.setattr(painting, "progress", changing)
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--freeze", "m.png") == 0
+    assert replay.read("out.png")["files"] == {"m.png": before}
+    assert main("--replay", "out.png", "-o", "again.png") == 2  # it is not that mask any more
+
+
 @pytest.mark.parametrize("name", ["picture", "checkpoint", "plot", "targets", "manifest"])
 def test_a_write_that_fails_leaves_the_old_file(main, stylizer, pictures, monkeypatch, tmp_path, name):
     """Each is written under another name first."""
@@ -267,7 +286,7 @@ def test_a_replay_of_a_run_that_fell_back_does_so_again(stylizer, caplog):
     last = SimpleNamespace(precision="fp32", total=1)
     half = SimpleNamespace(device="cudnn", precision="fp16", weights_name="embedded")
     half.weights_digest = stylizer.weights_digest
-    record = painting.describe(half, config, job, [(1, 2.0)], 0, last)
+    record = painting.describe(half, config, job, manifest.named_files(config, None, None), [(1, 2.0)], 0, last)
     given = argparse.Namespace(device="auto", precision="auto", weights="auto")
     replay.take_engine(record, Path(), given)
     assert (given.device, given.precision) == ("cudnn", "auto")
@@ -318,6 +337,55 @@ def test_jobs_run_at_the_same_time(main, monkeypatch):
     both = threading.Barrier(2, timeout=20)  # breaks if one waits for the end of the other
     monkeypatch.setattr(batches, "paint", lambda *arguments, **options: (both.wait(), (0, ""))[1])
     assert main(*BATCH, *SMALL, "--jobs", "2") == 0
+
+
+def test_results_beside_their_contents_are_no_contents(main, tmp_path):
+    """Nor is what is hidden; but what is named is."""
+    Path("in").mkdir()
+    shutil.copy("c.png", "in/c.png")
+    shutil.copy("d.png", "in/._d.png")
+    for _ in range(2):
+        assert main("--contents", "in", "--styles", "s.png", "-o", "in", *SMALL) == 0
+        assert sorted(path.name for path in Path("in").iterdir()) == ["._d.png", "c--s.png", "c.png"]
+    for contents in (["in/*"], [str(tmp_path / "in")]):
+        assert [job.content.rpartition("/")[2] for job in product(contents, ["s.png"], "./in")] == ["c.png"]
+    assert len(product(["in", "in/c--s.png"], ["s.png"], "in")) == 2
+
+
+def test_a_manifest_without_its_picture_is_replaced_and_other_files_are_not(main, capsys):
+    batch = ["--contents", "c.png", "--styles", "s.png", "-o", "{content}--{style}.tif", *SMALL]
+    assert main(*batch) == 0
+    Path("c--s.tif").unlink()
+    assert main(*batch) == 0
+    assert Path("c--s.tif").exists()
+    Path("c--s.tif").unlink()
+    Path("c--s.tif.json").write_text("{}")
+    assert main(*batch) == 2
+    assert "c--s.tif.json exists already" in capsys.readouterr().err
+
+
+def test_frames_replace_nothing_that_is_needed(main, capsys):
+    for name in ("o-00002.png", "s-00002.png"):
+        shutil.copy("s.png", name)
+    every = [*SMALL, "--save-every", "2", "--overwrite"]
+    for arguments in (
+        ["c.png", "s.png", "-o", "o.png", "--init", "o-00002.png"],
+        ["c.png", "o-00002.png", "-o", "o.png"],
+        ["c.png", "s.png", "-o", "o.png", "--trace", "o-00002.png"],
+        ["--contents", "c.png", "--styles", "s.png", "s-00002.png", "-o", "made"],
+        ["--contents", "c.png", "--styles", "s.png", "-o", ".", "--init", "c--s-00002.png"],
+    ):
+        assert main(*arguments, *every) == 2
+        assert "has the name of a frame of --save-every" in capsys.readouterr().err
+    assert main("c.png", "o-00002.png", "-o", "o.png", *SMALL, "--save-every", "3") == 0
+
+
+def test_the_start_of_a_batch_is_not_one_of_its_results(main, capsys):
+    Path("made").mkdir()
+    shutil.copy("d.png", "made/c--s.png")
+    batch = ["--contents", "c.png", "--styles", "s.png", "-o", "made", *SMALL]
+    assert main(*batch, "--init", "made/c--s.png", "--overwrite") == 2
+    assert "made/c--s.png" in capsys.readouterr().err
 
 
 def test_pictures_that_are_there_are_left_alone(main, tmp_path, capsys):

@@ -25,7 +25,7 @@ from fastapi.testclient import TestClient
 
 from engine import Config, replay
 from engine.serve import __main__ as command
-from engine.serve import api, guard, logs, problems, store, supervisor, worker
+from engine.serve import api, decoder, guard, logs, problems, store, supervisor, worker
 from engine.serve.settings import Settings
 
 OPTIONS = {"size": 48, "iterations": 4, "scales": 1}
@@ -354,6 +354,45 @@ def test_a_worker_that_hangs_is_killed(client, files, monkeypatch):
     assert len(killed) == 1
     look(23_000.0)
     assert len(killed) == 2
+
+
+@pytest.mark.parametrize(("status", "began"), [(supervisor.MISTAKE, False), (supervisor.MISTAKE, True), (1, False)])
+def test_a_worker_that_nobody_could_be_ends_the_server_unless_one_has_worked(client, monkeypatch, status, began):
+    sent = []
+    monkeypatch.setattr(supervisor.os, "kill", lambda process, signal: sent.append(signal))
+    watch = supervisor.Supervisor(client[1], Settings())
+    if began:
+        client[1].announce(0, "cpu", "embedded")
+    watch._workers[0] = SimpleNamespace(poll=lambda: status, returncode=status, stdin=None)
+    watch._look(0)
+    assert watch.mistake == bool(sent) == (status == supervisor.MISTAKE and not began)
+
+
+def test_a_token_is_what_comes_through_a_header(monkeypatch):
+    monkeypatch.setenv("STYLIZE_TOKEN", "secret\n")
+    assert Settings(host="0.0.0.0").token() == "secret"
+    for token in ("schlüssel", "two words"):
+        monkeypatch.setenv("STYLIZE_TOKEN", token)
+        with pytest.raises(ValueError, match="printable ASCII"):
+            Settings().token()
+
+
+def test_a_loopback_address_is_one_for_the_server_and_its_guard(tmp_path, monkeypatch):
+    monkeypatch.delenv("STYLIZE_TOKEN", raising=False)
+    app = service(tmp_path)[0].app
+    for host, answers in (("127.0.0.2", True), ("[::1]", True), ("localhost", True), ("127.example.com", False)):
+        status = TestClient(app, base_url=f"http://{host}").get("/health/live").status_code
+        assert status == (200 if answers else 403)
+        assert Settings(host=host.strip("[]")).loopback == answers
+
+
+def test_what_decodes_uploads_knows_no_token(monkeypatch):
+    seen = []
+    monkeypatch.setenv("STYLIZE_TOKEN", "secret")
+    monkeypatch.setattr(decoder.subprocess, "Popen", lambda *given, env, **more: seen.append(env))
+    decoder.Decoders(1)
+    assert "STYLIZE_TOKEN" not in seen[0]
+    assert seen[0]["PATH"]
 
 
 @pytest.mark.parametrize(("given", "second"), [(None, "1"), ("", ""), ("4,7", "7"), ("4", "4")])

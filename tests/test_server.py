@@ -225,12 +225,25 @@ def serve(*words, **environment):
         (["--proxy", "*"], "IPv4"),
         (["--token-file", "/nowhere"], "No such file"),
         (["--port", "http"], "invalid int"),
+        (["--device", "gpu"], "device 'gpu' is unknown"),
+        (["--precision", "fp61"], "did you mean fp16"),
+        (["--max-size", "0"], "from 1"),
+        (["--reserve", "-1"], "from 0"),
+        (["--host", "127.example.com"], "STYLIZE_TOKEN"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_status_2(tmp_path, words, said):
     done = serve("--data", str(tmp_path), *words)
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_server_whose_workers_cannot_start_ends(tmp_path):
+    """Instead of taking jobs for ever."""
+    done = serve("--data", str(tmp_path), "--port", "0", "--weights", str(tmp_path / "missing.pth"), "--device", "cpu")
+    assert done.returncode == 2
+    assert "missing.pth does not exist" in done.stderr
+    assert done.stderr.endswith("engine.serve: no worker can start with these options: see above\n")
 
 
 def test_a_folder_serves_one_server(tmp_path):

@@ -18,7 +18,7 @@ ALLOWED = {
     "colour": {"image"},
     "jobs": set(),
     "painting": {"config", "image", "jobs", "manifest", "result", "stylizer", "targets", "__version__"},
-    "batches": {"config", "image", "jobs", "painting", "stylizer"},
+    "batches": {"config", "manifest", "image", "jobs", "painting", "stylizer"},
     "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "provider": {"config", "export"},
@@ -53,7 +53,7 @@ ALLOWED = {
         "export",
         "kernels",
     },
-    "batch": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
+    "batch": {"config", "provider", "image", "jobs", "manifest", "painting", "stylizer"},
     "stylize": (
         {
             "batches",

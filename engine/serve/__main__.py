@@ -10,6 +10,8 @@ from dataclasses import fields
 from types import FrameType
 from typing import Any
 
+from engine.jobs import brief, fail
+
 from .settings import Settings
 
 _NAME = "engine.serve"
@@ -39,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("the service needs more packages: pip install 'gatys-engine[serve]'")
         return _serve(settings, token)
     except (ValueError, OSError) as error:
-        print(f"{_NAME}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-        return 2
+        return fail(_NAME, 2, brief(error))
 
 
 def _serve(settings: Settings, token: str) -> int:
@@ -82,6 +83,8 @@ def _serve(settings: Settings, token: str) -> int:
         )  # fmt: skip
         server = Server(config)
         server.run()
+        if app.state.service.mistake:
+            raise ValueError("no worker can start with these options: see above")
         return 0 if server.started else 1
 
 

@@ -99,6 +99,7 @@ class Service:
         self.store = Store(settings.data)
         self.metrics = Metrics(self.store)
         self.stopping = False
+        self.mistake = False  # why it stops: no worker could start
         self.streams = 0
         self.check_picture: Callable[[str, bytes], tuple[int, int]] = functools.partial(
             problems.check_picture, max_pixels=settings.max_pixels
@@ -185,6 +186,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         service.stopping = True
         decoders.close()
         await asyncio.to_thread(supervisor.stop)
+        service.mistake = supervisor.mistake
         for pool in (service.turns, service.conversions):
             await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         store.close()
@@ -320,7 +322,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         | _errors(404, 422, 503),
     )  # fmt: skip
     async def events(job: JobId, last_event_id: Annotated[int, Header(ge=0, le=10**9)] = 0) -> Response:
-        service.job(job)
+        await run_in_threadpool(service.job, job)
         if service.streams >= _STREAMS:
             raise Problem(503, f"{_STREAMS} event streams are open", retry_after=5)
         return StreamingResponse(_events(service, job, last_event_id), media_type="text/event-stream")
@@ -393,16 +395,21 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
 async def _events(service: Service, job: str, after: int) -> AsyncIterator[str]:
     """The events of a job from iteration `after` + 1 on, until it ends, the client goes or the server stops."""
     service.streams += 1
+    last: Row | None = None
+
+    def look() -> tuple[Row, list[Any]]:
+        """The job, and what it lost since if it has moved; the store may be busy for seconds."""
+        row = view(service.store, service.store.job(job))
+        return row, service.store.losses(job, after) if row != last else []
+
     try:
-        last: Row | None = None
         preview, silent = 0, 0.0
         while not service.stopping:
             try:
-                row = view(service.store, service.store.job(job))
+                row, losses = await run_in_threadpool(look)
             except KeyError:  # removed
                 return
             if row != last:
-                losses = service.store.losses(job, after)
                 after = losses[-1][0] if losses else after
                 yield _event("progress", {**row, "losses": losses}, after)
                 if row["preview"] > preview:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .page import FILES
 from .problems import Problem
-from .settings import Settings
+from .settings import Settings, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Guard:
         link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
         if (headers.get("sec-fetch-site") == "cross-site" and not link) or foreign:
             raise Problem(403, "requests of other sites are not served")
-        if not self._token and name not in ("localhost", "::1", "127.0.0.1"):
+        if not self._token and not is_loopback(name or ""):
             raise Problem(403, f"without a token this server answers to localhost, not to {host[:100]!r}")
         path = scope["path"]
         if self._token and not (path in _OPEN or path.startswith(("/samples/", "/health/"))):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config import DEVICES, PRECISIONS, choice
+
 _MAX_PIXELS = 89_478_485  # Pillow's own limit, which the engine keeps to
 
 
@@ -27,7 +29,7 @@ class Settings:
     token_file: str = _option("", "file whose first line is the bearer token (or set STYLIZE_TOKEN)")
     weights: str = _option("auto", "auto, embedded, imagenet or a file")
     device: str = _option("auto", "auto, cpu, onnxruntime, cudnn, cuda or tensorrt")
-    precision: str = _option("auto", "auto, fp32 or fp16")
+    precision: str = _option("auto", "auto, fp32, fp16, or bf16 on cudnn and tensorrt")
     workers: int = _option(1, "worker processes: one for each GPU; on a CPU they share the cores")
     queue: int = _option(64, "jobs that may wait; more are refused with 503")
     per_client: int = _option(16, "unfinished jobs of one address; more are refused with 429")
@@ -41,12 +43,17 @@ class Settings:
     log: str = _option("text", "format of the log on stderr: text or json")
 
     def __post_init__(self) -> None:
-        for name in ("workers", "queue", "per_client", "max_bytes", "max_pixels"):
+        choice("device", self.device, DEVICES)
+        choice("precision", self.precision, PRECISIONS)
+        for name in ("workers", "queue", "per_client", "max_bytes", "max_pixels", "max_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give a number from 1")
         for name in ("keep", "upload_seconds", "deadline"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: give a number above 0")
+        for name in ("styles", "reserve"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: give a number from 0")
         if self.max_pixels > _MAX_PIXELS:
             raise ValueError(f"max_pixels {self.max_pixels}: Pillow decodes up to {_MAX_PIXELS}")
         if not 0 <= self.port < 65536:
@@ -59,15 +66,25 @@ class Settings:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_loopback(self.host)
 
     def token(self) -> str:
         """The bearer token, or an empty string if none is asked for. Raises ValueError if one is needed, OSError."""
-        token = os.environ.get("STYLIZE_TOKEN", "")
+        token = os.environ.get("STYLIZE_TOKEN", "").strip()  # a secret that was made with `echo` ends with a line
         if self.token_file:
             token = next(iter(Path(self.token_file).read_text().splitlines()), "").strip()
             if not token:
                 raise ValueError(f"{self.token_file} holds no token")
+        if not all("!" <= sign <= "~" for sign in token):
+            raise ValueError("the token has to be of printable ASCII, without spaces: no other comes through a header")
         if not token and not self.loopback:
             raise ValueError(f"host {self.host} can be reached by others: set STYLIZE_TOKEN or give --token-file")
         return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is that of the machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

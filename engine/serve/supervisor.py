@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 _LOOK = 0.2  # seconds between two looks at the workers
 _TIDY = 5.0  # seconds between two removals of old jobs
 _PATIENCE = 7.0  # seconds that a worker has for its checkpoint before it is killed
+MISTAKE = 2  # exit status of a worker with which nobody could start
 _HANGS = 1800.0  # seconds without a sign of life, from a job or before the first one, after which it is killed
 
 
@@ -30,6 +32,8 @@ class Supervisor:
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._failures: dict[int, int] = {}
         self._again: dict[int, float] = {}
+        self.mistake = False  # no worker can start with these settings: the server ends
+        self._began = False  # whether one was ever ready
         self._signs: dict[int, tuple[Any, float]] = {}  # the last one of each worker, and since when it is the last
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -72,7 +76,9 @@ class Supervisor:
     def _look(self, number: int) -> None:
         process = self._workers.get(number)
         if process is not None and process.poll() is not None:
-            ready = any(worker["number"] == number for worker in self._store.workers())
+            workers = self._store.workers()
+            ready = any(worker["number"] == number for worker in workers)
+            self._began = self._began or bool(workers)
             self._store.unclaim(number, crashed=True)  # first: on a full disk this look ends here, and comes again
             del self._workers[number]
             if process.stdin is not None:
@@ -81,6 +87,9 @@ class Supervisor:
             pause = min(60.0, 2.0 ** self._failures[number] - 1)  # one that never gets ready is not hurried
             self._again[number] = time.monotonic() + pause
             log.error("worker died", extra={"worker": number, "status": process.returncode, "again_in": pause})
+            if process.returncode == MISTAKE and not self._began:
+                self.mistake = True
+                os.kill(os.getpid(), signal.SIGTERM)
         elif process is not None and self._hangs(number):
             log.error("worker hangs", extra={"worker": number})
             process.kill()  # which the next look finds

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
-from engine import image, manifest, painting
+from engine import image, manifest, painting, provider
 from engine.config import Config
-from engine.jobs import Job
+from engine.jobs import Job, brief, wrong_file
 
 from . import logs
 from .store import Row, Store, full, write
+from .supervisor import MISTAKE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +87,7 @@ def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> No
         state, reason = "failed", "not enough memory for this size"
     except Exception as error:  # whatever one job does must not hurt the next
         log.warning("job failed", exc_info=not isinstance(error, ValueError | ArithmeticError), extra={"job": job})
-        if not _works(stylizer.device):
+        if not provider.works(stylizer.device):
             raise
         state, reason = "failed", " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError):  # names a path, which is nobody's business
@@ -96,18 +97,6 @@ def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> No
     else:
         _written(lambda: store.finish(job, state, reason), stop)
     log.info("job left", extra={"job": job, "state": state, "seconds": round(time.monotonic() - start, 3)})
-
-
-def _works(device: str) -> bool:
-    """Whether the device takes work: some CUDA errors stay with the process, and would fail every later job."""
-    import torch
-
-    from engine.provider import place
-
-    try:
-        return bool(torch.ones(1, device=place(device)).item())  # waits for the device
-    except Exception:
-        return False
 
 
 def _written(write: Callable[[], _T], stop: threading.Event) -> _T | None:
@@ -134,6 +123,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     losses: list[tuple[int, int, float]] = []
     number, start = row["preview"], time.monotonic()
     clock = _Clock(config.sized(max(content.size)).schedule(content.aspect))
+    files = manifest.named_files(config, task.masks, task.freeze)
     step: Step | None = None
     painted: float | None = None  # when it was: waiting for room is no running
 
@@ -178,7 +168,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     painted = time.monotonic()
     tell(step)
     known = {iteration: loss for iteration, _, loss in (*store.losses(job), *losses)}
-    record = painting.describe(stylizer, config, task, sorted(known.items()), seconds(), step)
+    record = painting.describe(stylizer, config, task, files, sorted(known.items()), seconds(), step)
     result = png(step.image, record=record)
     while not _kept(folder, result):  # a painted picture waits for room, instead of being lost
         if store.cancelled(job):
@@ -218,7 +208,7 @@ def _optional(what: str) -> Iterator[None]:
     """Something that is not written, for want of room, does not stop the run."""
     try:
         yield
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, MemoryError, sqlite3.Error) as error:
         log.warning("no %s: %s", what, error)
 
 
@@ -266,8 +256,11 @@ def warm_up(stylizer: Stylizer) -> None:
     stylizer(content, style, Config(size=256, iterations=1))
 
 
-def main(data: str, number: str, workers: str, weights: str, device: str, precision: str, form: str) -> None:
-    """Be worker `number` of `workers`: everything comes from the command line that the server gives."""
+def main(data: str, number: str, workers: str, weights: str, device: str, precision: str, form: str) -> int:
+    """Be worker `number` of `workers`: everything comes from the command line that the server gives.
+
+    Returns 0, or MISTAKE if no worker can start with what was given.
+    """
     logs.set_up(form)
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server says when
@@ -280,24 +273,35 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
     threading.Thread(target=watch, daemon=True).start()
     with FileLock(Path(data) / f"worker-{number}.lock"):  # the one before may still be writing its checkpoint
         if stop.is_set():
-            return
+            return 0
+        from engine import BackendError
         from engine.stylizer import Stylizer
 
         threads = None if workers == "1" else max(1, len(os.sched_getaffinity(0)) // int(workers))
-        stylizer = Stylizer(weights, device, precision, threads=threads)
+        try:
+            stylizer = Stylizer(weights, device, precision, threads=threads)
+            name = stylizer.weights_name  # reads them
+        except (ValueError, TypeError, OSError, BackendError) as error:
+            if isinstance(error, OSError) and not wrong_file(error):  # a download, say, that may do the next time
+                raise
+            log.error("worker cannot start: %s", brief(error))  # a mistake has no traceback
+            return MISTAKE
         warm_up(stylizer)
         store = Store(data)
-        store.announce(int(number), stylizer.device, stylizer.weights_name)
+        store.announce(int(number), stylizer.device, name)
         log.info("worker ready", extra={"worker": int(number), "device": stylizer.device})
+        devices = sorted({each["device"] for each in store.workers()})
+        if len(devices) > 1:
+            log.warning("workers run on different devices: give as many --workers as GPUs", extra={"devices": devices})
         work(store, stylizer, int(number), stop)
         store.close()
+        return 0
 
 
 if __name__ == "__main__":
     status = 1
     try:
-        main(*sys.argv[1:])
-        status = 0
+        status = main(*sys.argv[1:])
     except Exception:
         log.exception("worker broke")
     sys.stderr.flush()
