@@ -89,6 +89,8 @@ def fuzz_one(operation, mode, examples, jobs, seen):
 class Nobody:
     """A supervisor without workers."""
 
+    mistake = False
+
     def __init__(self, store, settings):
         store.announce(0, "cpu", "embedded")
 
