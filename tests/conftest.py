@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,22 @@ from engine.kernels import _blas, _cuda, _graphs
 TINY = Config(size=48, iterations=3, scales=1)
 settings.register_profile("own", deadline=None)  # a busy machine is no reason to fail
 settings.load_profile("own")
+
+
+def check_alone(network) -> None:
+    """Whoever uses a network has it for itself, and may use it in the middle of that."""
+    inside = threading.Event()
+
+    def use():
+        with network.use():
+            inside.set()
+
+    thread = threading.Thread(target=use)
+    with network.use(), network.use():
+        thread.start()
+        assert not inside.wait(0.05)
+    thread.join(10)
+    assert inside.is_set()
 
 
 @pytest.fixture(autouse=True)

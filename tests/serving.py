@@ -27,25 +27,35 @@ class Server:
 
     def __init__(self, data: Path, *options: str) -> None:
         self.data, self.options = data, options
+        self._choose_port()
+        self.log = data.parent / f"{data.name}.log"
+        self.process: subprocess.Popen | None = None
+
+    def _choose_port(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = data.parent / f"{data.name}.log"
-        self.process: subprocess.Popen | None = None
 
     def start(self, ready=True) -> "Server":
         words = ["--port", self.port, "--data", self.data, "--weights", "embedded", "--device", "cpu", *self.options]
         with self.log.open("a") as log:
             command = [sys.executable, "-m", "engine.serve", *map(str, words)]
             self.process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
-        self.wait("/health/ready" if ready else "/health/live")
+        try:
+            self.wait("/health/ready" if ready else "/health/live")
+        except ConnectionRefusedError:  # somebody else has the port by now
+            self._choose_port()
+            return self.start(ready)
         return self
 
     def wait(self, path: str) -> None:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()
+            if self.process.poll() is not None:
+                said = self.log.read_text()
+                assert "address already in use" in "\n".join(said.splitlines()[-5:]), said
+                raise ConnectionRefusedError
             try:
                 return urllib.request.urlopen(self.url + path, timeout=5).close()
             except OSError:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import check_alone
 
 from engine import BackendError, Config, features, fused, kernels
 from engine.export import vgg, weights
@@ -336,6 +337,10 @@ def objective(network, content, style, config, held):
     }
     targets = {layer: found["content"][layer] for layer in config.content_layer_weights}
     return Objective(network, targets, [Region(grams)], config, held)
+
+
+def test_a_network_is_used_by_one_thread_at_a_time(on_cpu, net):
+    check_alone(fused.Features(SPECS[4], fused.Network(net)))
 
 
 def test_a_network_that_is_dropped_is_gone_at_once(on_cpu, net):

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -244,6 +245,15 @@ def test_a_server_whose_workers_cannot_start_ends(tmp_path):
     assert done.returncode == 2
     assert "missing.pth does not exist" in done.stderr
     assert done.stderr.endswith("engine.serve: no worker can start with these options: see above\n")
+
+
+def test_a_port_that_is_taken_is_told(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = serve("--data", str(tmp_path), "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert "address already in use" in done.stderr
 
 
 def test_a_folder_serves_one_server(tmp_path):

@@ -3,7 +3,9 @@ import gc
 import itertools
 import math
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, check_alone
 from PIL import Image
 
 from engine import BackendError, Config, Stylizer, features, image, provider
@@ -513,6 +515,27 @@ def test_adam_runs_over_the_scales(stylizer, pictures):
     assert len(losses) == 5 + 12
     assert losses[4] < losses[0]
     assert losses[-1] < losses[5]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pixel_range", ["auto", "0-255"])
+def test_a_network_is_used_by_one_thread_at_a_time(device, pixel_range):
+    own = Stylizer(weights="embedded", device=device)
+    check_alone(own._features((32, 32), ("relu1_1",), Config(pixel_range=pixel_range), "fp32"))
+
+
+def test_what_is_to_be_kept_is_made_once_for_all_threads():
+    cache, made = Cache(limit=100), []
+
+    def make():
+        made.append(torch.zeros(40, dtype=torch.uint8))
+        time.sleep(0.05)
+        return made[-1]
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda _: cache.get("key", make, lambda value: [value]), range(3)))
+    assert len(made) == 1
+    assert all(each is made[0] for each in found)
 
 
 def test_two_threads_get_the_same_bytes_as_one_after_the_other(stylizer, pictures):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ def _serve(settings: Settings, token: str) -> int:
             proxy_headers=bool(settings.proxy), forwarded_allow_ips=settings.proxy,
         )  # fmt: skip
         server = Server(config)
-        server.run()
+        with contextlib.suppress(SystemExit):  # of uvicorn, with a status of its own, where the port is taken
+            server.run()
         if app.state.service.mistake:
             raise ValueError("no worker can start with these options: see above")
         return 0 if server.started else 1
