@@ -6,11 +6,13 @@ import gc
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from itertools import islice, product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -258,23 +260,38 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
 
+# Of `kernels.layers`, for `gram_matrices`.
+SHARES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "by our kernels": {},
+    "wide ones with a rest": {"_share": lambda positions, wanted: wanted},
+    "wide ones in half as many shares": {"_WAVES": 1},
+    "wide ones in twice as many shares": {"_WAVES": 4},
+    "narrow ones in 10 turns": {"_LEAST": 10},
+    "narrow ones in 10 turns, 128 channels by as many blocks as 64": {"_LEAST": 10, "_NARROW": {64: 1.0, 128: 1.0}},
+}
+
+
 def gram_matrices(
-    rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (256, 512, 1024)
+    rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (512, 1024, 256)
 ) -> None:
-    """An iteration with each way to the Gram matrices beside the network: timings of each alone do not tell."""
+    """Our part of an iteration by ways and shares of the Gram matrices: timings of each way alone do not tell."""
     for size in sizes:
         problem = cases.load(size, device=device)
         with rows.attempt(f"{engine} {size}"):
-            layers = cases.Engine(problem, *cases.ENGINES[engine])._objective._layers
-            chosen, ways = layers._way, list(layers.ways())
-            for way in ways:
-                loop = cases.Engine(problem, *cases.ENGINES[engine])
-                loop._objective._layers._way = way
+            network = seconds_of_gpu(network_alone(cases.Engine(problem, *cases.ENGINES[engine])._objective), device)
+            for name, changes in SHARES.items():
+                with ExitStack() as stack:
+                    for constant, value in changes.items():
+                        stack.enter_context(mock.patch.object(kernels.layers, constant, value))
+                    loop = cases.Engine(problem, *cases.ENGINES[engine])
+                if name == "by our kernels":
+                    loop._objective._layers._way = next(iter(loop._objective._layers.ways()))
                 running = loop.iterate(problem.start)
                 for _ in islice(running, GPU_HISTORY + 2):
                     pass
-                taken = 1e6 * seconds_of_gpu(partial(next, running), device)
-                rows.add(f"{size}: {way}", iteration_us=taken, chosen=way == chosen)
+                whole = seconds_of_gpu(partial(next, running), device)
+                rows.add(f"{size}: {name}", iteration_us=1e6 * whole, our_part=1 - network / whole)
 
 
 def network_alone(objective: Objective) -> Callable[[], None]:

@@ -404,11 +404,12 @@ def _wanted(shapes: Iterable[tuple[int, ...]], tile: int, processors: int) -> in
 
 
 def _share(positions: int, wanted: int) -> int:
-    """A share of the positions of about the `wanted` size; equal shares where there are such, with no rest."""
+    """A share of the positions of about the `wanted` size; equal shares where there are such: a rest is a launch more."""
     least = -(-positions // wanted)
-    counts = range(least, least + least // 4 + 2)
+    counts = sorted(range(max(1, least - least // 8), least + least // 4 + 2), key=lambda n: abs(n - least))
+    equal = (positions // n for n in counts if positions % n == 0)
     # Multiples of 8, as so many elements are read at a time.
-    return next((positions // n for n in counts if positions % n == 0 and positions // n % 8 == 0), wanted)
+    return next((share for share in equal if share % 8 == 0 and share <= _LONGEST), wanted)
 
 
 def _share_narrow(channels: int, positions: int, processors: int) -> int:

@@ -260,12 +260,13 @@ def test_whole_runs_of_two_engines_agree(rows):
 def test_ways_to_the_gram_matrices_are_timed(rows, monkeypatch):
     monkeypatch.setattr(gpu_sections, "GPU_HISTORY", 1)
     monkeypatch.setattr(gpu_sections, "seconds_of_gpu", lambda work, device: work() and 1e-6)
+    monkeypatch.setattr(gpu_sections, "network_alone", lambda objective: lambda: True)
+    before = vars(gpu_sections.kernels.layers).copy()
     gpu_sections.gram_matrices(rows, "cpu", "engine-cpu", (48,))
-    assert [row["name"] for row in rows.rows] == [
-        "48: Gram matrices by our kernels",
-        "48: Gram matrices by cuBLAS but for narrow ones",
-    ]
-    assert all(row["iteration_us"] == 1 for row in rows.rows)
+    assert [row["name"] for row in rows.rows] == [f"48: {name}" for name in gpu_sections.SHARES]
+    assert all(row["iteration_us"] == 1 and row["our_part"] == 0 for row in rows.rows)
+    assert vars(gpu_sections.kernels.layers) == before
+    assert {name for changes in gpu_sections.SHARES.values() for name in changes} <= set(before)
 
 
 def test_memory_is_compared_with_its_forecast(rows, stylizer, monkeypatch):
