@@ -1040,8 +1040,18 @@ def test_launches_are_captured_after_a_warm_up(monkeypatch, caplog, failing):
 
 @pytest.mark.parametrize(
     ("positions", "wanted", "share"),
-    [(174592, 1088, 992), (43520, 1088, 1088), (672, 1088, 672), (71, 32, 32), (1, 32, 32)]
-    + [(10880, 256, 272), (2688, 256, 224), (672, 256, 224), (8 * 8200, 8192, 5 * 8 * 164), (9 * 8192, 8192, 8192)],
+    [
+        (174592, 1088, 992),
+        (43520, 1088, 1088),
+        (672, 1088, 672),
+        (71, 32, 32),
+        (1, 32, 32),
+        (10880, 256, 272),
+        (2688, 256, 224),
+        (672, 256, 224),
+        (8 * 8200, 8192, 5 * 8 * 164),
+        (9 * 8192, 8192, 8192),
+    ],
 )
 def test_shares_are_equal_where_they_can_be(positions, wanted, share):
     assert layers_module._share(positions, wanted) == share
