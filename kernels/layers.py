@@ -404,7 +404,7 @@ def _wanted(shapes: Iterable[tuple[int, ...]], tile: int, processors: int) -> in
 
 
 def _share(positions: int, wanted: int) -> int:
-    """A share of the positions of about the `wanted` size; equal ones where there are such, as a rest is a launch more."""
+    """A share of the positions of about the `wanted` size; equal ones where there are, as a rest is a launch more."""
     least = -(-positions // wanted)
     counts = sorted(range(max(1, least - least // 8), least + least // 4 + 2), key=lambda n: abs(n - least))
     equal = (positions // n for n in counts if positions % n == 0)
