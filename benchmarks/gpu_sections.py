@@ -251,12 +251,7 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
             for _ in islice(running, GPU_HISTORY + 2):  # a full history
                 pass
             whole = seconds_of_gpu(partial(next, running), device)
-            alone = network_alone(engine._objective)
-            if engine._objective.network.recordable:  # others capture for themselves
-                alone = recorded(alone, device)
-            for _ in range(kernels.Recorded.WARM_UP + 1):
-                alone()
-            network = seconds_of_gpu(alone, device)
+            network = seconds_of_network(engine._objective, device)
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
 
@@ -279,19 +274,29 @@ def gram_matrices(
     for size in sizes:
         problem = cases.load(size, device=device)
         with rows.attempt(f"{engine} {size}"):
-            network = seconds_of_gpu(network_alone(cases.Engine(problem, *cases.ENGINES[engine])._objective), device)
+            network = seconds_of_network(cases.Engine(problem, *cases.ENGINES[engine])._objective, device)
             for name, changes in SHARES.items():
-                with ExitStack() as stack:
+                with rows.attempt(f"{size}: {name}"), ExitStack() as stack:
                     for constant, value in changes.items():
                         stack.enter_context(mock.patch.object(kernels.layers, constant, value))
                     loop = cases.Engine(problem, *cases.ENGINES[engine])
-                if name == "by our kernels":
-                    loop._objective._layers._way = next(iter(loop._objective._layers.ways()))
-                running = loop.iterate(problem.start)
-                for _ in islice(running, GPU_HISTORY + 2):
-                    pass
-                whole = seconds_of_gpu(partial(next, running), device)
-                rows.add(f"{size}: {name}", iteration_us=1e6 * whole, our_part=1 - network / whole)
+                    if name == "by our kernels":
+                        loop._objective._layers._way = next(iter(loop._objective._layers.ways()))
+                    running = loop.iterate(problem.start)
+                    for _ in islice(running, GPU_HISTORY + 2):
+                        pass
+                    whole = seconds_of_gpu(partial(next, running), device)
+                    rows.add(f"{size}: {name}", iteration_us=1e6 * whole, our_part=1 - network / whole)
+
+
+def seconds_of_network(objective: Objective, device: str) -> float:
+    """Of both passes, as one CUDA graph where they can be one."""
+    alone = network_alone(objective)
+    if objective.network.recordable:  # others capture for themselves
+        alone = recorded(alone, device)
+    for _ in range(kernels.Recorded.WARM_UP + 1):
+        alone()
+    return seconds_of_gpu(alone, device)
 
 
 def network_alone(objective: Objective) -> Callable[[], None]:

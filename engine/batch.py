@@ -7,7 +7,9 @@ name in one go, each with its manifest, and a rerun paints only those that are n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -19,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from . import jobs
@@ -69,12 +72,12 @@ class Painter:
             return self._failed
         try:
             start, losses = time.perf_counter(), []
-            files = manifest.named_files(self._config, None, None)
+            inputs = manifest.inputs(self._config, None, None)
             job = replace(task, content=_load(task.content), styles=tuple(map(_load, task.styles)))
             for step in painting.begin(self._stylizer, job, self._config):
                 losses.append((step.iteration, step.loss))
             seconds = time.perf_counter() - start
-            record = painting.describe(self._stylizer, self._config, job, files, losses, seconds, step)
+            record = painting.describe(self._stylizer, self._config, job, inputs, losses, seconds, step)
             stream = io.BytesIO()
             step.image.save(stream, "PNG", **manifest.embed("PNG", record))
             _write(task.out, stream.getvalue())
@@ -221,9 +224,12 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
 
 def plan(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """All pictures: each content (a file, a folder or an fsspec URL of either) in each style. Raises ValueError."""
-    found = [[each for source in sources for each in _pictures(source)] for sources in (contents, styles)]
-    once = [list(dict.fromkeys(each)) for each in found]
-    return jobs.plan(once[0], once[1], f"{out.rstrip('/')}/{{content}}--{{style}}.png", {*contents, *styles})
+    found: list[dict[str, str]] = [{}, {}]
+    for sources, once in zip((contents, styles), found, strict=True):
+        for each in itertools.chain.from_iterable(map(_pictures, sources)):
+            once.setdefault(jobs.place(each), each)
+    pattern = f"{out.rstrip('/')}/{{content}}--{{style}}.png"
+    return jobs.plan([*found[0].values()], [*found[1].values()], pattern, {*contents, *styles})
 
 
 def _files(url: str) -> tuple[Any, str]:
@@ -263,6 +269,13 @@ def _write(url: str, data: bytes) -> None:
     from fsspec import AbstractFileSystem
 
     files, path = _files(url)
+    if "file" in files.protocol:
+        from .image import atomic
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(Path(path)) as temporary:
+            temporary.write_bytes(data)
+        return
     folder, _, name = path.rpartition("/")
     files.makedirs(folder, exist_ok=True)
     if type(files).mv is AbstractFileSystem.mv:  # copies: objects, as of S3, are there in full or not at all
@@ -278,11 +291,12 @@ def _write(url: str, data: bytes) -> None:
 
 
 def _check_writable(folder: str) -> None:
-    """Raise OSError if no file can be written in a folder, which is made; leaves no file behind."""
+    """Raise OSError if no file can be written in a folder, which is made; leaves none behind that may be removed."""
     probe = f"{folder}/.stylize-{uuid.uuid4().hex}"
     _write(probe, b"")
     files, path = _files(probe)
-    files.rm_file(path)
+    with contextlib.suppress(OSError):
+        files.rm_file(path)
 
 
 def _there(url: str) -> bool:

@@ -14,8 +14,8 @@ import torch
 
 from . import image, manifest
 from .config import Config
-from .jobs import Job, brief, check_apart
-from .painting import is_frame, loaded, paint
+from .jobs import Job, brief, check_apart, is_frame, place
+from .painting import loaded, paint
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,12 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
         log.info("%d of %d pictures are there already", len(jobs) - len(todo), len(jobs))
     if not todo:
         return 0, ""
-    sources = {each for job in jobs for each in (job.content, *job.styles)} | _start(config)
+    sources = {each for job in jobs for each in (job.content, *job.styles)}
+    if config.start_file is not None:
+        sources.add(config.start_file)
     check_apart([("a picture to write", job.out) for job in todo], [("one to read", each) for each in sources])
     if given.save_every:
-        outs = {Path(job.out).resolve() for job in todo}
+        outs = {place(job.out) for job in todo}
         for each in (*sources, *(job.out for job in jobs)):
             if is_frame(each, outs, given.save_every):
                 raise ValueError(f"{each} has the name of a frame of --save-every: give -o another folder or pattern")
@@ -81,11 +83,6 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     if failures:
         return 1, f"{len(failures)} of {len(todo)} pictures failed:\n  " + "\n  ".join(failures)
     return 0, ""
-
-
-def _start(config: Config) -> set[str]:
-    """The picture that all runs start from, if there is one."""
-    return set() if config.init in ("content", "noise", "style") else {config.init}
 
 
 def _is_manifest(path: str) -> bool:

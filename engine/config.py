@@ -16,6 +16,7 @@ COARSEST = 128  # pixels; about the long side of the first scale
 COARSE = 0.4  # iterations of each coarse scale over those of the last one
 TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
+STARTS = ("content", "noise", "style")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
@@ -193,6 +194,11 @@ class Config:
         """All loss layers, from the shallowest to the deepest."""
         used = dict((*self.content_layers, *self.style_layers))
         return tuple(layer for layer in LAYERS if layer in used)
+
+    @property
+    def start_file(self) -> str | None:
+        """The picture that `init` names, if it is no word."""
+        return None if self.init in STARTS else self.init
 
     def sized(self, long_side: int) -> Config:
         """These options for a content with this long side in pixels, which takes the place of `original`."""

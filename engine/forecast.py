@@ -57,8 +57,8 @@ def forecast(
     goal = load_goal(content, style, config or Config(), masks, freeze)
     config, picture = goal.config, goal.content or canvas(goal.config)
     kernels.pairs(config.history, stylizer.device == "cudnn")
-    if config.init not in ("content", "noise", "style"):
-        images.load(config.init)
+    if config.start_file is not None:
+        images.load(config.start_file)
     phases, kept, limit = list[dict[str, int]](), list[int](), stylizer._cache.limit
     for side, steps in config.schedule(picture.aspect):
         size = config.whole(picture.fit(side))

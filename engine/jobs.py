@@ -5,7 +5,6 @@ Standard library only.
 
 from __future__ import annotations
 
-import errno
 import glob
 import re
 import sys
@@ -58,44 +57,66 @@ def product(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Jo
 
 
 def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collection[str]) -> list[Job]:
-    """The jobs of `combine` but for sources that are results of its jobs, so that a second run makes nothing of them.
-
-    Those that the user has `named` are sources all the same.
-    """
-    made = {_place(job.out) for job in combine(contents, styles, out)}
-    sources = [[each for each in found if each in named or _place(each) not in made] for found in (contents, styles)]
-    return combine(sources[0], sources[1], out)
-
-
-def _place(path: str) -> str:
-    return path if "://" in path else str(Path(path).resolve())
-
-
-def combine(contents: Sequence[str], styles: Sequence[str], out: str) -> list[Job]:
     """The jobs of `product` for single files, which may be URLs if `out` is a pattern.
 
-    Raises ValueError if two jobs would write one file, or `out` is neither a folder nor a pattern.
+    Results of these jobs and frames of them are no sources, so that a second run makes nothing of them; those that the
+    user has `named` are. Raises ValueError if two jobs would write one file, or if `out` is no folder and no pattern.
     """
     pattern = out
     if "{content}" not in out and "{style}" not in out:
         if out == "-" or (Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir()):
             raise ValueError(f"-o {out} is one picture: give a folder, or a pattern with {{content}} and {{style}}")
         pattern = str(Path(out) / "{content}--{style}.png")
-    jobs: dict[str, Job] = {}
-    for content in contents:
-        for style in styles:
-            target = pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
-            # Where file systems do not tell A.png from a.png they are one.
-            file = target.lower() if sys.platform in ("win32", "darwin") and "://" not in target else target
-            other = jobs.get(file)
-            if other:
-                raise ValueError(
-                    f"{content} with {style} and {other.content} with {other.styles[0]} would both be written to "
-                    f"{target}: "
-                    "give -o a pattern with {content} and {style}, and names that differ"
-                )
-            jobs[file] = Job(content, (style,), target)
-    return list(jobs.values())
+    asked = {place(each) for each in named}
+    jobs = _each_with_each(contents, styles, pattern)
+    # A result in the place of its own source is a mistake, which is told where files are checked.
+    made = {place(job.out) for job in jobs} - {place(job.out) for job in jobs if _is_source(job)}
+    kept = [
+        [each for each in found if place(each) in asked or not (place(each) in made or is_frame(each, made))]
+        for found in (contents, styles)
+    ]
+    jobs = _each_with_each(kept[0], kept[1], pattern)
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        # Where file systems do not tell A.png from a.png they are one.
+        file = job.out.lower() if sys.platform in ("win32", "darwin") and "://" not in job.out else job.out
+        other = seen.setdefault(file, job)
+        if other is not job:
+            raise ValueError(
+                f"{job.content} with {job.styles[0]} and {other.content} with {other.styles[0]} would both be written "
+                f"to {job.out}: give -o a pattern with {{content}} and {{style}}, and names that differ"
+            )
+    return jobs
+
+
+def _each_with_each(contents: Sequence[str], styles: Sequence[str], pattern: str) -> list[Job]:
+    def target(content: str, style: str) -> str:
+        return pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
+
+    return [Job(content, (style,), target(content, style)) for content in contents for style in styles]
+
+
+def _is_source(job: Job) -> bool:
+    return place(job.out) in {place(each) for each in (job.content, *job.styles)}
+
+
+def place(path: str) -> str:
+    """One spelling of the place of a file, whatever is there; URLs stay as they are."""
+    return path if "://" in path else str(Path(path).parent.resolve() / Path(path).name)
+
+
+def numbered(out: str, iteration: int) -> str:
+    """The name of a frame of the picture `out`."""
+    path = Path(out)
+    return str(path.with_name(f"{path.stem}-{iteration:05d}{path.suffix}"))
+
+
+def is_frame(path: str, outs: Collection[str], every: int = 1) -> bool:
+    """Whether a file has the name of a frame, after a multiple of `every` iterations, of a picture at a `place`."""
+    found = re.fullmatch(r"(.*)-(\d{5,})(\.[^./]*)?", place(path))
+    if found is None or int(found[2]) % every or found[2] != f"{int(found[2]):05d}":
+        return False
+    return found[1] + (found[3] or "") in outs
 
 
 def shard(jobs: Sequence[Job], part: str) -> list[Job]:
@@ -112,14 +133,6 @@ def brief(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def wrong_file(error: BaseException) -> bool:
-    """Whether an error says that a file was named which is not there, or not to be read or written."""
-    known = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-    return isinstance(error, known) or (
-        isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG)
-    )
 
 
 def fail(program: str, status: int, message: str) -> int:

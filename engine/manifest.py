@@ -18,14 +18,14 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from .config import Config
+from .config import STARTS, Config
 
 _KEY = "gatys-engine"  # of the text in a PNG
 _COMMENT, _EXIF, _ASCII = 0x9286, 0x8769, b"ASCII\0\0\0"
 _FORMAT = 1
 _LONGEST = 60_000  # characters: an EXIF block holds 64 kB
 _LOSSES = 500  # of the trace
-_STARTS, _ALPHA = ("content", "noise", "style"), ("alpha",)  # words that may stand in the place of a file
+_ALPHA = ("alpha",)  # the word that may stand in the place of the file of a mask
 _PICTURE = {"name": (str, None), "sha256": str}
 _SHAPE = {  # of a manifest that can be replayed: types, keys of objects, [shape of all in a list], (alternatives)
     "options": {"init": str},
@@ -41,14 +41,14 @@ _SHAPE = {  # of a manifest that can be replayed: types, keys of objects, [shape
 _LIBRARIES = ("gatys-engine", "torch", "numpy", "numba", "pillow")
 
 
-def named_files(config: Config, masks: list[str | tuple[str, str]] | None, freeze: str | None) -> dict[str, Any]:
-    """What a manifest says of the files that a run reads besides its pictures, as they are now: when it begins.
+def inputs(config: Config, masks: list[str | tuple[str, str]] | None, freeze: str | None) -> dict[str, Any]:
+    """The part of a manifest that is to be made when the run begins: options, masks, and the sha256 of files they name.
 
     `masks` and `freeze` are as in a call, of file names.
     """
     files: dict[str, str] = {}
     return {
-        "options": asdict(config) | {"init": _portable(config.init, files, _STARTS)},
+        "options": asdict(config) | {"init": _portable(config.init, files, STARTS)},
         "masks": _portable(masks, files, _ALPHA),
         "freeze": _portable(freeze, files, _ALPHA),
         "files": files,
@@ -56,7 +56,7 @@ def named_files(config: Config, masks: list[str | tuple[str, str]] | None, freez
 
 
 def describe(
-    files: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     content: tuple[str | None, str] | None,
     styles: Sequence[tuple[str | None, str]],
     engine: Mapping[str, str],
@@ -66,14 +66,14 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a run.
 
-    `files` is what `named_files` found, `content` (None without) and `styles` are (name, sha256 of the
+    `inputs` is what the function of that name gave, `content` (None without) and `styles` are (name, sha256 of the
     decoded picture), `engine` the device, precision, weights and their sha256, `losses` (iteration, loss), of which at
     most some 500 are kept, `total` the iterations of the run.
     """
     done = losses[-1][0] if losses else 0
     return {
         "format": _FORMAT,
-        **files,
+        **inputs,
         "content": content and {"name": content[0], "sha256": content[1]},
         "styles": [{"name": name, "sha256": digest} for name, digest in styles],
         "engine": dict(engine),
@@ -158,7 +158,7 @@ def _fits(value: Any, shape: Any) -> bool:
 
 def config(manifest: Mapping[str, Any], folder: Path) -> Config:
     """The options again, with files found in `folder`. Raises ValueError if one differs or an option is unknown."""
-    start = _found(manifest["options"]["init"], manifest["files"], folder, _STARTS)
+    start = _found(manifest["options"]["init"], manifest["files"], folder, STARTS)
     try:
         return Config(**manifest["options"] | {"init": start})
     except TypeError as error:

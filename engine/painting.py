@@ -10,14 +10,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import image, manifest
 from .config import Config
-from .jobs import BREAKS, Job, brief
+from .jobs import BREAKS, Job, brief, is_frame, numbered, place
 
 if TYPE_CHECKING:
     from .result import Step
@@ -76,7 +76,7 @@ def paint(
 
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
-    run, files = Run(job, config), manifest.named_files(config, job.masks, job.freeze)
+    run, inputs = Run(job, config), manifest.inputs(config, job.masks, job.freeze)
     start = saved = time.perf_counter()
     status, message = 0, ""
     steps = begin(stylizer, job, config, Path(given.resume).read_bytes() if given.resume else None)
@@ -89,7 +89,7 @@ def paint(
                 stages = {name: round(value, 6) for name, value in step.stages.items()}
                 run.rows.append(row | {"seconds": round(now - start, 4), "stages": stages})
                 if given.save_every and step.iteration % given.save_every == 0:
-                    with _spared(_numbered(job.out, step.iteration)) as path:
+                    with _spared(numbered(job.out, step.iteration)) as path:
                         image.save(step.image, path)
                 interrupted = asked() or (stop is not None and stop.is_set())
                 due = interrupted or now - saved >= given.checkpoint_every
@@ -108,7 +108,7 @@ def paint(
     if run.last is not None and not (status and whole_only):
         losses = [(row["iteration"], row["loss"]) for row in run.rows]
         seconds = time.perf_counter() - start
-        record = describe(stylizer, config, job, files, losses, seconds, run.last)
+        record = describe(stylizer, config, job, inputs, losses, seconds, run.last)
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
         if given.trace:
@@ -176,7 +176,7 @@ def describe(
     stylizer: Stylizer,
     config: Config,
     job: Job,
-    files: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     losses: Sequence[tuple[int, float]],
     seconds: float,
     last: Step,
@@ -188,7 +188,7 @@ def describe(
         engine["began"] = stylizer.precision  # and fell back
     content, *styles = (named(source) for source in (job.content, *job.styles))
     used = [each for each in styles if each is not None]
-    return manifest.describe(files, content, used, engine, losses, seconds, last.total)
+    return manifest.describe(inputs, content, used, engine, losses, seconds, last.total)
 
 
 def named(source: Any) -> tuple[str | None, str] | None:
@@ -227,23 +227,8 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 def check_frames(out: str, every: int) -> None:
     """Raise ValueError if a numbered frame is there that `paint` would write with --save-every."""
     for each in Path(out).parent.iterdir():
-        if is_frame(str(each), {Path(out).resolve()}, every):
+        if is_frame(str(each), {place(out)}, every):
             raise ValueError(f"{each} exists already; pass --overwrite to replace it")
-
-
-def is_frame(path: str, outs: Collection[Path], every: int) -> bool:
-    """Whether a file would be a numbered frame of one of the pictures `outs`, absolute paths."""
-    place = Path(path).resolve()
-    stem, _, number = place.stem.rpartition("-")
-    if not number.isdecimal() or int(number) % every:
-        return False
-    picture = place.with_name(f"{stem}{place.suffix}")
-    return picture in outs and str(place) == _numbered(str(picture), int(number))
-
-
-def _numbered(out: str, iteration: int) -> str:
-    path = Path(out)
-    return str(path.with_name(f"{path.stem}-{iteration:05d}{path.suffix}"))
 
 
 def _write(path: str, data: bytes) -> None:

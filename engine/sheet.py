@@ -75,10 +75,10 @@ def make(
         for i, (labels, config) in enumerate(cells):
             start, losses, name = time.perf_counter(), [], ", ".join(labels)
             try:
-                files = manifest.named_files(config, job.masks, job.freeze)
+                inputs = manifest.inputs(config, job.masks, job.freeze)
                 for step in progress(begin(stylizer, job, config), given, name):
                     losses.append((step.iteration, step.loss))
-                record = describe(stylizer, config, job, files, losses[-1:], time.perf_counter() - start, step)
+                record = describe(stylizer, config, job, inputs, losses[-1:], time.perf_counter() - start, step)
                 picture = step.image
             except (*BREAKS, ValueError, TypeError) as error:
                 if not made and isinstance(error, ValueError | TypeError):

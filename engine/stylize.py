@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import DEVICES, PRECISIONS, Config, choice, options
-from .jobs import BREAKS, Job, brief, check_apart, fail, product, same_file, shard, wrong_file
+from .export.files import wrong_file
+from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
 from .presets import PRESETS
 
 _NAME = "engine.stylize"
@@ -266,8 +267,8 @@ def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
     if given.checkpoint and Path(given.checkpoint).exists() and not (resumed or given.overwrite):
         raise ValueError(f"{given.checkpoint} exists already: --resume goes on from it, --overwrite replaces it")
     if given.save_every:
-        for each in [*_pictures(given, sources), *own.values()]:
-            if each != "-" and painting.is_frame(each, {Path(given.out).resolve()}, given.save_every):
+        for each in [*_pictures(given, sources), *own.values(), *([given.replay] if given.replay else [])]:
+            if is_frame(each, {place(given.out)}, given.save_every):
                 raise ValueError(f"{each} has the name of a frame of --save-every: give OUT or the file another one")
     if given.save_every and not (given.overwrite or given.resume):
         painting.check_frames(given.out, given.save_every)

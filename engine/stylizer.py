@@ -147,7 +147,7 @@ class Stylizer:
         for targets in (each for each in given.styles if isinstance(each, Targets)):  # so are those of other scales
             for side, _ in schedule:
                 self._saved(targets, side, config)
-        start = images.load(config.init) if config.init not in ("content", "noise", "style") else None
+        start = None if config.start_file is None else images.load(config.start_file)
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
         if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
@@ -229,11 +229,13 @@ class Stylizer:
                 pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)
             stall = Stall(config.stop, resumed.tensors["stall"].tolist() if resumed else ())
             while iteration < sum(counts[: index + 1]) or resumed:
-                tensors, resumed = resumed.tensors if resumed else None, None
+                handed, resumed = (
+                    [resumed.tensors if resumed else None],
+                    None,
+                )  # a history, for whoever restores it alone
                 left = sum(counts[: index + 1]) - iteration
                 try:
-                    for iterate in self._minimise(scaled, goal, precision, pixels, left, state, tensors):
-                        tensors = None
+                    for iterate in self._minimise(scaled, goal, precision, pixels, left, state, handed.pop()):
                         iteration += 1
                         pixels = iterate.best
                         stops = config.stop > 0 and stall(iterate.loss)
@@ -295,7 +297,7 @@ class Stylizer:
             frozen=objective.frozen,
             recorded=objective.recorded,
         )
-        del saved  # only what restores it has to hold it
+        del saved
         yield from within(objective.network, iterates)
 
     def _falls_back(self, precision: str, reason: object) -> bool:

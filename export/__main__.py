@@ -15,11 +15,10 @@ from pathlib import Path
 import onnx
 
 from . import graph, validate, vgg
+from .files import wrong_file
 from .ort import BackendError
 from .weights import Weights, load
 
-# Of the caller; what else goes wrong is nobody's.
-_MISTAKES = (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 DEFAULT_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
 
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = export(spec, weights, options.out)
     except (ValueError, OSError, ArithmeticError, MemoryError, BackendError) as error:
         print(f"engine.export: {error or type(error).__name__}", file=sys.stderr)
-        return 2 if isinstance(error, _MISTAKES) else 1
+        return 2 if isinstance(error, ValueError) or wrong_file(error) else 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

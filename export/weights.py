@@ -234,7 +234,10 @@ def _fetch_imagenet(target: Path) -> None:
                     names = [f"{key}.{part}" for key in _torchvision_names() for part in ("weight", "bias")]
                     kept = {name: state[name].contiguous() for name in names}
                 partial = target.with_suffix(".partial")
-                partial.write_bytes(save(kept, {"source": url, "source_sha256": IMAGENET_SHA256}))  # raises OSError
+                with partial.open("wb") as file:
+                    file.write(save(kept, {"source": url, "source_sha256": IMAGENET_SHA256}))
+                    file.flush()
+                    os.fsync(file.fileno())  # before it has its name, or a power failure leaves half of it
                 partial.replace(target)
             finally:
                 checkpoint.unlink(missing_ok=True)

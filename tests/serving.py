@@ -37,7 +37,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def start(self, ready=True) -> "Server":
+    def start(self, ready=True, tries=3) -> "Server":
         words = ["--port", self.port, "--data", self.data, "--weights", "embedded", "--device", "cpu", *self.options]
         with self.log.open("a") as log:
             command = [sys.executable, "-m", "engine.serve", *map(str, words)]
@@ -45,8 +45,10 @@ class Server:
         try:
             self.wait("/health/ready" if ready else "/health/live")
         except ConnectionRefusedError:  # somebody else has the port by now
+            if tries == 1:
+                raise
             self._choose_port()
-            return self.start(ready)
+            return self.start(ready, tries - 1)
         return self
 
     def wait(self, path: str) -> None:

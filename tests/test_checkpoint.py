@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import Config, Stylizer, kernels, optimize
+from engine import Config, Stylizer, kernels, losses, optimize
+from engine import stylizer as module
 from engine.checkpoint import Checkpoint, dump, load
 from engine.export.weights import load as load_weights
 from engine.goal import load as load_goal
@@ -79,6 +81,27 @@ def test_the_last_step_of_a_scale_that_stopped_lets_go_of_the_optimiser(stylizer
     steps = list(stylizer.steps(pictures["content"], pictures["style"], config))
     assert len(steps) < 58
     assert not any(step._iterate._saving for step in steps)
+
+
+def test_a_resumed_run_lets_go_of_its_checkpoint(stylizer, pictures, monkeypatch):
+    """A history as long as its own."""
+    pair, config = (pictures["content"], pictures["style"]), Config(size=48, scales=1, iterations=6)
+    data = interrupted(stylizer, pictures, config, 3)
+    tensors, held, write = [], [], losses.Objective.write
+
+    def noted(data):
+        found = load(data)
+        tensors.append(weakref.ref(found.tensors["history"]))
+        return found
+
+    def looking(self, *given):
+        held.append(tensors[0]() is not None)
+        return write(self, *given)
+
+    monkeypatch.setattr(module, "load_checkpoint", noted)
+    monkeypatch.setattr(losses.Objective, "write", looking)
+    assert len(list(stylizer.steps(*pair, config, resume=data))) == 3
+    assert held == [False] * 3
 
 
 def test_taking_checkpoints_changes_nothing_and_one_may_follow_another(stylizer, pictures):
@@ -236,7 +259,7 @@ def test_round_trip_and_metadata_without_pickle():
     assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_damage_is_a_value_error(data):
     whole = small()

@@ -283,7 +283,7 @@ TEXTS = st.text(max_size=12) | st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(sorted(stylize._METAVARS)), TEXTS), max_size=3))
 def test_any_text_for_any_option_is_a_run_or_one_line(options):
     """The content does not exist, so that no run starts: exit 2, whatever the options say."""

@@ -67,7 +67,7 @@ def test_oklab_and_back(rgb):
     )  # the standard's two pieces meet that well
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(style=pictures(), content=pictures())
 def test_any_pictures_give_pictures_without_a_warning(style, content):
     """Warnings are errors here: no NaN, nothing outside [0, 1], the style's size and alpha."""
@@ -81,7 +81,7 @@ def test_any_pictures_give_pictures_without_a_warning(style, content):
         assert picture.rgb.max() <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(result=pictures(), content=pictures())
 def test_keep_takes_lightness_of_the_one_and_hue_of_the_other(result, content):
     content = Picture(np.resize(content.rgb, result.rgb.shape))

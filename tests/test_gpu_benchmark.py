@@ -260,7 +260,7 @@ def test_whole_runs_of_two_engines_agree(rows):
 def test_ways_to_the_gram_matrices_are_timed(rows, monkeypatch):
     monkeypatch.setattr(gpu_sections, "GPU_HISTORY", 1)
     monkeypatch.setattr(gpu_sections, "seconds_of_gpu", lambda work, device: work() and 1e-6)
-    monkeypatch.setattr(gpu_sections, "network_alone", lambda objective: lambda: True)
+    monkeypatch.setattr(gpu_sections, "seconds_of_network", lambda objective, device: 1e-6)
     before = vars(gpu_sections.kernels.layers).copy()
     gpu_sections.gram_matrices(rows, "cpu", "engine-cpu", (48,))
     assert [row["name"] for row in rows.rows] == [f"48: {name}" for name in gpu_sections.SHARES]

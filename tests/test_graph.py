@@ -106,7 +106,7 @@ def test_nhwc_hands_the_same_over_in_another_order(net, pooling, precision):
     assert np.linalg.norm(turned_gradient - gradient) < tolerance * np.linalg.norm(gradient)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     height=st.integers(32, 70),
     width=st.integers(32, 70),

@@ -312,7 +312,7 @@ FILES = {kind: file(kind) for kind in KINDS}
 FILES |= {"TIFF-LZW": file("TIFF", compression="tiff_lzw"), "progressive": file("JPEG", progressive=True)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_damaged_pictures_load_or_are_refused(a_million_pixels, data):
     """Whatever is done to a valid file: bytes changed (most of all in the header), cut out, doubled, cut off."""
@@ -327,7 +327,7 @@ def test_damaged_pictures_load_or_are_refused(a_million_pixels, data):
     loads_or_is_refused(bytes(content))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(FILES)), st.sampled_from(sorted(FILES)), st.binary(max_size=40))
 def test_two_files_in_one_load_or_are_refused(a_million_pixels, one, other, between):
     loads_or_is_refused(FILES[one] + between + FILES[other])
@@ -335,7 +335,7 @@ def test_two_files_in_one_load_or_are_refused(a_million_pixels, one, other, betw
     loads_or_is_refused(between + FILES[one])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF"]), st.binary(max_size=60), st.binary(max_size=60))
 def test_garbage_for_exif_and_profile_leaves_the_picture(kind, exif, profile):
     good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -462,6 +462,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order, sync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("on the disk"), sync(file)))
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(Path(target).name), replace(self, target)))
+    image.save(Image.fromarray(colour()), str(tmp_path / "out.png"))
+    assert order == ["on the disk", "out.png"]
 
 
 def test_written_files_follow_the_umask(tmp_path):

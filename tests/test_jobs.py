@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from engine import image
-from engine.jobs import SUFFIXES, Job, check_apart, combine, product, shard
+from engine.jobs import SUFFIXES, Job, check_apart, is_frame, numbered, place, plan, product, shard
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_two_jobs_may_not_write_one_file(folder, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="would both be"):
         product(*both, "out")
-    assert len(combine(*both, "s3://bucket/{content}.png")) == 2
+    assert len(plan(*both, "s3://bucket/{content}.png", ())) == 2
 
 
 @pytest.mark.parametrize("out", ["new.png", "deep/new.TIFF", "-"])
@@ -88,3 +88,44 @@ def test_shards_share_the_jobs(folder):
     for wrong in ("0/4", "5/4", "1", "a/b", "1/0", "-1/3"):
         with pytest.raises(ValueError, match="I/N"):
             shard(jobs, wrong)
+
+
+def test_frames_are_told_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outs = {place("o.png"), place("a-b.tar.webp"), "s3://bucket/o.png"}
+    for path in ("o-00002.png", "./o-00010.png", str(tmp_path / "a-b.tar-00004.webp"), "s3://bucket/o-123456.png"):
+        assert is_frame(path, outs)
+        assert is_frame(path, outs, 2)
+    assert numbered("a-b.tar.webp", 4) == "a-b.tar-00004.webp"
+    assert not is_frame("o-00002.png", outs, 3)
+    for path in ("o-2.png", "o-000002.png", "o-00002.jpg", "-00002", "-10", "x/o-00002.png", "o-00002", "-"):
+        assert not is_frame(path, outs)
+
+
+def test_a_folder_that_holds_results_is_read_again_as_it_was(tmp_path):
+    """Results, and frames of them, are no sources, whatever pattern they have; but what is named is."""
+    for name in ("a.jpg", "b.jpg", "s.png"):
+        (tmp_path / name).touch()
+    style, patterns = str(tmp_path / "s.png"), ["{content}.png", "{content}--{style}.webp"]
+    for pattern in patterns:
+        out = str(tmp_path / pattern)
+        first = product([str(tmp_path / "?.jpg")], [style], out)
+        assert len(first) == 2
+        for job in first:
+            for path in (job.out, numbered(job.out, 50)):
+                Path(path).touch()
+        again = product([str(tmp_path)], [style], out)
+        assert [job for job in again if job.content.endswith(".jpg")] == first
+        assert {Path(job.content).name for job in again} - {"a.jpg", "b.jpg"} == {"s.png"}
+        assert len(product([str(tmp_path), numbered(first[0].out, 50)], [style], out)) == 4
+        for job in first:
+            for path in (job.out, numbered(job.out, 50)):
+                Path(path).unlink()
+
+
+def test_a_result_in_the_place_of_its_source_is_left_to_be_told(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "s.jpg").touch()
+    (job,) = product([str(tmp_path / "*.png")], [str(tmp_path / "s.jpg")], str(tmp_path / "{content}.png"))
+    with pytest.raises(ValueError, match="a picture to write"):
+        check_apart([("a picture to write", job.out)], [("one to read", job.content)])

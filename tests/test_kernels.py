@@ -54,7 +54,7 @@ def test_gram(shape, dtype, tolerance, nhwc):
     assert error(found, gram_reference(given.double().numpy())) < 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 20), st.integers(1, 60), st.integers(0, 2**32 - 1))
 def test_gram_invariants(channels, positions, seed):
     given = features(channels, positions, seed=seed)

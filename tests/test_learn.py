@@ -11,7 +11,7 @@ pytest.importorskip("skimage", reason="scikit-image brings the photographs")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_stored_filters_come_back(bits, seed):
     conv = vgg.CONVS[1]

@@ -11,7 +11,7 @@ ENGINE = {"device": "cpu", "precision": "fp32", "weights": "embedded", "sha256":
 
 
 def record(config=None, losses=((1, 2.5), (2, 1.5)), masks=None, freeze=None):
-    inputs = manifest.named_files(config or Config(), masks, freeze), ("c.png", "12"), [("s.png", "34"), (None, "56")]
+    inputs = manifest.inputs(config or Config(), masks, freeze), ("c.png", "12"), [("s.png", "34"), (None, "56")]
     return manifest.describe(*inputs, ENGINE, losses, 1.25, len(losses))
 
 

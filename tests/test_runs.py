@@ -286,7 +286,7 @@ def test_a_replay_of_a_run_that_fell_back_does_so_again(stylizer, caplog):
     last = SimpleNamespace(precision="fp32", total=1)
     half = SimpleNamespace(device="cudnn", precision="fp16", weights_name="embedded")
     half.weights_digest = stylizer.weights_digest
-    record = painting.describe(half, config, job, manifest.named_files(config, None, None), [(1, 2.0)], 0, last)
+    record = painting.describe(half, config, job, manifest.inputs(config, None, None), [(1, 2.0)], 0, last)
     given = argparse.Namespace(device="auto", precision="auto", weights="auto")
     replay.take_engine(record, Path(), given)
     assert (given.device, given.precision) == ("cudnn", "auto")

@@ -368,6 +368,19 @@ def test_a_worker_that_nobody_could_be_ends_the_server_unless_one_has_worked(cli
     assert watch.mistake == bool(sent) == (status == supervisor.MISTAKE and not began)
 
 
+def test_a_worker_that_cannot_start_ends_no_server_while_another_may(client, monkeypatch):
+    sent = []
+    monkeypatch.setattr(supervisor.os, "kill", lambda process, signal: sent.append(signal))
+    watch = supervisor.Supervisor(client[1], Settings(workers=2))
+    for number in (1, 0):
+        assert not sent
+        dead = SimpleNamespace(poll=lambda: 2, returncode=supervisor.MISTAKE, stdin=None)
+        watch._workers[number] = dead
+        watch._look(number)
+    assert watch.mistake
+    assert len(sent) == 1
+
+
 def test_a_token_is_what_comes_through_a_header(monkeypatch):
     monkeypatch.setenv("STYLIZE_TOKEN", "secret\n")
     assert Settings(host="0.0.0.0").token() == "secret"

@@ -179,7 +179,7 @@ def forward_and_vjp(spec, network, seed=0):
         return found.image.clone(), read, cotangents, found.gradient.clone()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     height=st.integers(32, 75),
     width=st.integers(32, 75),

@@ -107,6 +107,7 @@ class Service:
         # Threads of their own: uploads that wait for a decoder must not keep the others from answering.
         self.turns = ThreadPoolExecutor(2 * DECODERS, "turn")
         self.conversions = ThreadPoolExecutor(2, "conversion")
+        self.looks = ThreadPoolExecutor(2, "look")  # of event streams; the store serves one at a time anyway
 
     def job(self, job: str) -> Row:
         """The row of a job. Raises Problem."""
@@ -187,7 +188,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         decoders.close()
         await asyncio.to_thread(supervisor.stop)
         service.mistake = supervisor.mistake
-        for pool in (service.turns, service.conversions):
+        for pool in (service.turns, service.conversions, service.looks):
             await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         store.close()
 
@@ -322,7 +323,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         | _errors(404, 422, 503),
     )  # fmt: skip
     async def events(job: JobId, last_event_id: Annotated[int, Header(ge=0, le=10**9)] = 0) -> Response:
-        await run_in_threadpool(service.job, job)
+        await asyncio.wrap_future(service.looks.submit(service.job, job))
         if service.streams >= _STREAMS:
             raise Problem(503, f"{_STREAMS} event streams are open", retry_after=5)
         return StreamingResponse(_events(service, job, last_event_id), media_type="text/event-stream")
@@ -406,7 +407,7 @@ async def _events(service: Service, job: str, after: int) -> AsyncIterator[str]:
         preview, silent = 0, 0.0
         while not service.stopping:
             try:
-                row, losses = await run_in_threadpool(look)
+                row, losses = await asyncio.wrap_future(service.looks.submit(look))
             except KeyError:  # removed
                 return
             if row != last:

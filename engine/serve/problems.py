@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.config import MIN_SIDE, Config, choice, least_side, options
+from engine.config import MIN_SIDE, STARTS, Config, choice, least_side, options
 
 from .settings import Settings
 from .store import full
@@ -106,9 +106,8 @@ def check_options(text: str, size: tuple[int, int], styles: int, settings: Setti
             choice("option", name, [option.name for option in options()])
             _check_words(name, value)
         config = Config(**values).sized(max(size))
-        starts = ("content", "noise", "style")
-        if config.init not in starts:
-            raise ValueError(f"init {config.init!r}: choose from {', '.join(starts)}")
+        if config.start_file is not None:
+            raise ValueError(f"init {config.init!r}: choose from {', '.join(STARTS)}")
         if isinstance(config.size, tuple):
             raise ValueError("size: give one number, the content has the shape")
         for name, side in (("size", config.long_side), ("style size", config.style_side(config.long_side))):

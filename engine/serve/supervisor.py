@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _LOOK = 0.2  # seconds between two looks at the workers
 _TIDY = 5.0  # seconds between two removals of old jobs
 _PATIENCE = 7.0  # seconds that a worker has for its checkpoint before it is killed
-MISTAKE = 2  # exit status of a worker with which nobody could start
+MISTAKE = 2  # exit status of a worker that was given what it cannot start with
 _HANGS = 1800.0  # seconds without a sign of life, from a job or before the first one, after which it is killed
 
 
@@ -33,6 +33,7 @@ class Supervisor:
         self._failures: dict[int, int] = {}
         self._again: dict[int, float] = {}
         self.mistake = False  # no worker can start with these settings: the server ends
+        self._mistaken: set[int] = set()
         self._began = False  # whether one was ever ready
         self._signs: dict[int, tuple[Any, float]] = {}  # the last one of each worker, and since when it is the last
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -87,7 +88,9 @@ class Supervisor:
             pause = min(60.0, 2.0 ** self._failures[number] - 1)  # one that never gets ready is not hurried
             self._again[number] = time.monotonic() + pause
             log.error("worker died", extra={"worker": number, "status": process.returncode, "again_in": pause})
-            if process.returncode == MISTAKE and not self._began:
+            if process.returncode == MISTAKE:
+                self._mistaken.add(number)
+            if not self._began and len(self._mistaken) == self._settings.workers:
                 self.mistake = True
                 os.kill(os.getpid(), signal.SIGTERM)
         elif process is not None and self._hangs(number):

@@ -26,7 +26,8 @@ from filelock import FileLock
 
 from engine import image, manifest, painting, provider
 from engine.config import Config
-from engine.jobs import Job, brief, wrong_file
+from engine.export.files import wrong_file
+from engine.jobs import Job, brief
 
 from . import logs
 from .store import Row, Store, full, write
@@ -123,7 +124,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     losses: list[tuple[int, int, float]] = []
     number, start = row["preview"], time.monotonic()
     clock = _Clock(config.sized(max(content.size)).schedule(content.aspect))
-    files = manifest.named_files(config, task.masks, task.freeze)
+    inputs = manifest.inputs(config, task.masks, task.freeze)
     step: Step | None = None
     painted: float | None = None  # when it was: waiting for room is no running
 
@@ -168,7 +169,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     painted = time.monotonic()
     tell(step)
     known = {iteration: loss for iteration, _, loss in (*store.losses(job), *losses)}
-    record = painting.describe(stylizer, config, task, files, sorted(known.items()), seconds(), step)
+    record = painting.describe(stylizer, config, task, inputs, sorted(known.items()), seconds(), step)
     result = png(step.image, record=record)
     while not _kept(folder, result):  # a painted picture waits for room, instead of being lost
         if store.cancelled(job):
@@ -280,7 +281,6 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
         threads = None if workers == "1" else max(1, len(os.sched_getaffinity(0)) // int(workers))
         try:
             stylizer = Stylizer(weights, device, precision, threads=threads)
-            name = stylizer.weights_name  # reads them
         except (ValueError, TypeError, OSError, BackendError) as error:
             if isinstance(error, OSError) and not wrong_file(error):  # a download, say, that may do the next time
                 raise
@@ -288,7 +288,7 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
             return MISTAKE
         warm_up(stylizer)
         store = Store(data)
-        store.announce(int(number), stylizer.device, name)
+        store.announce(int(number), stylizer.device, stylizer.weights_name)
         log.info("worker ready", extra={"worker": int(number), "device": stylizer.device})
         devices = sorted({each["device"] for each in store.workers()})
         if len(devices) > 1:
