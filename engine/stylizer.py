@@ -229,10 +229,8 @@ class Stylizer:
                 pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)
             stall = Stall(config.stop, resumed.tensors["stall"].tolist() if resumed else ())
             while iteration < sum(counts[: index + 1]) or resumed:
-                handed, resumed = (
-                    [resumed.tensors if resumed else None],
-                    None,
-                )  # a history, for whoever restores it alone
+                handed = [resumed.tensors if resumed else None]  # they are large: nobody else is to hold them
+                resumed = None
                 left = sum(counts[: index + 1]) - iteration
                 try:
                     for iterate in self._minimise(scaled, goal, precision, pixels, left, state, handed.pop()):

@@ -68,7 +68,7 @@ ALLOWED = {
             "replay",
             "sheet",
         }
-        | {"stylizer", "__version__"}
+        | {"stylizer", "export", "__version__"}
     ),
     "__init__": {"config", "presets", "result", "stylizer", "targets", "export"},
 }
