@@ -70,7 +70,7 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
     asked = {place(each) for each in named}
     jobs = _each_with_each(contents, styles, pattern)
     # A result in the place of its own source is a mistake, which is told where files are checked.
-    made = {place(job.out) for job in jobs} - {place(job.out) for job in jobs if _is_source(job)}
+    made = {place(job.out) for job in jobs if not _is_source(job)}
     kept = [
         [each for each in found if place(each) in asked or not (place(each) in made or is_frame(each, made))]
         for found in (contents, styles)
