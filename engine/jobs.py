@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import functools
 import glob
 import re
 import sys
@@ -67,12 +68,13 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
         if out == "-" or (Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir()):
             raise ValueError(f"-o {out} is one picture: give a folder, or a pattern with {{content}} and {{style}}")
         pattern = str(Path(out) / "{content}--{style}.png")
-    asked = {place(each) for each in named}
+    where = functools.cache(place)
+    asked = {where(each) for each in named}
     jobs = _each_with_each(contents, styles, pattern)
     # A result in the place of its own source is a mistake, which is told where files are checked.
-    made = {place(job.out) for job in jobs if not _is_source(job)}
+    made = {where(job.out) for job in jobs if where(job.out) not in map(where, (job.content, *job.styles))}
     kept = [
-        [each for each in found if place(each) in asked or not (place(each) in made or is_frame(each, made))]
+        [each for each in found if where(each) in asked or not (where(each) in made or is_frame(each, made))]
         for found in (contents, styles)
     ]
     jobs = _each_with_each(kept[0], kept[1], pattern)
@@ -94,10 +96,6 @@ def _each_with_each(contents: Sequence[str], styles: Sequence[str], pattern: str
         return pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
 
     return [Job(content, (style,), target(content, style)) for content in contents for style in styles]
-
-
-def _is_source(job: Job) -> bool:
-    return place(job.out) in {place(each) for each in (job.content, *job.styles)}
 
 
 def place(path: str) -> str:
