@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from . import jobs
-from .config import Config
+from .config import Config, choice, options
 from .jobs import Job, brief, fail
 
 log = logging.getLogger(__name__)
@@ -304,6 +304,18 @@ def _there(url: str) -> bool:
     return bool(files.exists(path))
 
 
+def _config(text: str) -> Config:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--options is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise TypeError("--options has to be a JSON object")
+    for name in values:
+        choice("option", name, [option.name for option in options()])
+    return Config(**values)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {_NAME}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
@@ -333,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
         if given.threads is not None and given.threads < 1:
             raise ValueError(f"--threads {given.threads}: give a number from 1")
-        config = Config(**json.loads(given.options))
+        config = _config(given.options)
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
         if missing:

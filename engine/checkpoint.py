@@ -37,7 +37,14 @@ class Checkpoint:
         ours, own = json.loads(json.dumps(identity)), self.identity  # tuples become lists
         differing = [name for name in sorted(ours | own) if ours.get(name) != own.get(name)]
         if differing:
-            raise ValueError(f"the checkpoint is of a run with another {', another '.join(differing)}")
+            values = [(name, own.get(name), ours.get(name)) for name in differing]
+            shown = [f"{name} ({one}, here {other})" if _short(one, other) else name for name, one, other in values]
+            raise ValueError(f"the checkpoint is of a run with another {', another '.join(shown)}")
+
+
+def _short(*values: Any) -> bool:
+    """Whether values can be told in a line: no digests, no lists."""
+    return all(isinstance(value, str | int | float) and len(str(value)) <= 20 for value in values)
 
 
 def dump(checkpoint: Checkpoint) -> bytes:

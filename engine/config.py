@@ -23,12 +23,15 @@ DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
+_MEANT = {"gpu": "cudnn"}  # where the nearest word is another thing
+
+
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, else raise ValueError with the nearest one."""
     allowed = list(choices)
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+    near = difflib.get_close_matches(_MEANT.get(str(value), str(value)), allowed, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
 
@@ -87,7 +90,8 @@ class Config:
     )
     style_loss: str = _option(
         "gram",
-        "gram matrices; wasserstein: distance of normal distributions by mean and covariance; shifted: gram of F - 1",
+        "gram matrices; wasserstein: distance of normal distributions by mean and covariance, for a style weight near "
+        "10; shifted: gram of F - 1",
     )
     style_blend: tuple[float, ...] = _option((), "weights of the styles, divided by their sum; equal by default")
     style_scale: float = _option(1.0, "long side of the styles over that of the image")
@@ -97,7 +101,9 @@ class Config:
     )
     pooling: str = _option("avg", "pooling of the network: avg or max")
     padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
-    tile: bool = _option(False, "wrap around at the borders, so that the result tiles; sides are multiples of 16")
+    tile: bool = _option(
+        False, "wrap around at the borders, so that a texture tiles, or a content that does; sides are multiples of 16"
+    )
     init: str = _option(
         "content",
         "start from content, noise (without STYLE a trace on grey), style (its colours, drawn) or a picture (PATH)",

@@ -305,6 +305,8 @@ def output_format(path: str) -> str:
     if path == "-":
         return "PNG"
     suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS and Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give a file in it")
     if suffix not in FORMATS:
         raise ValueError(f"{path}: unknown picture format {suffix!r}; choose from {', '.join(FORMATS)}")
     return FORMATS[suffix]

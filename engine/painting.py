@@ -111,6 +111,8 @@ def paint(
         record = describe(stylizer, config, job, inputs, losses, seconds, run.last)
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
+        if status and given.checkpoint and Path(given.checkpoint).exists():
+            message += f", and --resume {given.checkpoint} goes on"
         if given.trace:
             _write(given.trace, _trace(stylizer, run))
         if given.plot:

@@ -23,6 +23,7 @@ from . import image as images
 log = logging.getLogger(__name__)
 
 Mask = NDArray[np.float32]  # (H, W) in [0, 1]
+_FADE = 2  # pixels
 _FROZEN = 0.5  # a pixel is frozen whose part in the mask is not smaller
 
 
@@ -83,6 +84,20 @@ def frozen(mask: Mask, size: tuple[int, int]) -> Tensor:
     return fitted(mask, size) >= _FROZEN
 
 
+def restored(picture: images.Picture, content: images.Picture, mask: Mask, wrap: bool = False) -> images.Picture:
+    """The picture with the frozen pixels of the content, which fade into it over the next _FADE pixels.
+
+    Pixels beside frozen ones see features that they cannot change, and get loud for that.
+    """
+    reach = total = frozen(mask, picture.size).float()
+    for _ in range(_FADE):
+        reach = functional.max_pool2d(reach, 3, 1, 1)
+        total = total + reach
+    share: NDArray[np.float32] = (total / (1 + _FADE))[0, 0, :, :, None].numpy()
+    own = images.resize(content, picture.size, wrap)
+    return images.Picture((share * own.rgb + (1 - share) * picture.rgb).astype(np.float32))
+
+
 def load_freeze(source: Any, picture: images.Picture, size: tuple[int, int]) -> Mask:
     """A mask of the pixels of `picture` that stay, in a result of (width, height); raises as `load_mask` does.
 
@@ -134,7 +149,7 @@ def report_coverage(masks: Sequence[Mask]) -> None:
     size = max(mask.shape for mask in masks)
     planes = [functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], size) for mask in masks]
     total = torch.cat(planes).sum(0)
-    parts = ", ".join(f"{i} covers {100 * float(plane.mean()):.0f}%" for i, plane in enumerate(planes, 1))
+    parts = ", ".join(f"{i} covers {100 * float(plane.mean()):.1f}%" for i, plane in enumerate(planes, 1))
     gap, overlap = (float(part.clamp_min(0).mean()) for part in (1 - total, total - 1))
     trouble = [f"{100 * gap:.1f}% belongs to no style"] * (gap > 1e-3)
     trouble += [f"{100 * overlap:.1f}% to more than one"] * (overlap > 1e-3)

@@ -14,6 +14,7 @@ from . import image as images
 from .checkpoint import Checkpoint, dump
 from .config import Config
 from .optimize import Iterate
+from .regions import Mask, restored
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +38,7 @@ class Step:
     _iterate: Iterate = field(repr=False)
     _content: images.Picture = field(repr=False)
     _config: Config = field(repr=False)
+    _freeze: Mask | None = field(repr=False)
     _checkpoint: Callable[[], Checkpoint] = field(repr=False)
 
     @property
@@ -58,6 +60,8 @@ class Step:
             height, width = pixels.shape[2:]
             alpha = images.resize_plane(alpha, (width, height), own.tile)
         shown = colour.finish(own.colour, images.from_tensor(pixels), self._content, own.tile)
+        if self._freeze is not None:
+            shown = restored(shown, self._content, self._freeze, own.tile)
         return images.to_pil(images.to_tensor(shown), alpha)
 
     def checkpoint(self) -> bytes:

@@ -6,16 +6,20 @@ Everything heavy is imported after the options have been read, so that `--help` 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import importlib.util
 import logging
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import DEVICES, PRECISIONS, Config, choice, options
+from .config import DEVICES, PRECISIONS, STARTS, Config, choice, options
 from .export.files import wrong_file
 from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
 from .presets import PRESETS
@@ -27,7 +31,11 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{_NAME}: {message} (--help lists the options)\n")
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        flags = list(self._option_string_actions)
+        near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, 1) if unknown else []
+        hint = f"did you mean {near[0]}?" if near else "--help lists the options"
+        self.exit(2, f"{_NAME}: {message} ({hint})\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         help="once for each STYLE: keeps it to the white part of a mask of the content; after the colon, the part of "
         "the style that it is taken from; the word alpha is the picture's own",
     )  # fmt: skip
-    group.add_argument("--freeze", metavar="MASK", help="pixels of the content in the mask stay as they are")
+    group.add_argument(
+        "--freeze", metavar="MASK", help="pixels of the content in the mask stay as they are, and fade into the others"
+    )
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--weights", default="auto", help="auto, embedded, imagenet or a .pth or .safetensors file (default auto)"
@@ -134,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)  # noqa: T201
         return 0
     try:
-        return _run(given)
+        with _ended_softly():
+            return _run(given)
     except KeyboardInterrupt:
         return fail(_NAME, 130, "interrupted")
     except (ValueError, TypeError) as error:
@@ -143,11 +154,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(_NAME, 2 if wrong_file(error) else 1, brief(error))
 
 
+@contextlib.contextmanager
+def _ended_softly() -> Iterator[None]:
+    """Take SIGTERM, by which containers and batch systems end a process, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(given: argparse.Namespace) -> int:
     _check(given)
     if given.quiet or sys.stderr is None:
         given.progress = "none"
     config = Config() if given.replay else _config(given)
+    start = config.start_file
+    if start and re.fullmatch(r"\w+", start) and not Path(start).exists():  # a word, misspelt
+        choice("init", start, STARTS)
     sources = _sources(given)
     from . import painting, provider
 
@@ -183,6 +210,9 @@ def _run(given: argparse.Namespace) -> int:
     grid = sheet.axes(given.grid, _parse) if given.grid else []
     cells = sheet.configs(config, grid)  # before the weights are read: mistakes in the values are told now
     stylizer = Stylizer(given.weights, given.device, given.precision, keep_networks=len(cells) > 1)
+    if given.preset and stylizer.weights_name == "embedded":
+        text = "preset %s is made for other weights (README names them): with the embedded features its own do not fit"
+        logging.getLogger(__name__).warning(text, given.preset)
     if record:
         replay.check_engine(record, stylizer, config)
     if given.forecast:

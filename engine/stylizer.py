@@ -111,7 +111,7 @@ class Stylizer:
 
         `masks`, one for each style, keeps a style to a part of the content: a mask of the content, or a pair of masks
         of the content and the style. A mask is a picture or an array (H, W), white inside, hard or soft, or the word
-        `alpha`, the picture's own. `freeze` is a mask of the content whose pixels stay as they are.
+        `alpha`, the picture's own. `freeze` is a mask of the content whose pixels stay as they are; the next two fade.
 
         Raises ValueError, TypeError or OSError for pictures and options that cannot be used, FloatingPointError if the
         run meets a NaN or an infinity (`steps` then still has the last good picture).
@@ -241,7 +241,8 @@ class Stylizer:
                             counts[index] = iteration - sum(counts[:index])
                         behind = index, iteration, iterate, counts, stall
                         save = functools.partial(_checkpoint, identity, precision, *behind)
-                        yield Step(scale, iteration, sum(counts), precision, iterate, content, config, save)
+                        shown = content, config, goal.freeze
+                        yield Step(scale, iteration, sum(counts), precision, iterate, *shown, save)
                         if stops:
                             iterate.release()
                             break

@@ -107,7 +107,7 @@ def load(source: str | Path = "auto", layers: tuple[str, ...] = vgg.LAYERS) -> W
     if source == "auto":
         if cached.is_file():
             return _from_file(cached, convs, "imagenet")
-        log.info("weights: embedded; ImageNet features paint better, `--weights imagenet` downloads them once (550 MB)")
+        log.info("weights: embedded; ImageNet features paint better, `--weights imagenet` downloads them once (575 MB)")
         source = "embedded"
     if source == "embedded":
         return Weights("embedded", load_embedded(convs), IMAGENET_MEAN, IMAGENET_STD)

@@ -291,7 +291,9 @@ def test_a_file_system_that_is_missing_is_named(folders, capsys, monkeypatch):
     ("change", "said"),
     [
         ({"--options": '{"size": 1}'}, "size"),
-        ({"--options": "["}, ""),
+        ({"--options": "["}, "--options is not JSON"),
+        ({"--options": "[1]"}, "JSON object"),
+        ({"--options": '{"sice": 1}'}, "did you mean size?"),
         ({"--workers": "0"}, "from 1"),
         ({"--threads": "0"}, "from 1"),
         ({"--styles": "/nowhere"}, "does not exist"),

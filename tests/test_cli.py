@@ -253,6 +253,45 @@ def test_a_name_that_cannot_be_used_is_a_mistake_and_a_full_disk_is_none(pair, m
     assert "out.png: so it is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--color", "match"], "did you mean --colour?"),
+        (["--style_weight", "3"], "did you mean --style-weight?"),
+        (["--xyzzy"], "--help lists the options"),
+        (["--device", "gpu"], "did you mean cudnn?"),
+        (["--init", "nois"], "did you mean noise?"),
+        (["-o", "."], ". is a folder: give a file in it"),
+    ],
+)
+def test_what_was_meant_is_guessed(pair, capsys, words, said):
+    content, style, out = pair
+    try:
+        status = stylize.main([content, style, "-o", out, *SMALL, *words])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_preset_for_other_weights_is_warned_of(pair, states, caplog, monkeypatch):
+    content, style, out = pair
+    monkeypatch.setattr(painting, "paint", lambda *given: (0, ""))
+    for weights, warned in (("embedded", True), (str(states["caffe"][0]), False)):
+        caplog.clear()
+        options = ["--preset", "gatys2016", "--weights", weights, "--device", "cpu", "--size", "48"]
+        assert stylize.main([content, style, "-o", out, *options]) == 0
+        assert ("preset gatys2016 is made for other weights" in caplog.text) == warned
+
+
+def test_sigterm_is_taken_for_ctrl_c(pair, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(painting, "paint", lambda *given: signal.raise_signal(signal.SIGTERM))
+    assert stylize.main([*pair[:2], "-o", pair[2], *SMALL]) == 130
+    assert capsys.readouterr().err.endswith("engine.stylize: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_drive_is_no_style_mask(monkeypatch):
     assert stylize._masks(["m:/s.png", "m:s"]) == [("m", "/s.png"), ("m", "s")]
     monkeypatch.setattr(sys, "platform", "win32")

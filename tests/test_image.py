@@ -486,7 +486,7 @@ def test_the_alpha_of_a_step_is_resized_as_its_picture_is(tile):
     random = np.random.default_rng(0).random
     content = image.Picture(random((48, 32, 3), np.float32), random((48, 32), np.float32))
     iterate = SimpleNamespace(best=torch.zeros(1, 3, 96, 64))
-    found = Step(96, 1, 1, "fp32", iterate, content, Config(tile=tile), None).image.getchannel("A")
+    found = Step(96, 1, 1, "fp32", iterate, content, Config(tile=tile), None, None).image.getchannel("A")
     truth = image.resize(content, (64, 96), wrap=tile).alpha
     np.testing.assert_allclose(np.asarray(found) / 255, truth, atol=0.51 / 255)
 

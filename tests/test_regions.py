@@ -8,7 +8,7 @@ from PIL import Image
 from engine import Config, Stylizer, colour
 from engine import image as images
 from engine.goal import load as load_goal
-from engine.regions import guide, load_freeze, load_mask
+from engine.regions import guide, load_freeze, load_mask, restored
 
 WEIGHTS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
 SHALLOW = {"style_layers": ("relu1_1", "relu3_1:2"), **WEIGHTS}
@@ -174,6 +174,34 @@ def test_frozen_pixels_are_the_contents_own(stylizer, optimizer):
         stylizer(None, content, config, freeze=freeze)
 
 
+def test_what_is_frozen_fades_into_the_pixels_around_it():
+    """By thirds, diagonals too; and is the content's own to the bit."""
+    picture, content = (images.load(noise(20, 30, seed)) for seed in (1, 2))
+    mask = np.zeros((20, 30), np.float32)
+    mask[8:12, 10:20] = 1
+    found = restored(picture, content, mask).rgb
+    y, x = np.mgrid[:20, :30]
+    away = np.maximum.reduce([8 - y, y - 11, 10 - x, x - 19, 0 * y])
+    share = np.clip((3 - away) / 3, 0, 1)[..., None]
+    np.testing.assert_allclose(found, share * content.rgb + (1 - share) * picture.rgb, atol=1e-6)
+    assert np.array_equal(found[mask > 0], content.rgb[mask > 0])
+    assert np.array_equal(found[away > 2], picture.rgb[away > 2])
+
+
+def test_pixels_beside_what_is_frozen_are_not_shown_as_loud_as_they_get(stylizer, pictures):
+    freeze = np.zeros((40, 56), np.float32)
+    freeze[10:30, 15:40] = 1
+    config = Config(size=56, scales=1, iterations=60)
+    *_, last = stylizer.steps(pictures["content"], pictures["style"], config, freeze=freeze)
+    raw = images.from_tensor(last._iterate.best).rgb
+    own = images.resize(images.load(pictures["content"]), (56, 40)).rgb
+    shown = np.asarray(last.image, np.float32) / 255
+    ring = np.zeros((40, 56), bool)
+    ring[9:31, 14:41] = True
+    ring[10:30, 15:40] = False
+    assert np.abs(shown - own)[ring].mean() < 0.5 * np.abs(raw - own)[ring].mean()
+
+
 def test_a_mask_that_freezes_nothing_is_told():
     picture, thin = images.load(noise(32, 64, 1)), np.zeros((32, 64), np.float32)
     thin[:, 10] = 1
@@ -188,12 +216,12 @@ def test_coverage_is_reported(stylizer, caplog):
     left, right = halves(48, 64)
     with caplog.at_level("INFO", logger="engine"):
         stylizer.evaluate(picture, picture, styles, masks=[left, right])
-        assert caplog.messages[-1] == "masks: style 1 covers 50%, 2 covers 50%"
+        assert caplog.messages[-1] == "masks: style 1 covers 50.0%, 2 covers 50.0%"
         left[:, :16] = 0
         right[:, 24:32] = 1
         stylizer.evaluate(picture, picture, styles, masks=[left, right])
     assert caplog.messages[-1] == (
-        "masks: style 1 covers 25%, 2 covers 62%; 25.0% belongs to no style, 12.5% to more than one"
+        "masks: style 1 covers 25.0%, 2 covers 62.5%; 25.0% belongs to no style, 12.5% to more than one"
     )
 
 

@@ -60,12 +60,12 @@ def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, ca
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         assert main(*options, "-o", "out.png", "--checkpoint", "run.ckpt") == 130
-    assert "the picture so far is in out.png" in capsys.readouterr().err
+    assert "the picture so far is in out.png, and --resume run.ckpt goes on" in capsys.readouterr().err
     assert replay.read("out.png")["iterations"] == {"done": 2, "total": 4}
     assert not np.array_equal(pixels("out.png"), pixels("whole.png"))
     before = (tmp_path / "run.ckpt").read_bytes()
     assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--seed", "3", "--overwrite") == 2
-    assert "another seed" in capsys.readouterr().err
+    assert "another seed (0, here 3)" in capsys.readouterr().err
     assert (tmp_path / "run.ckpt").read_bytes() == before
     assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--checkpoint", "run.ckpt", "--overwrite") == 0
     assert np.array_equal(pixels("out.png"), pixels("whole.png"))

@@ -659,6 +659,13 @@ def test_options_are_checked_with_the_line_of_config(client, files, options, sta
     assert said in problem(post(client[0], files, options), status)
 
 
+def test_other_fields_are_refused(client, files):
+    """What is meant by them would be left out."""
+    assert "field 'mask' is unknown" in problem(post(client[0], {**files, "mask": files["content"]}), 422)
+    assert "did you mean options?" in problem(post(client[0], files, option="{}"), 422)
+    assert "choose from style" in problem(client[0].post("/v1/styles", files=files), 422)
+
+
 def test_a_missing_or_doubled_part_is_named(client, files):
     assert "content" in problem(client[0].post("/v1/jobs", files={"style": files["style"]}), 422)
     assert "style" in problem(client[0].post("/v1/jobs", files={"content": files["content"]}), 422)

@@ -35,7 +35,7 @@ ALLOWED = {
     "autograd": {"losses"},
     "optimize": {"config", "kernels", "stages"},
     "checkpoint": set(),
-    "result": {"checkpoint", "colour", "config", "image", "optimize"},
+    "result": {"regions", "checkpoint", "colour", "config", "image", "optimize"},
     "start": {"config", "image"},
     "stylizer": (
         {"cache", "checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider"}

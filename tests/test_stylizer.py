@@ -670,6 +670,11 @@ def test_weights_that_are_downloaded_meanwhile_wait_for_the_next_stylizer(pictur
     assert asked == ["auto", "embedded"]
 
 
+def test_options_have_to_be_a_config(stylizer, pictures):
+    with pytest.raises(TypeError, match=r"config has to be a Config, not \{'size': 128\}"):
+        stylizer(pictures["content"], pictures["style"], {"size": 128})
+
+
 def test_a_thread_of_a_style_is_refused(stylizer, pictures):
     thread = np.zeros((1, 600, 3), np.uint8)
     with pytest.raises(ValueError, match="a style of 600 x 1 pixels would have to be 19200 long: crop it"):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Annotated, Any, BinaryIO, TypeVar
 
-from fastapi import FastAPI, File, Form, Header, Path, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Header, Path, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
@@ -24,6 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from engine import __version__
+from engine.config import choice
 
 from . import problems
 from .decoder import DECODERS, Decoders
@@ -79,6 +80,19 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _ok(code: int, text: str, example: Any, media: str = "application/json") -> dict[int | str, dict[str, Any]]:
     return {code: {"description": text, "content": {media: {"example": example}}}}
+
+
+def _only(*names: str) -> Any:
+    """Refuse form fields of other names: what is meant by them would be left out in silence."""
+
+    async def check(request: Request) -> None:
+        try:
+            for name in await request.form():
+                choice("field", name[:80], names)
+        except ValueError as error:
+            raise Problem(422, str(error)) from error
+
+    return Depends(check)
 
 
 def view(store: Store, row: Row) -> Row:
@@ -229,6 +243,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         "/v1/jobs", status_code=202, response_model=None, summary="Ask for a picture",
         responses=_ok(202, "Accepted: it is on the disk", _JOB)
         | _errors(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
+        dependencies=[_only("content", "style", "style_id", "options", "priority", "deadline")],
     )  # fmt: skip
     @service.in_turn
     def add_job(
@@ -331,7 +346,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     @app.post(
         "/v1/styles", status_code=201, response_model=None, summary="Store a style",
         responses=_ok(201, "Stored", {"id": "5" * 64}) | _ok(200, "It was there", {"id": "5" * 64})
-        | _errors(400, 408, 413, 415, 422, 503, 507),
+        | _errors(400, 408, 413, 415, 422, 503, 507), dependencies=[_only("style")],
     )  # fmt: skip
     @service.in_turn
     def add_style(style: Annotated[UploadFile, File(description="the picture")]) -> Response:
