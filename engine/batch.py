@@ -345,6 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
         if given.threads is not None and given.threads < 1:
             raise ValueError(f"--threads {given.threads}: give a number from 1")
+        if given.gpus and not given.ray:
+            raise ValueError(
+                "--gpus is for the actors of --ray: without it workers share what CUDA_VISIBLE_DEVICES shows"
+            )
         config = _config(given.options)
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]

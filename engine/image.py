@@ -127,6 +127,8 @@ def opened(source: Source) -> Iterator[Image.Image]:
         name, data = "standard input", sys.stdin.buffer.read(most + 1)
     elif isinstance(source, str | os.PathLike):
         name = str(source)
+        if name.startswith(("http://", "https://")):
+            raise ValueError(f"{name}: no address is fetched, give a file")
         with Path(source).open("rb") as file:
             data = file.read(most + 1)
     else:

@@ -295,13 +295,14 @@ def test_a_file_system_that_is_missing_is_named(folders, capsys, monkeypatch):
         ({"--options": "[1]"}, "JSON object"),
         ({"--options": '{"sice": 1}'}, "did you mean size?"),
         ({"--workers": "0"}, "from 1"),
+        ({"--gpus": "1"}, "for the actors of --ray"),
         ({"--threads": "0"}, "from 1"),
         ({"--styles": "/nowhere"}, "does not exist"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folders, capsys, change, said):
     ((flag, value),) = change.items()
-    given = words(folders, "--workers", "1", "--threads", "1")
+    given = words(folders, "--workers", "1", "--threads", "1", "--gpus", "0")
     given[given.index(flag) + 1] = value
     assert batch.main(given) == 2
     error = capsys.readouterr().err

@@ -278,6 +278,8 @@ def test_sixteen_bit_colour_keeps_its_upper_bits():
 def test_missing_files_and_other_types(tmp_path):
     with pytest.raises(FileNotFoundError):
         image.load(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"https://example.com/a.jpg: no address is fetched"):
+        image.load("https://example.com/a.jpg")
     with pytest.raises(TypeError, match="not int"):
         image.load(7)
     with pytest.raises(ValueError, match=r"\(H, W, 3\)"):
