@@ -247,10 +247,7 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
     for name in engines:
         with rows.attempt(name):
             engine = cases.Engine(problem, *cases.ENGINES[name])
-            running = engine.iterate(problem.start)
-            for _ in islice(running, GPU_HISTORY + 2):  # a full history
-                pass
-            whole = seconds_of_gpu(partial(next, running), device)
+            whole = seconds_of_iteration(engine, problem, device)
             network = seconds_of_network(engine._objective, device)
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
@@ -282,11 +279,16 @@ def gram_matrices(
                     loop = cases.Engine(problem, *cases.ENGINES[engine])
                     if name == "by our kernels":
                         loop._objective._layers._way = next(iter(loop._objective._layers.ways()))
-                    running = loop.iterate(problem.start)
-                    for _ in islice(running, GPU_HISTORY + 2):
-                        pass
-                    whole = seconds_of_gpu(partial(next, running), device)
+                    whole = seconds_of_iteration(loop, problem, device)
                     rows.add(f"{size}: {name}", iteration_us=1e6 * whole, our_part=1 - network / whole)
+
+
+def seconds_of_iteration(engine: cases.Engine, problem: cases.Problem, device: str) -> float:
+    """Of one with a full history."""
+    running = engine.iterate(problem.start)
+    for _ in islice(running, GPU_HISTORY + 2):
+        pass
+    return seconds_of_gpu(partial(next, running), device)
 
 
 def seconds_of_network(objective: Objective, device: str) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from . import jobs
-from .config import Config, choice, options
+from .config import Config, check_option
 from .jobs import Job, brief, fail
 
 log = logging.getLogger(__name__)
@@ -269,15 +269,14 @@ def _write(url: str, data: bytes) -> None:
     from fsspec import AbstractFileSystem
 
     files, path = _files(url)
+    folder, _, name = path.rpartition("/")
+    files.makedirs(folder, exist_ok=True)
     if "file" in files.protocol:
         from .image import atomic
 
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic(Path(path)) as temporary:
             temporary.write_bytes(data)
         return
-    folder, _, name = path.rpartition("/")
-    files.makedirs(folder, exist_ok=True)
     if type(files).mv is AbstractFileSystem.mv:  # copies: objects, as of S3, are there in full or not at all
         files.pipe_file(path, data)
         return
@@ -312,7 +311,7 @@ def _config(text: str) -> Config:
     if not isinstance(values, dict):
         raise TypeError("--options has to be a JSON object")
     for name in values:
-        choice("option", name, [option.name for option in options()])
+        check_option(name)
     return Config(**values)
 
 

@@ -21,8 +21,6 @@ COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-
-
 _MEANT = {"gpu": "cudnn"}  # where the nearest word is another thing
 
 
@@ -268,6 +266,11 @@ class Config:
 def options() -> Iterable[Field[Any]]:
     """The fields of `Config`, for building a command line."""
     return fields(Config)
+
+
+def check_option(name: str) -> None:
+    """Raise ValueError unless `Config` has a field of this name."""
+    choice("option", name, [option.name for option in options()])
 
 
 def _shared(name: str, weights: Iterable[float]) -> None:

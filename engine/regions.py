@@ -85,13 +85,15 @@ def frozen(mask: Mask, size: tuple[int, int]) -> Tensor:
 
 
 def restored(picture: images.Picture, content: images.Picture, mask: Mask, wrap: bool = False) -> images.Picture:
-    """The picture with the frozen pixels of the content, which fade into it over the next _FADE pixels.
+    """The picture with the frozen pixels of the content, which fade into it over the next _FADE pixels, around its
+    borders if `wrap`.
 
     Pixels beside frozen ones see features that they cannot change, and get loud for that.
     """
     reach = total = frozen(mask, picture.size).float()
     for _ in range(_FADE):
-        reach = functional.max_pool2d(reach, 3, 1, 1)
+        framed = functional.pad(reach, (1, 1, 1, 1), "circular" if wrap else "constant")
+        reach = functional.max_pool2d(framed, 3, 1)
         total = total + reach
     share: NDArray[np.float32] = (total / (1 + _FADE))[0, 0, :, :, None].numpy()
     own = images.resize(content, picture.size, wrap)

@@ -284,7 +284,8 @@ def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
     resumed = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     names = ("trace", "plot", "save_targets", "checkpoint")
     own = {_flag(name): getattr(given, name) for name in names if getattr(given, name)}
-    replaced = [*_pictures(given, sources), *([given.replay] if given.replay else [])]
+    needed = [*_pictures(given, sources), *([given.replay] if given.replay else [])]
+    replaced = needed
     if given.overwrite:  # they are read before OUT takes their place
         replaced = [each for each in replaced if not any(same_file(each, path) for path in pictures)]
     read = [("a picture to read", each) for each in replaced] + [("--weights", given.weights)]
@@ -297,7 +298,7 @@ def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
     if given.checkpoint and Path(given.checkpoint).exists() and not (resumed or given.overwrite):
         raise ValueError(f"{given.checkpoint} exists already: --resume goes on from it, --overwrite replaces it")
     if given.save_every:
-        for each in [*_pictures(given, sources), *own.values(), *([given.replay] if given.replay else [])]:
+        for each in (*needed, *own.values()):
             if is_frame(each, {place(given.out)}, given.save_every):
                 raise ValueError(f"{each} has the name of a frame of --save-every: give OUT or the file another one")
     if given.save_every and not (given.overwrite or given.resume):

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights = load(options.weights, layers)
         rows = export(spec, weights, options.out)
     except (ValueError, OSError, ArithmeticError, MemoryError, BackendError) as error:
-        print(f"engine.export: {error or type(error).__name__}", file=sys.stderr)
+        print(f"engine.export: {str(error) or type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) or wrong_file(error) else 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -186,6 +186,10 @@ def test_what_is_frozen_fades_into_the_pixels_around_it():
     np.testing.assert_allclose(found, share * content.rgb + (1 - share) * picture.rgb, atol=1e-6)
     assert np.array_equal(found[mask > 0], content.rgb[mask > 0])
     assert np.array_equal(found[away > 2], picture.rgb[away > 2])
+    for shift in ((8, 0), (0, 15), (9, 12)):  # a picture that tiles has no borders
+        rolled = (images.Picture(np.roll(each.rgb, shift, (0, 1))) for each in (picture, content))
+        around = restored(*rolled, np.roll(mask, shift, (0, 1)), wrap=True).rgb
+        np.testing.assert_allclose(around, np.roll(found, shift, (0, 1)), atol=1e-6)
 
 
 def test_pixels_beside_what_is_frozen_are_not_shown_as_loud_as_they_get(stylizer, pictures):

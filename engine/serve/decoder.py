@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import resource
 import signal
@@ -18,6 +17,7 @@ import threading
 from typing import Any
 
 from .problems import Problem, check_picture
+from .settings import environment
 
 DECODERS = 2  # uploads decoded at the same time
 _SECONDS = 20.0  # that one may take
@@ -71,9 +71,8 @@ class Decoders:
                 self._all.discard(dead)
                 _bury(dead)
             command = [sys.executable, "-m", "engine.serve.decoder", str(self._max_pixels)]
-            environment = {name: value for name, value in os.environ.items() if name != "STYLIZE_TOKEN"}
             try:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
             except OSError as error:  # too many processes, or too little memory: no fault of the upload
                 raise Problem(503, "no decoder could be started", retry_after=5) from error
             self._all.add(process)

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.config import MIN_SIDE, STARTS, Config, choice, least_side, options
+from engine.config import MIN_SIDE, STARTS, Config, check_option, least_side
 
 from .settings import Settings
 from .store import full
@@ -103,7 +103,7 @@ def check_options(text: str, size: tuple[int, int], styles: int, settings: Setti
         raise Problem(422, "options has to be a JSON object")
     try:
         for name, value in values.items():
-            choice("option", name, [option.name for option in options()])
+            check_option(name)
             _check_words(name, value)
         config = Config(**values).sized(max(size))
         if config.start_file is not None:

@@ -82,6 +82,11 @@ class Settings:
         return token
 
 
+def environment() -> dict[str, str]:
+    """That of a process of the server's, which need not know the token."""
+    return {name: value for name, value in os.environ.items() if name != "STYLIZE_TOKEN"}
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is that of the machine itself."""
     try:

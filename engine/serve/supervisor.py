@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from .settings import Settings
+from .settings import Settings, environment
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -32,11 +32,15 @@ class Supervisor:
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._failures: dict[int, int] = {}
         self._again: dict[int, float] = {}
-        self.mistake = False  # no worker can start with these settings: the server ends
-        self._mistaken: set[int] = set()
+        self._mistaken: set[int] = set()  # workers that could not start
         self._began = False  # whether one was ever ready
         self._signs: dict[int, tuple[Any, float]] = {}  # the last one of each worker, and since when it is the last
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    @property
+    def mistake(self) -> bool:
+        """Whether no worker can start with these settings, so that the server ends."""
+        return not self._began and len(self._mistaken) == self._settings.workers
 
     def start(self) -> None:
         """Start the workers."""
@@ -90,8 +94,7 @@ class Supervisor:
             log.error("worker died", extra={"worker": number, "status": process.returncode, "again_in": pause})
             if process.returncode == MISTAKE:
                 self._mistaken.add(number)
-            if not self._began and len(self._mistaken) == self._settings.workers:
-                self.mistake = True
+            if self.mistake:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif process is not None and self._hangs(number):
             log.error("worker hangs", extra={"worker": number})
@@ -109,11 +112,10 @@ class Supervisor:
 
     def _spawn(self, number: int) -> subprocess.Popen[bytes]:
         settings = self._settings
-        environment = dict(os.environ)
-        environment.pop("STYLIZE_TOKEN", None)
-        cards = [card for card in environment.get("CUDA_VISIBLE_DEVICES", str(number)).split(",") if card]
+        own = environment()
+        cards = [card for card in own.get("CUDA_VISIBLE_DEVICES", str(number)).split(",") if card]
         if settings.workers > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)] if cards else ""  # none is a choice, too
+            own["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)] if cards else ""  # none is a choice, too
         words = [settings.data, number, settings.workers, settings.weights, settings.device, settings.precision]
         command = [sys.executable, "-m", "engine.serve.worker", *map(str, words), settings.log]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=own)
