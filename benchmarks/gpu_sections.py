@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine import forecast as forecasts
-from engine import kernels, provider
+from engine import fused, kernels, provider
 from engine.export.ort import MissingError
 from engine.features import DTYPES, Features
 from engine.kernels import _cuda
@@ -252,9 +252,10 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
             rows.add(name, iteration_us=1e6 * whole, network_us=1e6 * network, our_part=1 - network / whole)
 
 
-# Of `kernels.layers`, for `gram_matrices`.
-SHARES: dict[str, dict[str, Any]] = {
+# What `gram_matrices` changes in `kernels.layers`, or of the network.
+WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "VJP after all losses": {"overlapping": None},
     "by our kernels": {},
     "wide ones with a rest": {"_share": lambda positions, wanted: wanted},
     "wide ones in half as many shares": {"_WAVES": 1},
@@ -267,15 +268,19 @@ SHARES: dict[str, dict[str, Any]] = {
 def gram_matrices(
     rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (512, 1024, 256)
 ) -> None:
-    """Our part of an iteration by ways and shares of the Gram matrices: timings of each way alone do not tell."""
+    """Our part of an iteration by ways and shares of the Gram matrices, and by when the VJP begins.
+
+    Timings of each way alone do not tell.
+    """
     for size in sizes:
         problem = cases.load(size, device=device)
         with rows.attempt(f"{engine} {size}"):
             network = seconds_of_network(cases.Engine(problem, *cases.ENGINES[engine])._objective, device)
-            for name, changes in SHARES.items():
+            for name, changes in WAYS.items():
                 with rows.attempt(f"{size}: {name}"), ExitStack() as stack:
                     for constant, value in changes.items():
-                        stack.enter_context(mock.patch.object(kernels.layers, constant, value))
+                        owner = kernels.layers if hasattr(kernels.layers, constant) else fused.Features
+                        stack.enter_context(mock.patch.object(owner, constant, value))
                     loop = cases.Engine(problem, *cases.ENGINES[engine])
                     if name == "by our kernels":
                         loop._objective._layers._way = next(iter(loop._objective._layers.ways()))

@@ -52,6 +52,10 @@ class Features(Protocol):
         """Whether both passes can be captured in a CUDA graph with what stands around them."""
 
     @property
+    def overlapping(self) -> Overlapping | None:
+        """The same network, where its VJP can begin while the losses of shallower layers are still computed."""
+
+    @property
     def memory(self) -> list[Tensor]:
         """The tensors that it works in, where it has a VJP."""
 
@@ -83,6 +87,26 @@ class Features(Protocol):
         Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
         their cotangents, and may read the features of these layers. For those that have `terms`, which `chains`
         allows, it writes what these are made of.
+        """
+
+
+class Overlapping(Protocol):
+    """`Features` whose deepest loss layer has its convolution for itself, on a GPU in 16 bits."""
+
+    def both(
+        self,
+        read: Callable[[tuple[str, ...]], None],
+        begin: Callable[[], None],
+        go_on: Callable[[], None],
+        ratio: Tensor,
+        terms: Mapping[str, kernels.Term],
+        pixels: Tensor | None = None,
+    ) -> None:
+        """image, or pixels in its place -> features, gradient: `forward`, then `vjp`, which overlap.
+
+        `read` and `terms` are as there. When all is read, `begin` has to write the cotangent of the deepest loss layer,
+        or its term, and `go_on` those of the others, beside what the VJP does until it comes to one of them; there it
+        multiplies what it has by `ratio`, 0-dim fp32, which `go_on` has to write as well.
         """
 
 
@@ -139,6 +163,7 @@ class Ranged:
     def __init__(self, network: Features, mean: Sequence[float], std: Sequence[float], top: float) -> None:
         self._network = network
         self.spec, self.products, self.recordable = network.spec, network.products, network.recordable
+        self._overlapping = network.overlapping
         self.features, self.use, self.chains = network.features, network.use, network.chains
         self.image = torch.zeros_like(network.image)
         if hasattr(network, "gradient"):  # it is not forward_only
@@ -152,15 +177,38 @@ class Ranged:
         """The tensors that it works in."""
         return [self.image, *self._network.memory]
 
-    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
-        """image, or pixels in its place -> features; see `Features.forward`."""
+    @property
+    def overlapping(self) -> Overlapping | None:
+        """Itself, if the network is."""
+        return self if self._overlapping else None
+
+    def _hand_on(self, pixels: Tensor | None) -> None:
         seen = self.image if pixels is None else pixels
         self._network.image.copy_(seen.double() * self._factor + self._offset)  # rounded once
+
+    def forward(self, read: Callable[[tuple[str, ...]], None] = ignore, pixels: Tensor | None = None) -> None:
+        """image, or pixels in its place -> features; see `Features.forward`."""
+        self._hand_on(pixels)
         self._network.forward(read)
 
     def vjp(self, write: Callable[[tuple[str, ...]], None], terms: Mapping[str, kernels.Term] | None = None) -> None:
         """features, cotangents -> gradient; see `Features.vjp`."""
         self._network.vjp(write, terms)
+        self.gradient.mul_(self._factor)
+
+    def both(
+        self,
+        read: Callable[[tuple[str, ...]], None],
+        begin: Callable[[], None],
+        go_on: Callable[[], None],
+        ratio: Tensor,
+        terms: Mapping[str, kernels.Term],
+        pixels: Tensor | None = None,
+    ) -> None:
+        """image, or pixels in its place -> features, gradient; see `Overlapping.both`."""
+        assert self._overlapping is not None
+        self._hand_on(pixels)
+        self._overlapping.both(read, begin, go_on, ratio, terms)
         self.gradient.mul_(self._factor)
 
 

@@ -226,6 +226,7 @@ class Features:
         self._rooms = torch.zeros(_rooms(spec), dtype=self._dtype, device=PLACE)
         self._run_forward, self._run_vjp = kernels.Recorded(PLACE), kernels.Recorded(PLACE)
         self._terms: dict[str, kernels.Term] = {}  # while the VJP is queued
+        self._ratios: dict[str, Tensor] = {}  # by convolution, in the same way
         self._recorded: dict[str, weakref.ref[kernels.Term]] = {}  # of the VJP that can be replayed
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
@@ -237,7 +238,17 @@ class Features:
             self._library = _Library(self._stream)
             self._ready: list[tuple[str, int]] = []  # each loss layer, and the steps until its features are there
             self._forward = self._forward_steps()
+            self._joint = ("", 0)  # the first convolution on the way back that has a further loss, and the steps to it
             self._vjp = [] if forward_only else self._vjp_steps()
+
+    @property
+    def overlapping(self) -> Features | None:
+        """Itself, where the deepest loss is not the only one and none is at the same convolution.
+
+        In fp32 the convolutions take so long that it does not matter when the losses are computed.
+        """
+        alone = self.spec.convs[-1].name not in self.spec.layers[:-1]
+        return self if self._joint[0] and alone and self.spec.precision != "fp32" else None
 
     @property
     def memory(self) -> list[Tensor]:
@@ -261,18 +272,30 @@ class Features:
             assert pixels is None
             self._run_forward(lambda: _make(self._forward, self.image))
             return
-        *others, deepest = (name for name, _ in self._ready)
-        fork, ours = dict(self._ready)[others[-1]] if others else 1, torch.cuda.current_stream(PLACE)
-        _make(self._forward[:fork], self.image if pixels is None else pixels)
-        self._beside.wait_stream(ours)
+        with self._joined():
+            self._forward_read(read, pixels)
+
+    @contextlib.contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Wait for the second stream at the end, after an error as well, as memory may be given back."""
         try:
-            with torch.cuda.stream(self._beside):
-                if others:
-                    read(tuple(others))
-            _make(self._forward[fork:])
-            read((deepest,))
-        finally:  # after an error as well, as memory may be given back
-            ours.wait_stream(self._beside)
+            yield
+        finally:
+            torch.cuda.current_stream(PLACE).wait_stream(self._beside)
+
+    def _forward_read(self, read: Callable[[tuple[str, ...]], None], pixels: Tensor | None) -> None:
+        *others, deepest = (name for name, _ in self._ready)
+        fork = dict(self._ready)[others[-1]] if others else 1
+        _make(self._forward[:fork], self.image if pixels is None else pixels)
+        self._queue_beside(lambda: read(tuple(others)) if others else None)
+        _make(self._forward[fork:])
+        read((deepest,))
+
+    def _queue_beside(self, launches: Callable[[], None]) -> None:
+        """Make the launches on the second stream, after what the current one holds."""
+        self._beside.wait_stream(torch.cuda.current_stream(PLACE))
+        with torch.cuda.stream(self._beside):
+            launches()
 
     def chains(self, name: str, *, style: bool, content: bool) -> bool:
         """See the function of that name."""
@@ -290,6 +313,30 @@ class Features:
             self._run_vjp(lambda: _make(self._vjp))
         finally:
             self._terms.clear()  # they hold the memory of somebody's losses
+
+    def both(
+        self,
+        read: Callable[[tuple[str, ...]], None],
+        begin: Callable[[], None],
+        go_on: Callable[[], None],
+        ratio: Tensor,
+        terms: Mapping[str, kernels.Term],
+        pixels: Tensor | None = None,
+    ) -> None:
+        """image, or pixels in its place -> features, gradient; see `features.Overlapping.both`."""
+        convolution, steps = self._joint
+        self._terms.update(terms)
+        self._ratios[convolution] = ratio
+        try:
+            with self._joined():
+                self._forward_read(read, pixels)
+                self._queue_beside(go_on)
+                begin()
+                _make(self._vjp[:steps])
+            _make(self._vjp[steps:])
+        finally:
+            self._terms.clear()  # they hold the memory of somebody's losses
+            self._ratios.clear()
 
     def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
         one, channels, height, width = shape
@@ -345,11 +392,13 @@ class Features:
         pooling = ""  # between the incoming cotangent and the layer below
         for conv in reversed(spec.convs):
             relu = self.features[conv.relu]
+            if incoming is not None and not self._joint[0] and {conv.name, conv.relu} & set(spec.layers):
+                self._joint = conv.name, len(steps)
             if conv.in_channels == 3 and spec.precision != "fp32":
                 plane = -(-spec.height * spec.width // 8) * 8
                 products = self._rooms[0, : network.TAPS * plane].view(network.TAPS, plane)
                 taps = self._parameters[f"{conv.name}.vjp"]
-                given = self.cotangents, self._terms, incoming, relu, products
+                given = self.cotangents, self._terms, self._ratios, incoming, relu, products
                 steps.append(partial(_descend, conv, *given, pooling, taps))
                 steps.append(partial(network.gather, products, self.gradient, spec.padding))
                 return steps
@@ -357,7 +406,8 @@ class Features:
             if incoming is None and conv.relu not in spec.layers:
                 x = self.cotangents[conv.name]  # the deepest of all
             else:
-                steps.append(partial(_descend, conv, self.cotangents, self._terms, incoming, relu, x, pooling))
+                given = self.cotangents, self._terms, self._ratios, incoming, relu, x
+                steps.append(partial(_descend, conv, *given, pooling))
             at_pixels = conv.in_channels == 3
             folds = at_pixels and spec.padding in ("reflect", "replicate")
             source, zeros = (x, 2) if folds else self._framed(x, steps)
@@ -422,6 +472,7 @@ def _descend(
     conv: vgg.Conv,
     cotangents: _Cotangents,
     terms: Mapping[str, kernels.Term],
+    ratios: Mapping[str, Tensor],
     incoming: Tensor | None,
     relu: Tensor,
     out: Tensor,
@@ -429,12 +480,12 @@ def _descend(
     taps: Tensor | None = None,
 ) -> None:
     """Through the ReLU behind a convolution, and with `taps` half of the way through that; `incoming` has come down."""
-    term = terms.get(conv.relu)
+    term, ratio = terms.get(conv.relu), ratios.get(conv.name)
     own = None if term else cotangents.of(conv.relu)
     if taps is None:
-        network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term)
+        network.mask(incoming, own, cotangents.of(conv.name), relu, out, pooling, term, ratio)
     else:
-        network.first(incoming, own, cotangents.of(conv.name), relu, taps, out, term)
+        network.first(incoming, own, cotangents.of(conv.name), relu, taps, out, term, ratio)
 
 
 def _make(steps: list[Callable[..., object]], *given: Tensor) -> None:

@@ -75,7 +75,10 @@ class Objective:
             if views:
                 for i, region in enumerate(regions):
                     self._viewed(terms, f"{name} {i}", name, region, config)
-        self._layers = kernels.Layers(terms, config.content_weight, config.style_weight, network.products)
+        direct = tuple(terms) == network.spec.layers  # each has one term, of the features themselves
+        self._overlapping = network.overlapping if direct else None
+        weights = config.content_weight, config.style_weight
+        self._layers = kernels.Layers(terms, *weights, network.products, ahead=self._overlapping is not None)
         self._chained = {name: self._layers.term(name) for name in terms if terms[name].cotangent is None}
         # The host computes the eigenvalues of Wasserstein distances on its own.
         recorded = config.style_loss != "wasserstein" or not regions
@@ -117,14 +120,17 @@ class Objective:
         return self._total
 
     def _write(self, pixels: Tensor, gradient: Tensor | None, measured: bool = False) -> None:
-        network = self.network
-        with self.stages.stage("forward"):
-            network.forward(self._read, pixels)
-        with self.stages.stage("losses"):
-            self._run_conclusion(self._layers.conclude)
-        if gradient is not None:
-            with self.stages.stage("vjp"):
-                network.vjp(self._write_cotangents, self._chained)
+        network, ratio = self.network, self._layers.ratio
+        if gradient is not None and self._overlapping is not None and ratio is not None:
+            self._overlapping.both(self._read, self._begin, self._go_on, ratio, self._chained, pixels)
+        else:
+            with self.stages.stage("forward"):
+                network.forward(self._read, pixels)
+            with self.stages.stage("losses"):
+                self._run_conclusion(self._layers.conclude)
+            if gradient is not None:
+                with self.stages.stage("vjp"):
+                    network.vjp(self._write_cotangents, self._chained)
         with self.stages.stage("losses"):
             self._pixels.finish(pixels, gradient, measured=measured)
         if gradient is not None and self.frozen is not None:
@@ -137,6 +143,16 @@ class Objective:
     def _write_cotangents(self, layers: tuple[str, ...]) -> None:
         with self.stages.stage("cotangents"):
             self._run_cotangents(lambda: self._cotangents(layers))
+
+    def _begin(self) -> None:
+        """What the VJP begins with, from the deepest layer alone."""
+        self._layers.conclude_last()
+        self._cotangents(self.network.spec.layers[-1:])
+
+    def _go_on(self) -> None:
+        """What it needs then, from all."""
+        self._layers.conclude()
+        self._cotangents(self.network.spec.layers[:-1])
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""

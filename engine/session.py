@@ -125,6 +125,7 @@ class Features:
     """The graph pair of one `spec` (see `features.Features`); all ReLU outputs are handed from one to the other."""
 
     recordable = False  # ONNX Runtime captures its own graphs
+    overlapping = None
 
     def __init__(
         self, spec: vgg.Spec, weights: Weights, device: str, threads: int, *, forward_only: bool = False

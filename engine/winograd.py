@@ -69,6 +69,7 @@ class Features:
     """
 
     recordable = False
+    overlapping = None
 
     def __init__(
         self, spec: vgg.Spec, network: Network, *, forward_only: bool = False, place: torch.device = _HOST

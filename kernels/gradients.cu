@@ -2,11 +2,12 @@
 
 #include "tiles.cuh"
 
-// layers (gridDim.y,): CONTENT (F - P) as the `cotangent` of content layers that have one. cuBLAS adds STYLE `lifted` F.
+// gridDim.y layers from `begin` on, whose factors these are: CONTENT (F - P) as the `cotangent` of content layers that have
+// one. cuBLAS adds STYLE `lifted` F.
 template <typename T>
-__global__ void content_cotangents(const Layer* layers, const float* factors) {
+__global__ void content_cotangents(const Layer* layers, long long begin, const float* factors) {
     take_turn();
-    const Layer layer = layers[blockIdx.y];
+    const Layer layer = layers[begin + blockIdx.y];
     if (!layer.content || !layer.cotangent) return;
     constexpr int WIDE = 16 / sizeof(T);
     using Wide = Vector<T, WIDE>;

@@ -9,12 +9,13 @@ leave room for the network beside them. Elsewhere cuBLAS makes the products wher
 device at the first use of each group of shapes. For the cotangents it reads its factor from the device, and adds to the
 content's share. A layer that has no memory for its cotangent has a `Term` instead, from which the VJP makes the
 cotangent where it is needed: that saves three passes over the features of a layer with a style loss out of six, and
-three of five with a content loss.
+three of five with a content loss. The last layer can have its cotangent ahead, with which the VJP begins while the
+others are still measured.
 
 16-bit gradients are scaled by a power of two that keeps the root mean square of the loudest cotangent below two. It
-follows from the losses alone, before any gradient is written: a content cotangent is 2 w / (C M) (F - P), and
-|(G - A) F|^2 <= |G - A|^2 |F|^2 with |F|^2 = M trace(G) bounds the style cotangent w / (C^2 M) (G - A) F. No element of
-a cotangent below two in the root mean square overflows fp16 as long as C M < 2^30.
+follows from the losses alone (ahead, from that of the last layer), before any gradient is written: a content cotangent
+is 2 w / (C M) (F - P), and |(G - A) F|^2 <= |G - A|^2 |F|^2 with |F|^2 = M trace(G) bounds the style cotangent
+w / (C^2 M) (G - A) F. No element of a cotangent below two in the root mean square overflows fp16 as long as C M < 2^30.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class Layers:
     fp32: the weighted total (without total variation), the sum of the w_l c_l, a place for the total variation, then
     the s_l of each layer (0 if it has none). `gradients` writes the cotangents of the total, times `scale`, a 0-dim
     fp32 tensor. On a GPU all use the same memory each time and leave the host out. On a CPU `gradients` can be asked
-    for the cotangents of some layers only. Raises ValueError for more than MAX_LAYERS layers.
+    for the cotangents of some layers only. With `ahead`, on a GPU, the last layer comes before the others: when it is
+    measured, `conclude_last` and `gradients` of it, at a scale of its own; then `conclude`, which leaves `scale` over
+    that one in `ratio`, and `gradients` of the others. Raises ValueError for more than MAX_LAYERS layers.
     """
 
     def __init__(
@@ -131,6 +134,8 @@ class Layers:
         content_weight: float,
         style_weight: float,
         products: Products | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
         if len(layers) > MAX_LAYERS:
             raise ValueError(f"{len(layers)} loss terms: at most {MAX_LAYERS} layers and regions fit")
@@ -143,6 +148,8 @@ class Layers:
         self.terms = torch.zeros(3 + len(layers), device=device)
         self._factors = torch.ones(1 + _FACTORS * len(layers), device=device)
         self.scale = self._factors[0]
+        self._factors_of_last = torch.ones(1 + _FACTORS, device=device) if ahead else None
+        self.ratio = torch.ones((), device=device) if ahead else None
         self._way = self._way_to_gradients = ""  # on a GPU, once they are chosen
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
         if first.is_cuda:
@@ -157,9 +164,7 @@ class Layers:
 
     def measure(self, names: Sequence[str]) -> None:
         """Take the features of these layers, which follow each other in `names`, into account; see `conclude`."""
-        first = self.names.index(names[0])
-        part = slice(first, first + len(names))
-        assert self.names[part] == tuple(names)
+        part = self._part_of(names)
         if not self.terms.is_cuda:
             for i in range(part.start, part.stop):
                 self._measured[i] = self._measure_cpu(self._layers[i], self._differences[i])
@@ -168,12 +173,23 @@ class Layers:
             self._way = self._fastest(self.ways())
         self._launch_measures(self._way, part)
 
+    def _part_of(self, names: Collection[str]) -> slice:
+        first = self.names.index(next(iter(names)))
+        part = slice(first, first + len(names))
+        assert self.names[part] == tuple(names)
+        return part
+
+    def conclude_last(self) -> None:
+        """What has been measured of the last layer -> what its cotangent needs."""
+        assert self._factors_of_last is not None
+        self._launch_factors(len(self.names) - 1, None, self._factors_of_last, None)
+
     def conclude(self) -> None:
         """What has been measured of all layers -> terms, scale."""
         if not self.terms.is_cuda:
             self._conclude_cpu()
             return
-        self._launch_factors()
+        self._launch_factors(0, self.terms, self._factors, self.ratio)
         self._finish_distances()
 
     def ways(self) -> dict[str, Callable[[], None]]:
@@ -181,7 +197,7 @@ class Layers:
 
         def losses(way: str) -> None:
             self._launch_measures(way, slice(0, len(self.names)))
-            self._launch_factors()
+            self._launch_factors(0, self.terms, self._factors, None)
 
         return {way: partial(losses, way) for way in (_BY_KERNEL, _BY_CUBLAS)}
 
@@ -204,25 +220,34 @@ class Layers:
             given = (self._table, *layers_of_part, start, self._sums)
             _cuda.launch("losses", f"layer_losses<{element}>", (stop - start,), *given)
 
-    def _launch_factors(self) -> None:
-        """sums -> terms, scale, factors, lifted."""
-        sums = (self._table, len(self._layers), self._sums, self._loss_blocks[-1])
-        given = (*sums, self._style_weight, self._content_weight, self.terms, self._factors)
+    def _launch_factors(self, begin: int, terms: Tensor | None, factors: Tensor, ratio: Tensor | None) -> None:
+        """sums of the layers from `begin` on -> terms, factors, lifted, ratio."""
+        sums = (self._table, begin, len(self._layers) - begin, self._sums, self._loss_blocks[-1])
+        given = (*sums, self._style_weight, self._content_weight, terms, factors, ratio)
         _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (self._factor_blocks,), *given)
+
+    def _factors_of(self, i: int) -> Tensor:
+        last = self._factors_of_last if i == len(self.names) - 1 else None
+        return self._factors[1 + _FACTORS * i :][:_FACTORS] if last is None else last[1:]
 
     def term(self, name: str) -> Term:
         """What the cotangent of a layer is made of that has no memory for it."""
         i = self.names.index(name)
-        return Term(self._factors[1 + _FACTORS * i :][:_FACTORS], self._lifted[i], self._layers[i].content)
+        return Term(self._factors_of(i), self._lifted[i], self._layers[i].content)
 
     def gradients(self, names: Collection[str] | None = None) -> None:
-        """features, and what `losses` has found -> cotangents, by default of all layers; on a GPU always of all."""
+        """features, and what `losses` has found -> cotangents, by default of all layers.
+
+        On a GPU of all, or with `ahead` of the last or of the others.
+        """
+        names = self.names if names is None else names
         if not self.terms.is_cuda:
-            self._gradients_cpu(self.names if names is None else names)
+            self._gradients_cpu(names)
             return
-        if any(layer.cotangent is None for layer in self._layers):
-            self._gradients_by_cublas()  # our kernel would write all of them
+        if self._factors_of_last is not None or any(layer.cotangent is None for layer in self._layers):
+            self._gradients_by_cublas(self._part_of(names))  # our kernel would write all of them
             return
+        assert len(names) == len(self.names)
         ways = self.ways_to_gradients()
         if not self._way_to_gradients:
             self._way_to_gradients = self._fastest(ways)
@@ -239,14 +264,16 @@ class Layers:
         kernel = f"layer_gradients<{_cuda.ELEMENTS[self._dtype]}, {self._nhwc}>"
         _cuda.launch("gradients", kernel, (self._gradient_blocks,), self._table, len(self._layers), self._factors)
 
-    def _gradients_by_cublas(self) -> None:
-        if any(layer.content is not None and layer.cotangent is not None for layer in self._layers):
+    def _gradients_by_cublas(self, part: slice = slice(None)) -> None:
+        begin, layers = part.start or 0, self._layers[part]
+        if any(layer.content is not None and layer.cotangent is not None for layer in layers):
             kernel = f"content_cotangents<{_cuda.ELEMENTS[self._dtype]}>"
-            grid = _FULL * _cuda.processors(self.terms.device), len(self._layers)
-            _cuda.launch("gradients", kernel, grid, self._table, self._factors)
-        for i, (layer, lifted) in enumerate(zip(self._layers, self._lifted, strict=True)):
+            grid = _FULL * _cuda.processors(self.terms.device), len(layers)
+            factors = self._factors_of_last if begin and self._factors_of_last is not None else self._factors
+            _cuda.launch("gradients", kernel, grid, self._table, begin, factors)
+        for i, (layer, lifted) in enumerate(zip(layers, self._lifted[part], strict=True), begin):
             if lifted is not None and layer.cotangent is not None:
-                factor, share = self._factors[2 + _FACTORS * i], self._shares[int(layer.content is not None)]
+                factor, share = self._factors_of(i)[1], self._shares[int(layer.content is not None)]
                 _blas.multiply(lifted, layer.features, factor, share, layer.cotangent)
 
     def _fastest(self, ways: Mapping[str, Callable[[], None]]) -> str:

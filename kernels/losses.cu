@@ -4,6 +4,7 @@
 
 constexpr int ROUNDS = 2;        // as in layers.py
 constexpr int MAX_LAYERS = 256;  // as in layers.py
+constexpr double QUIET = 1e-30;  // the least that a cotangent is taken for
 
 // Elements of the upper triangle of a matrix, with its diagonal.
 __device__ inline long long triangle(long long rows) { return rows * (rows + 1) / 2; }
@@ -93,16 +94,20 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
     sums[2 * block + 1] = found[1];
 }
 
-// sums (blocks, 2) come from layer_losses. The weights are those of all layers, beside each layer's own. Writes
-//   terms    total without total variation, content by the layers' own weights, 0, then the style loss of each layer
-//            (0 if it is none), unweighted
-//   factors  see layers.cuh; the scale is 1 for fp32, else it brings the root mean square of the loudest cotangent under a
-//            power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G): then no element
-//            can overflow, as it is at most sqrt(C M) < 65504
+// Of `count` layers from `begin` on, whose sums (blocks, 2), up to `blocks`, come from layer_losses. The weights are those
+// of all layers, beside each layer's own. Writes
+//   terms    unless null: total without total variation, content by the layers' own weights, 0, then the style loss of
+//            each layer (0 if it is none), unweighted
+//   factors  of these layers, see layers.cuh; the scale is 1 for fp32, else it brings the root mean square of the loudest
+//            cotangent under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G):
+//            then no element can overflow, as it is at most sqrt(C M) < 65504
 //   lifted   of style layers; the blocks, which all find the same factors, share them out
+//   ratio    unless null: the scale over that of the last layer alone, whose matrix is not lifted then
 template <typename T>
-__global__ void layer_factors(const Layer* layers, long long count, const double* sums, long long blocks,
-                              float style_weight, float content_weight, float* terms, float* factors) {
+__global__ void layer_factors(const Layer* layers, long long begin, long long count, const double* sums,
+                              long long blocks, float style_weight, float content_weight, float* terms, float* factors,
+                              float* ratio) {
+    layers += begin;
     constexpr int WIDE = 16 / sizeof(T);
     __shared__ double style[MAX_LAYERS], styles[MAX_LAYERS], contents[MAX_LAYERS];  // a loss, and losses with own weights
     __shared__ double norm[MAX_LAYERS], loudest[MAX_LAYERS], of_style[MAX_LAYERS], of_content[MAX_LAYERS];
@@ -120,7 +125,7 @@ __global__ void layer_factors(const Layer* layers, long long count, const double
         of_content[i] = 2 * content_weight * layer.content_weight * per_element[i];
         differences[i] = layer.difference;
         lifted[i] = static_cast<T*>(layer.lifted);
-        elements[i] = layer.lifted ? layer.channels * layer.channels : 0;
+        elements[i] = layer.lifted && !(ratio && i == count - 1) ? layer.channels * layer.channels : 0;
     }
     const auto row = [=](int i) { return layers[i < count ? i : 0]; };
     Layer layer = row(warp);
@@ -149,9 +154,10 @@ __global__ void layer_factors(const Layer* layers, long long count, const double
         end = i + WARPS + 1 < count ? row(i + WARPS + 1).loss_block : blocks;
     }
     __syncthreads();
-    double loud = 1e-30;
+    double loud = QUIET;
     for (int i = 0; i < count; ++i) loud = loudest[i] > loud ? loudest[i] : loud;
-    const double scale = sizeof(T) == 4 ? 1 : ldexp(1., -ilogb(loud));
+    const auto scale_for = [](double loudness) { return sizeof(T) == 4 ? 1 : ldexp(1., -ilogb(loudness)); };
+    const double scale = scale_for(loud);
     for (int i = threadIdx.x; i < count; i += THREADS) {
         // G - A is at most its norm, so it fits fp16 at this size and loses no small elements.
         const int exponent = norm[i] > 0 ? 14 - ilogb(norm[i]) : 0;
@@ -162,9 +168,13 @@ __global__ void layer_factors(const Layer* layers, long long count, const double
         own[LIFT] = lift;
         own[STYLE] = ldexp(scale * of_style[i], -exponent);
         own[CONTENT] = scale * of_content[i];
-        terms[3 + i] = style[i];
+        if (terms) terms[3 + i] = style[i];
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
+        factors[0] = scale;
+        if (ratio) *ratio = scale / scale_for(loudest[count - 1] > QUIET ? loudest[count - 1] : QUIET);
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0 && terms) {
         double all_styles = 0, all_contents = 0;
         for (int i = 0; i < count; ++i) {
             all_styles += styles[i];
@@ -173,15 +183,15 @@ __global__ void layer_factors(const Layer* layers, long long count, const double
         terms[0] = style_weight * all_styles + content_weight * all_contents;
         terms[1] = all_contents;
         terms[2] = 0;
-        factors[0] = scale;
     }
     __syncthreads();
     int i = 0;
-    unsigned begin = 0;  // of layer i among the pieces of all
+    unsigned before = 0;  // pieces of the layers before layer i
     for (unsigned piece = blockIdx.x * THREADS + threadIdx.x;; piece += gridDim.x * THREADS) {
-        for (; i < count && piece - begin >= (elements[i] + WIDE - 1) / WIDE; ++i) begin += (elements[i] + WIDE - 1) / WIDE;
+        for (; i < count && piece - before >= (elements[i] + WIDE - 1) / WIDE; ++i)
+            before += (elements[i] + WIDE - 1) / WIDE;
         if (i == count) return;
-        const unsigned k = WIDE * (piece - begin);
+        const unsigned k = WIDE * (piece - before);
         const float* from = differences[i];
         if (k + WIDE <= elements[i]) {
             const auto d = *reinterpret_cast<const Vector<float, WIDE>*>(from + k);

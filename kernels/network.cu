@@ -173,7 +173,7 @@ __device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsi
 }
 
 // What comes down to a convolution, all (height, width, channels):
-//     out = (features > 0) (spread(incoming) + own + factors[CONTENT] (features - content)) + behind
+//     out = (features > 0) (ratio spread(incoming) + own + factors[CONTENT] (features - content)) + behind
 // incoming comes from above, for AVERAGE and LARGEST (height / 2, width / 2, channels) from above the pooling: each of its
 // values goes to all four features that it pools, or to the first of the largest. own is the losses' share at the ReLU,
 // content what the content loss wants there, behind the losses' share at the convolution behind it, on the way back. All
@@ -181,7 +181,7 @@ __device__ inline void keep_largest(float (&share)[EIGHT], const T* corner, unsi
 template <typename T>
 struct Descent {
     const T *incoming, *own, *behind, *features, *content;
-    const float* factors;
+    const float *factors, *ratio;
     unsigned height, width, channels;
     long long way;
 
@@ -201,8 +201,9 @@ struct Descent {
             const float factor = factors[CONTENT];
             for (int e = 0; e < EIGHT; ++e) sum[e] += factor * (to_float(passed.element[e]) - to_float(wanted.element[e]));
         }
+        const float times = ratio ? *ratio : 1.f;  // asked for again each time, as registers are rare
         if (incoming && way == SAME)
-            for (int e = 0; e < EIGHT; ++e) sum[e] += to_float(arrived.element[e]);
+            for (int e = 0; e < EIGHT; ++e) sum[e] += times * to_float(arrived.element[e]);
         if (incoming && way != SAME) {
             const unsigned row = position / width, column = position % width;
             if (row / 2 < height / 2 && column / 2 < width / 2) {
@@ -213,7 +214,7 @@ struct Descent {
                     const T* corner = features + ((long long)(row / 2 * 2) * width + column / 2 * 2) * channels + c;
                     keep_largest(share, corner, row, column, width, channels);
                 }
-                for (int e = 0; e < EIGHT; ++e) sum[e] += share[e];
+                for (int e = 0; e < EIGHT; ++e) sum[e] += times * share[e];
             }
         }
         for (int e = 0; e < EIGHT; ++e)
@@ -224,12 +225,12 @@ struct Descent {
 
 template <typename T>
 __global__ void network_mask(const T* incoming, const T* own, const T* behind, const T* features, const T* content,
-                             const float* factors, T* out, long long height, long long width, long long channels,
-                             long long way) {
+                             const float* factors, const float* ratio, T* out, long long height, long long width,
+                             long long channels, long long way) {
     take_turn();
     const unsigned i = item(), high = height, broad = width, deep = channels;
     if (i >= high * broad * (deep / EIGHT)) return;
-    const Descent<T> descent{incoming, own, behind, features, content, factors, high, broad, deep, way};
+    const Descent<T> descent{incoming, own, behind, features, content, factors, ratio, high, broad, deep, way};
     const Vector<T, EIGHT> passed = load(features + (long long)i * EIGHT);
     float sum[EIGHT] = {};
     descent.finish(i, passed, descent.arriving(i), sum);
@@ -247,14 +248,15 @@ template <typename H, int C>
 __global__ void __launch_bounds__(THREADS, RESIDENT) network_style(const H* incoming, const H* own, const H* behind,
                                                                    const H* features, H* out, long long height,
                                                                    long long width, const float* factors,
-                                                                   const H* lifted, const H* taps, long long plane) {
+                                                                   const H* lifted, const float* ratio, const H* taps,
+                                                                   long long plane) {
     take_turn();
     using Piece = Vector<H, EIGHT>;
     constexpr bool FIRST = C == 64;
     constexpr int LINE = C + 32, PARTS = C / 32;  // neighbouring rows lie in different banks
     __shared__ __align__(16) H matrix[C * LINE], kernel[FIRST ? FILLED * LINE : EIGHT];
     const unsigned positions = height * width, lane = threadIdx.x % 32, high = height, broad = width;
-    const Descent<H> descent{incoming, own, behind, features, nullptr, nullptr, high, broad, C, SAME};
+    const Descent<H> descent{incoming, own, behind, features, nullptr, nullptr, ratio, high, broad, C, SAME};
     for (int v = threadIdx.x; v < C * C / EIGHT && lifted; v += THREADS) {
         const int c = v / (C / EIGHT), line = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
         *reinterpret_cast<Piece*>(matrix + line * LINE + v % (C / EIGHT) * EIGHT) = load(lifted + v * EIGHT);

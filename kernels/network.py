@@ -59,23 +59,25 @@ def mask(
     out: Tensor,
     pooling: str = "",
     term: Term | None = None,
+    ratio: Tensor | None = None,
 ) -> None:
-    """The VJP of a ReLU, and of the pooling above it if there is one: (features > 0) (incoming + own) + behind.
+    """The VJP of a ReLU, and of the pooling above it if there is one: (features > 0) (ratio incoming + own) + behind.
 
     `incoming` has come from above, (1, C, H, W) or with `pooling` (1, C, H / 2, W / 2). With avg each of its values
     goes to four features, with max to the largest of the four, the first of them (the quarter of a mean is in the
     weights above it). `own` is what the losses add at the ReLU, `behind` what they add at the convolution before it.
     `out` may be `incoming` if nothing is pooled. `term` is what a style or a content loss adds at the ReLU and nobody
-    has made yet; that of a style for 16-bit features with CHAINED channels where nothing is pooled.
+    has made yet; that of a style for 16-bit features with CHAINED channels where nothing is pooled. `ratio`, 0-dim
+    fp32, is 1 where it is not given.
     """
     if term is not None and term.lifted is not None:
         assert not pooling
-        _style(incoming, own, behind, features, out, term, None)
+        _style(incoming, own, behind, features, out, term, ratio, None)
         return
     _, channels, height, width = features.shape
     content, factors = (term.content, term.factors) if term else (None, None)
-    size = (height, width, channels, _WAYS.index(pooling))
-    _launch("mask", out, out.numel() // EIGHT, incoming, own, behind, features, content, factors, out, *size)
+    given = (incoming, own, behind, features, content, factors, ratio, out)
+    _launch("mask", out, out.numel() // EIGHT, *given, height, width, channels, _WAYS.index(pooling))
 
 
 def first(
@@ -86,13 +88,14 @@ def first(
     taps: Tensor,
     products: Tensor,
     term: Term | None = None,
+    ratio: Tensor | None = None,
 ) -> None:
     """`mask` at the first convolution, for 16-bit features (1, 64, H, W), and half of the VJP of that convolution.
 
     Writes products (TAPS, plane) of what `mask` would write, at each position, with taps (FILLED, 64), the kernel
     of the VJP by place, colour and channel; plane is a multiple of 8, at least H W. `gather` is the other half.
     """
-    _style(incoming, own, behind, features, products, term, taps)
+    _style(incoming, own, behind, features, products, term, ratio, taps)
 
 
 def _style(
@@ -102,6 +105,7 @@ def _style(
     features: Tensor,
     out: Tensor,
     term: Term | None,
+    ratio: Tensor | None,
     taps: Tensor | None,
 ) -> None:
     _, channels, height, width = features.shape
@@ -109,7 +113,7 @@ def _style(
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
     assert term is None or term.content is None
     factors, lifted = (term.factors, term.lifted) if term else (None, None)
-    given = (incoming, own, behind, features, out, height, width, factors, lifted, taps)
+    given = (incoming, own, behind, features, out, height, width, factors, lifted, ratio, taps)
     _cuda.launch("network", kernel, (blocks,), *given, 0 if taps is None else out.shape[1])
 
 

@@ -12,6 +12,7 @@ import re
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,19 +185,24 @@ GROUPS = {
     "odd": {(3, 5): STYLE, (65, 71): BOTH, (5, 9001): CONTENT},
     "tiles": {(64, 300): STYLE, (128, 128): BOTH, (136, 8): STYLE, (200, 264): CONTENT},
 }
+LAST = {
+    "style last": {(64, 300): CONTENT, (128, 50): BOTH, (136, 40): STYLE},
+    "both last": {(64, 300): STYLE, (40, 72): BOTH},
+    "content last": {(64, 300): STYLE, (200, 64): CONTENT},
+}
 WEIGHTS = (0.7, 30.0)  # content, style
 OWN = ((1.0, 0.5), (3.0, 2.0), (0.2, 1.0), (1.0, 1.0))  # of each layer
 
 
-def group(name, dtype, nhwc):
+def group(name, dtype, nhwc, ahead=False):
     """The `Layers` of a group, and what each is made of in float64."""
     layers, truth = {}, []
-    for i, (shape, (style, content)) in enumerate(GROUPS[name].items()):
+    for i, (shape, (style, content)) in enumerate((GROUPS | LAST)[name].items()):
         f, p, a = (features(*shape, seed=3 * i + k, dtype=dtype, nhwc=nhwc) for k in range(3))
         target = torch.from_numpy(gram_reference(numbers(a))).float() if style else None
         layers[str(i)] = Layer(f, torch.full_like(f, torch.nan), p if content else None, target, *OWN[i])
         truth.append((numbers(f), numbers(p) if content else None, numbers(target) if style else None))
-    return Layers(layers, *WEIGHTS), list(layers.values()), truth
+    return Layers(layers, *WEIGHTS, ahead=ahead), list(layers.values()), truth
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
@@ -230,6 +236,53 @@ def test_losses_measured_in_parts_are_the_same(host, monkeypatch, way, dtype, nh
     layers.measure(("2", "3"))
     layers.conclude()
     assert all(map(torch.equal, expected, (layers.terms, layers._factors, layers._sums)))
+
+
+@pytest.mark.parametrize("name", LAST)
+@pytest.mark.parametrize(("dtype", "loudness", "first"), [(HALF, 1, True), (HALF, 1e-4, False), (BRAIN, 1e4, True)])
+def test_the_cotangent_of_the_last_layer_may_be_ahead(cublas, name, dtype, loudness, first):
+    """It is that of the layer alone, whether its factors are found before those of all or after, as on a GPU."""
+    _, given, _ = group(name, dtype, True)
+    given[-1] = replace(given[-1], style_weight=loudness, content_weight=loudness)
+
+    def made(some, ahead=False):
+        own = {str(i): replace(layer, cotangent=torch.full_like(layer.features, torch.nan)) for i, layer in some}
+        return Layers(own, *WEIGHTS, ahead=ahead), [layer.cotangent for layer in own.values()]
+
+    every = list(enumerate(given))
+    (plain, truth), (alone, (wanted,)), (layers, found) = made(every), made(every[-1:]), made(every, True)
+    for each in (plain, alone):
+        each.losses()
+        each._gradients_by_cublas()
+    layers.measure(layers.names)
+    steps = [layers.conclude_last, lambda: layers.gradients(layers.names[-1:])]
+    others = [layers.conclude, lambda: layers.gradients(layers.names[:-1])]
+    for step in steps + others if first else others + steps:
+        step()
+    assert torch.equal(layers.terms, plain.terms)
+    assert torch.equal(layers.scale, plain.scale)
+    assert float(layers.ratio) == float(plain.scale / alone.scale) <= 1
+    assert all(map(torch.equal, found, [*truth[:-1], wanted]))
+    assert (
+        error(layers.ratio * found[-1].float(), numbers(truth[-1])) < 3e-3
+    )  # at the scale of all faint ones lose digits
+    last = layers.term(layers.names[-1])
+    assert torch.equal(last.factors, alone.term(layers.names[-1]).factors)
+    assert last.lifted is None or torch.equal(last.lifted, plain._lifted[-1])
+
+
+def test_a_last_layer_without_a_loss_left_has_a_ratio(host):
+    """One that has arrived at its target has no cotangent, whatever its scale."""
+    layers, given, _ = group("style last", HALF, True, ahead=True)
+    given[-1].features.zero_()
+    given[-1].target.zero_()
+    layers.measure(layers.names)
+    layers.conclude_last()
+    layers.gradients(layers.names[-1:])
+    layers.conclude()
+    assert not given[-1].cotangent.any()
+    assert 0 < float(layers.ratio) < 1e-20
+    assert layers.terms.isfinite().all()
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -475,7 +528,11 @@ def test_the_first_convolution(host, dtype, padding, size, rectified):
 @pytest.mark.parametrize("size", [(2, 2), (9, 12)])
 @pytest.mark.parametrize("pooling", ["", "avg", "max"])
 @pytest.mark.parametrize(
-    "shares", ["incoming", "incoming own", "incoming own behind", "own", "own behind", "incoming content", "content"]
+    "shares",
+    [
+        *("incoming", "incoming own", "incoming own behind", "own", "own behind", "incoming content", "content"),
+        "incoming own ratio",
+    ],
 )
 def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, shares):
     """Against autograd of torch's own ReLU and pooling; few values, so that maxima are ties."""
@@ -496,7 +553,9 @@ def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, share
     shapes = {"incoming": above.shape, "own": relu.shape, "behind": relu.shape}
     given = {name: channels_last(random(*shape, seed=7), dtype) for name, shape in shapes.items() if name in shares}
     at = {"incoming": above, "own": relu, "behind": before}
-    total = sum((at[name] * given[name].double()).sum() for name in given)
+    ratio = torch.tensor(0.125) if "ratio" in shares else None
+    weight = {"incoming": 0.125 if "ratio" in shares else 1.0}
+    total = sum((at[name] * given[name].double()).sum() * weight.get(name, 1.0) for name in given)
     term = None
     if "content" in shares:
         wanted = channels_last(random(*relu.shape, seed=8), dtype)
@@ -504,7 +563,7 @@ def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, share
         total = total + (relu * 0.75 * (features.double() - wanted.double())).sum()
     (truth,) = torch.autograd.grad(total, before)
     out = channels_last(torch.full(relu.shape, torch.nan), dtype)
-    network.mask(*map(given.get, shapes), features, out, pooling, term)
+    network.mask(*map(given.get, shapes), features, out, pooling, term, ratio)
     assert error(out, numbers(truth)) < max(1e-6, ROUNDING[dtype])
 
 
@@ -512,6 +571,7 @@ def test_pooling_and_the_masks_on_the_way_back(host, dtype, size, pooling, share
 @pytest.mark.parametrize(("channels", "size", "style", "shares"), [
     (64, (1, 1), True, ""), (64, (9, 31), True, "incoming"), (128, (12, 11), True, "incoming behind"),
     (128, (2, 65), True, "incoming own"), (64, (40, 41), False, "incoming own behind"),
+    (64, (9, 31), True, "incoming ratio"), (128, (12, 11), True, "incoming ratio"),
 ])  # fmt: skip
 def test_the_style_joins_the_cotangent_on_its_way(host, dtype, channels, size, style, shares):
     """What a `Term` stands for, made behind the mask, is what the cotangent in memory of its own gives there."""
@@ -520,7 +580,10 @@ def test_the_style_joins_the_cotangent_on_its_way(host, dtype, channels, size, s
     flat = relu.flatten(2)[0]
     gram = torch.from_numpy(gram_reference(numbers(random(channels, 40, seed=2)))).float()
     names = ("incoming", "own", "behind")
-    given = {name: channels_last(random(*shape, seed=3 + i), dtype) for i, name in enumerate(shares.split())}
+    given = {
+        name: channels_last(random(*shape, seed=3 + i), dtype) for i, name in enumerate(shares.split()) if name in names
+    }
+    ratio = torch.tensor(0.25) if "ratio" in shares else None
     layers = Layers({"only": Layer(flat, None, None, gram)}, 0.0, 300.0)
     layers.losses()
     layers.gradients()
@@ -530,17 +593,19 @@ def test_the_style_joins_the_cotangent_on_its_way(host, dtype, channels, size, s
     own = torch.from_numpy(cotangent).float().view(shape)
     own = own + given["own"].float() if "own" in given else own
     wide = {name: channels_last(each, SINGLE) for name, each in (given | {"own": own}).items()}
+    if ratio is not None:
+        wide["incoming"] *= ratio
     truth = channels_last(torch.full(shape, torch.nan), SINGLE)
     network.mask(*map(wide.get, names), channels_last(relu, SINGLE), truth)
     if channels == 64:  # its products with the first convolution
         taps = random(network.FILLED, 64, seed=9, dtype=dtype)
         plane = -(-size[0] * size[1] // 8) * 8
         found = torch.full((network.TAPS, plane), torch.nan, dtype=dtype)
-        network.first(*map(given.get, names), relu, taps, found, term)
+        network.first(*map(given.get, names), relu, taps, found, term, ratio)
         found, truth = found[:, : size[0] * size[1]], taps[: network.TAPS].double() @ truth.double().flatten(2)[0]
     else:
         found = channels_last(torch.full(shape, torch.nan), dtype)
-        network.mask(*map(given.get, names), relu, found, term=term)
+        network.mask(*map(given.get, names), relu, found, term=term, ratio=ratio)
     assert error(found, numbers(truth)) < 3 * ROUNDING[dtype]
 
 

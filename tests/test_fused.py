@@ -3,11 +3,13 @@
 import contextlib
 import gc
 import itertools
+import random
 import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ from conftest import check_alone
 from engine import BackendError, Config, features, fused, kernels
 from engine.export import vgg, weights
 from engine.features import network as open_network
-from engine.kernels import _cuda
+from engine.kernels import _blas, _cuda
 from engine.losses import Objective, Region
 from engine.targets import Statistic
 
@@ -257,6 +259,86 @@ def test_losses_are_read_beside_the_network(on_cpu, net, monkeypatch, fails):
     assert order == head + (["join"] if fails else ["back", *range(fork, len(own._forward)), (deepest,), "join"])
 
 
+class Streams:
+    """Streams whose work is done when it is asked for, in any order that they allow."""
+
+    def __init__(self):
+        self.all = [SimpleNamespace(wait_stream=partial(self._wait, i), queue=[]) for i in range(2)]
+        self.current, self.waits, self.ignored = self.all[0], 0, None
+
+    def _wait(self, waiting, other):
+        if self.waits != self.ignored:
+            self.all[waiting].queue.append((other, len(other.queue)))
+        self.waits += 1
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def later(self, function):
+        return lambda *given, **options: self.current.queue.append(partial(function, *given, **options))
+
+    def run(self, choose):
+        """Make all of it; `choose` picks one of the streams that can go on."""
+        done = [0, 0]
+
+        def able(i):
+            if done[i] == len(self.all[i].queue):
+                return False
+            item = self.all[i].queue[done[i]]
+            return not isinstance(item, tuple) or done[self.all.index(item[0])] >= item[1]
+
+        while streams := [i for i in range(2) if able(i)]:
+            i = choose(streams)
+            item = self.all[i].queue[done[i]]
+            if not isinstance(item, tuple):
+                item()
+            done[i] += 1
+        assert done == [len(stream.queue) for stream in self.all]
+        for stream in self.all:
+            stream.queue.clear()
+
+
+def test_the_losses_may_come_in_any_order_beside_the_network(on_cpu, net, monkeypatch):
+    """Which a GPU does with two streams: first one as far as it gets, first the other, and at random.
+
+    Without any of the three waits for each other there is an order that tells.
+    """
+    config = Config(content_layers=("relu2_2",), style_layers=("relu1_1", "relu2_1", "relu3_1"), style_weight=1e3)
+    spec = vgg.Spec(32, 33, config.layers, precision="fp16")
+    *points, content, style = torch.rand(4, 1, 3, 32, 33, generator=torch.Generator().manual_seed(6))
+    own = objective(fused.Features(spec, fused.Network(net)), content, style, config, None)
+    gradient = torch.empty_like(content)
+    expected = [(float(own.write(point, gradient)), gradient.clone()) for point in points]
+    streams = Streams()
+    own.network._beside = streams.all[1]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: streams.current)
+    monkeypatch.setattr(torch.cuda, "stream", streams.on)
+    monkeypatch.setattr(_cuda, "launch", streams.later(_cuda.launch))
+    for name in ("products", "multiply"):
+        monkeypatch.setattr(_blas, name, streams.later(getattr(_blas, name)))
+    own.network._forward, own.network._vjp = (
+        [streams.later(step) if getattr(step, "__name__", "") == "run" else step for step in steps]
+        for steps in (own.network._forward, own.network._vjp)
+    )
+
+    def right(point, choose):
+        streams.waits = 0
+        own.write(points[point], gradient)
+        streams.run(choose)
+        loss, slope = expected[point]
+        return float(own._total) == loss and torch.equal(gradient, slope)
+
+    assert right(1, min)
+    assert right(0, max)
+    assert right(1, random.Random(1).choice)
+    assert streams.waits == 3
+    for streams.ignored, choose in enumerate((max, max, min)):  # the second stream is ahead of what it needs, or late
+        assert not right(streams.ignored % 2, choose)
+
+
 def test_a_replayed_vjp_is_that_of_its_terms(on_cpu, net, monkeypatch):
     """Another objective's have another memory."""
     made = []
@@ -291,8 +373,41 @@ def test_what_the_vjp_may_make_itself(on_cpu, net):
     assert plain.recorded is not None
 
 
-@pytest.mark.parametrize(("frozen", "precision"), [(False, "fp32"), (True, "fp16"), (False, "bf16")])
-def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen, precision):
+@pytest.mark.parametrize(
+    ("layers", "precision", "begins"),
+    [
+        (("relu1_1", "relu2_1"), "fp16", True),
+        (("relu1_1", "conv2_1"), "bf16", True),
+        (("relu1_1", "relu2_1"), "fp32", False),
+        (("relu2_1",), "fp16", False),
+        (("relu1_1", "conv2_1", "relu2_1"), "fp16", False),
+    ],
+)
+def test_where_the_vjp_begins_before_all_is_measured(on_cpu, net, layers, precision, begins):
+    spec = vgg.Spec(32, 32, layers, precision=precision)
+    own = fused.Features(spec, fused.Network(net))
+    assert own.overlapping is (own if begins else None)
+    assert fused.Features(spec, fused.Network(net), forward_only=True).overlapping is None
+    ranged = features.Ranged(own, (0.5,) * 3, (0.2,) * 3, 255)
+    assert ranged.overlapping is (ranged if begins else None)
+    statistics = {name: Statistic(torch.eye(each[1]), torch.zeros(each[1])) for name, each in spec.shapes.items()}
+    given = Config(style_layers=layers)
+    mask = np.ones((32, 32), np.float32)
+    for region, config, way in (
+        (Region(statistics), given, begins),
+        (Region(statistics, 1.0, mask), given, False),
+        (Region(statistics), replace(given, style_loss="shifted"), False),
+        (Region(statistics), replace(given, style_loss="wasserstein"), False),
+    ):
+        found = Objective(own, {}, [region], config)
+        assert (found._overlapping is own) == way == (found._layers.ratio is not None)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "precision", "pixel_range"),
+    [(False, "fp32", "auto"), (True, "fp16", "auto"), (False, "bf16", "auto"), (False, "fp16", "0-255")],
+)
+def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen, precision, pixel_range):
     """All of it is one sequence of launches for pixels and a gradient in the same memory, and one of its own else."""
     config = Config(content_layers=("relu3_2",), style_layers=("relu1_1", "relu3_1"), tv_weight=0.1)
     layers = config.layers
@@ -302,7 +417,8 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     runs = []
     with pytest.MonkeyPatch.context() as patch:  # not for the truth
         patch.setattr(torch.Tensor, "is_cuda", property(lambda self: False))
-        truth = objective(open_network(net, layers, "cpu", 1)(vgg.Spec(32, 33, layers)), content, style, config, held)
+        exact = open_network(net, layers, "cpu", 1)(vgg.Spec(32, 33, layers), pixel_range=pixel_range)
+        truth = objective(exact, content, style, config, held)
         wanted, slope = truth.evaluate(pixels)
 
     class Counted(kernels.Recorded):
@@ -312,7 +428,8 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
 
     monkeypatch.setattr(kernels, "Recorded", Counted)
     spec = vgg.Spec(32, 33, layers, precision=precision)
-    own = objective(fused.Features(spec, fused.Network(net)), content, style, config, held)
+    seen = open_network(net, layers, "cudnn", 1)(spec, pixel_range=pixel_range)
+    own = objective(seen, content, style, config, held)
     assert set(own.network.cotangents) == ({"relu3_1"} if precision != "fp32" else set(layers))
     runs.clear()
     gradient, other = torch.empty(2, *pixels.shape)
@@ -322,7 +439,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     assert relative(gradient, slope.double()) < limits[1]
     assert torch.equal(gradient, other)
     assert bool(gradient[..., :7].any()) != frozen
-    first, second, *others = runs[::2]  # all, and the VJP inside
+    first, second, *others = runs[::2] if precision == "fp32" else runs  # all, and the VJP inside
     assert first is second
     assert len({first, *others}) == 3
 

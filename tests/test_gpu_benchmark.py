@@ -261,12 +261,13 @@ def test_ways_to_the_gram_matrices_are_timed(rows, monkeypatch):
     monkeypatch.setattr(gpu_sections, "GPU_HISTORY", 1)
     monkeypatch.setattr(gpu_sections, "seconds_of_gpu", lambda work, device: work() and 1e-6)
     monkeypatch.setattr(gpu_sections, "seconds_of_network", lambda objective, device: 1e-6)
-    before = vars(gpu_sections.kernels.layers).copy()
+    places = gpu_sections.kernels.layers, gpu_sections.fused.Features
+    before = [dict(vars(place)) for place in places]
     gpu_sections.gram_matrices(rows, "cpu", "engine-cpu", (48,))
-    assert [row["name"] for row in rows.rows] == [f"48: {name}" for name in gpu_sections.SHARES]
+    assert [row["name"] for row in rows.rows] == [f"48: {name}" for name in gpu_sections.WAYS]
     assert all(row["iteration_us"] == 1 and row["our_part"] == 0 for row in rows.rows)
-    assert vars(gpu_sections.kernels.layers) == before
-    assert {name for changes in gpu_sections.SHARES.values() for name in changes} <= set(before)
+    assert [dict(vars(place)) for place in places] == before
+    assert {name for changes in gpu_sections.WAYS.values() for name in changes} <= set().union(*before)
 
 
 def test_memory_is_compared_with_its_forecast(rows, stylizer, monkeypatch):
