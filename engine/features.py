@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -90,23 +91,29 @@ class Features(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What `Overlapping.both` asks of the losses; `read` and `terms` are as in `Features`.
+
+    When all is read, `begin` writes the cotangent of the deepest loss layer, or its term, and `go_on` those of the
+    others, and `ratio`, 0-dim fp32: of their scale to that of the deepest one.
+    """
+
+    read: Callable[[tuple[str, ...]], None]
+    begin: Callable[[], None]
+    go_on: Callable[[], None]
+    ratio: Tensor
+    terms: Mapping[str, kernels.Term]
+
+
 class Overlapping(Protocol):
     """`Features` whose deepest loss layer has its convolution for itself, on a GPU in 16 bits."""
 
-    def both(
-        self,
-        read: Callable[[tuple[str, ...]], None],
-        begin: Callable[[], None],
-        go_on: Callable[[], None],
-        ratio: Tensor,
-        terms: Mapping[str, kernels.Term],
-        pixels: Tensor | None = None,
-    ) -> None:
+    def both(self, losses: Losses, pixels: Tensor | None = None) -> None:
         """image, or pixels in its place -> features, gradient: `forward`, then `vjp`, which overlap.
 
-        `read` and `terms` are as there. When all is read, `begin` has to write the cotangent of the deepest loss layer,
-        or its term, and `go_on` those of the others, beside what the VJP does until it comes to one of them; there it
-        multiplies what it has by `ratio`, 0-dim fp32, which `go_on` has to write as well.
+        `losses.go_on` runs beside what the VJP does until it comes to a second loss layer, where it multiplies what it
+        has by `losses.ratio`.
         """
 
 
@@ -196,19 +203,11 @@ class Ranged:
         self._network.vjp(write, terms)
         self.gradient.mul_(self._factor)
 
-    def both(
-        self,
-        read: Callable[[tuple[str, ...]], None],
-        begin: Callable[[], None],
-        go_on: Callable[[], None],
-        ratio: Tensor,
-        terms: Mapping[str, kernels.Term],
-        pixels: Tensor | None = None,
-    ) -> None:
+    def both(self, losses: Losses, pixels: Tensor | None = None) -> None:
         """image, or pixels in its place -> features, gradient; see `Overlapping.both`."""
         assert self._overlapping is not None
         self._hand_on(pixels)
-        self._overlapping.both(read, begin, go_on, ratio, terms)
+        self._overlapping.both(losses)
         self.gradient.mul_(self._factor)
 
 

@@ -30,7 +30,7 @@ from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError
 from .export.weights import Weights
-from .features import DTYPES, ignore, nhwc_zeros, on_stream
+from .features import DTYPES, Losses, ignore, nhwc_zeros, on_stream
 from .kernels import network
 
 log = logging.getLogger(__name__)
@@ -314,24 +314,16 @@ class Features:
         finally:
             self._terms.clear()  # they hold the memory of somebody's losses
 
-    def both(
-        self,
-        read: Callable[[tuple[str, ...]], None],
-        begin: Callable[[], None],
-        go_on: Callable[[], None],
-        ratio: Tensor,
-        terms: Mapping[str, kernels.Term],
-        pixels: Tensor | None = None,
-    ) -> None:
+    def both(self, losses: Losses, pixels: Tensor | None = None) -> None:
         """image, or pixels in its place -> features, gradient; see `features.Overlapping.both`."""
         convolution, steps = self._joint
-        self._terms.update(terms)
-        self._ratios[convolution] = ratio
+        self._terms.update(losses.terms)
+        self._ratios[convolution] = losses.ratio
         try:
             with self._joined():
-                self._forward_read(read, pixels)
-                self._queue_beside(go_on)
-                begin()
+                self._forward_read(losses.read, pixels)
+                self._queue_beside(losses.go_on)
+                losses.begin()
                 _make(self._vjp[:steps])
             _make(self._vjp[steps:])
         finally:

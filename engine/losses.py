@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import Config
-from .features import Features
+from .features import Features, Losses
 from .regions import Mask, View, guide
 from .stages import Stages
 from .targets import Statistics
@@ -122,7 +122,7 @@ class Objective:
     def _write(self, pixels: Tensor, gradient: Tensor | None, measured: bool = False) -> None:
         network, ratio = self.network, self._layers.ratio
         if gradient is not None and self._overlapping is not None and ratio is not None:
-            self._overlapping.both(self._read, self._begin, self._go_on, ratio, self._chained, pixels)
+            self._overlapping.both(Losses(self._read, self._begin, self._go_on, ratio, self._chained), pixels)
         else:
             with self.stages.stage("forward"):
                 network.forward(self._read, pixels)
