@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import image, manifest
+from . import image, manifest, replay
 from .config import Config
 from .jobs import Job, brief, check_apart, is_frame, place
 from .painting import loaded, paint
@@ -28,9 +29,15 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     """
     if config.init == "-":
         raise ValueError("--init - can be read for one picture only, give a file")
-    todo = [job for job in jobs if given.overwrite or not Path(job.out).exists()]
-    if len(todo) < len(jobs):
-        log.info("%d of %d pictures are there already", len(jobs) - len(todo), len(jobs))
+    there = [] if given.overwrite else [job.out for job in jobs if Path(job.out).exists()]
+    todo = [job for job in jobs if job.out not in set(there)]
+    if there:
+        log.info("%d of %d pictures are there already", len(there), len(jobs))
+        others = sum(not _made_with(config, out) for out in there)
+        if others:
+            log.warning(
+                "%d of these were made with other options, or not by this program: --overwrite replaces them", others
+            )
     if not todo:
         return 0, ""
     sources = {each for job in jobs for each in (job.content, *job.styles)}
@@ -83,6 +90,15 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     if failures:
         return 1, f"{len(failures)} of {len(todo)} pictures failed:\n  " + "\n  ".join(failures)
     return 0, ""
+
+
+def _made_with(config: Config, out: str) -> bool:
+    """Whether a picture says that it was made with these options."""
+    try:
+        options = replay.read(out)["options"]
+    except (OSError, ValueError):
+        return False
+    return bool(options == json.loads(json.dumps(manifest.inputs(config, None, None)["options"])))
 
 
 def _is_manifest(path: str) -> bool:

@@ -204,6 +204,30 @@ class Config:
         """The picture that `init` names, if it is no word."""
         return None if self.init in STARTS else self.init
 
+    def idle(self, *, content: bool, style: bool) -> dict[str, str]:
+        """The options that others, or a run without content or style, leave without effect, and the reason."""
+        found: dict[str, str] = {}
+
+        def leave(names: str, reason: str) -> None:
+            found.update(dict.fromkeys(names.split(), reason))
+
+        noise = self.init == "noise" or (self.init == "content" and not content)
+        if noise:
+            leave("init_noise", "the start is noise")
+        elif not self.init_noise and self.init != "style":
+            leave("seed", "nothing of the start is drawn at random")
+        if not self.tv_weight:
+            leave("tv_power tv_form", "tv_weight is 0")
+        if not content:
+            leave("content_weight content_layers content_loss", "there is no content")
+        if not style:
+            leave("style_weight style_layers style_loss style_scale style_size", "there is no style")
+        if self.optimizer == "adam":
+            leave("history clamp", "the optimizer is adam")
+        else:
+            leave("learning_rate", f"the optimizer is {self.optimizer}")
+        return found
+
     def sized(self, long_side: int) -> Config:
         """These options for a content with this long side in pixels, which takes the place of `original`."""
         return replace(self, size=long_side) if self.size == "original" else self

@@ -190,6 +190,7 @@ def _run(given: argparse.Namespace) -> int:
         from . import batches
 
         jobs = product(given.contents, given.style_list, given.out)
+        _warn_of_idle(given, [config], content=True, style=True)
         status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
         return fail(_NAME, status, message) if status else 0
     if not given.forecast:
@@ -209,6 +210,8 @@ def _run(given: argparse.Namespace) -> int:
 
     grid = sheet.axes(given.grid, _parse) if given.grid else []
     cells = sheet.configs(config, grid)  # before the weights are read: mistakes in the values are told now
+    kinds = {"content": job.content is not None, "style": job.style is not None}
+    _warn_of_idle(given, [each for _, each in cells], [name for name, _ in grid], **kinds)
     stylizer = Stylizer(given.weights, given.device, given.precision, keep_networks=len(cells) > 1)
     if given.preset and stylizer.weights_name == "embedded":
         text = "preset %s is made for other weights (README names them): with the embedded features its own do not fit"
@@ -227,6 +230,16 @@ def _run(given: argparse.Namespace) -> int:
     else:
         status, message = painting.paint(stylizer, job, config, given)
     return fail(_NAME, status, message) if status else 0
+
+
+def _warn_of_idle(
+    given: argparse.Namespace, configs: Sequence[Config], axes: Sequence[str] = (), *, content: bool, style: bool
+) -> None:
+    """Name the options that were given, or are `axes` of a grid, and have no effect in any of the `configs`."""
+    first, *others = (config.idle(content=content, style=style) for config in configs)
+    for name, reason in first.items():
+        if (name in axes or hasattr(given, name)) and all(name in other for other in others):
+            logging.getLogger(__name__).warning("%s has no effect: %s", _flag(name), reason)
 
 
 def _check(given: argparse.Namespace) -> None:

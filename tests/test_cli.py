@@ -274,6 +274,44 @@ def test_what_was_meant_is_guessed(pair, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def refuse(*given, **options):
+    raise RuntimeError("not now")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--learning-rate", "0.1", "--seed", "3"], ["--seed", "--learning-rate"]),
+        (["--optimizer", "adam", "--history", "7", "--clamp"], ["--history", "--clamp"]),
+        (["--tv-power", "1", "--tv-form", "sum", "--init", "noise", "--init-noise", "1"],
+         ["--init-noise", "--tv-power", "--tv-form"]),
+        (["--tv-power", "1", "--tv-weight", "1", "--init-noise", "0.1", "--seed", "1", "--history", "3"], []),
+        (["--grid", "seed=1,2", "tv-power=1,2"], ["--seed", "--tv-power"]),
+        (["--grid", "init=content,noise", "seed=1,2", "tv-weight=0,1", "--tv-power", "1"], []),
+        (["--preset", "pystiche"], []),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_named(pair, caplog, monkeypatch, arguments, told):
+    monkeypatch.setattr("engine.stylizer.Stylizer", refuse)
+    assert stylize.main([*pair[:2], "-o", pair[2], *arguments]) == 1
+    assert [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message] == told
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        (("none", "style"), ["--content-weight", "--content-layers"]),
+        (("content", "none"), ["--style-weight", "--style-layers", "--style-size"]),
+    ],
+)
+def test_weights_of_what_is_not_there_are_named(pair, caplog, monkeypatch, sources, told):
+    monkeypatch.setattr("engine.stylizer.Stylizer", refuse)
+    own = [each if each == "none" else pair[each == "style"] for each in sources]
+    own += ["--content-weight", "2", "--content-layers", "relu1_1", "--style-weight", "2", "--style-layers", "relu1_1"]
+    assert stylize.main([*own, "--style-size", "64", "--init", "noise", "--seed", "1", "-o", pair[2]]) == 1
+    assert [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message] == told
+
+
 def test_a_preset_for_other_weights_is_warned_of(pair, states, caplog, monkeypatch):
     content, style, out = pair
     monkeypatch.setattr(painting, "paint", lambda *given: (0, ""))

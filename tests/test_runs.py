@@ -314,6 +314,21 @@ def test_a_picture_from_a_pipe_is_replayed_from_a_pipe(main, monkeypatch, capsys
 BATCH = ["--contents", "c.png", "d.png", "--styles", "s.png", "-o", "out"]
 
 
+def test_a_rerun_of_a_batch_with_other_options_says_so(main, caplog):
+    def told(*options):
+        caplog.clear()
+        assert main(*BATCH, *SMALL, *options) == 0
+        return [each.message for each in caplog.records if "--overwrite" in each.message]
+
+    assert told("--style-layers", "relu1_1:2,relu2_1") == []
+    assert told("--style-layers", "relu1_1:2,relu2_1") == []
+    (message,) = told()
+    assert message.startswith("2 of these were made with other options")
+    assert told("--overwrite") == []
+    Path("out/c--s.png").write_bytes(Path("c.png").read_bytes())
+    assert told()[0].startswith("1 of these")
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_batch_makes_what_single_runs_make(main, jobs, tmp_path):
     assert main(*BATCH, *SMALL, "--jobs", jobs) == 0
