@@ -18,7 +18,7 @@ ALLOWED = {
     "colour": {"image"},
     "jobs": set(),
     "painting": {"config", "image", "jobs", "manifest", "result", "stylizer", "targets", "__version__"},
-    "batches": {"config", "manifest", "image", "jobs", "painting", "stylizer"},
+    "batches": {"config", "manifest", "image", "jobs", "painting", "replay", "stylizer"},
     "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "provider": {"config", "export"},
