@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,22 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A run after `iteration` iterations in all, at number `scale` of its schedule.
 
-    `identity` is what the run was made of (see `Stylizer.steps`), `tensors` the optimiser's, by name.
+    `identity` is what the run was made of (see `Stylizer.steps`), `tensors` the optimiser's, by name, `note` what the
+    caller keeps with it, of JSON.
     """
 
     identity: Mapping[str, Any]
     scale: int
     iteration: int
     tensors: Mapping[str, Tensor]
+    note: Any = None
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Raise ValueError, naming what differs, unless the run that is to go on has this identity."""
@@ -54,6 +57,7 @@ def dump(checkpoint: Checkpoint) -> bytes:
         "identity": checkpoint.identity,
         "scale": checkpoint.scale,
         "iteration": checkpoint.iteration,
+        "note": checkpoint.note,
     }
     text = json.dumps(record, sort_keys=True)
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
@@ -75,7 +79,14 @@ def load(data: bytes) -> Checkpoint:
     record = json.loads(text)
     if record["format"] != _FORMAT:
         raise ValueError(f"the checkpoint has format {record['format']}, this version reads {_FORMAT}")
-    return Checkpoint(record["identity"], record["scale"], record["iteration"], tensors)
+    return Checkpoint(record["identity"], record["scale"], record["iteration"], tensors, record["note"])
+
+
+def note(path: str) -> Any:
+    """The note in the file of a checkpoint that could be loaded, without its tensors."""
+    with Path(path).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["note"]
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

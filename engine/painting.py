@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import image, manifest
+from . import checkpoint, image, manifest
 from .config import Config
 from .jobs import BREAKS, Job, brief, is_frame, numbered, place
 
@@ -25,10 +25,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ROWS = "rows"  # of the note in a checkpoint
+
 
 @dataclass
 class Run:
-    """A run of a job, as far as it came: `rows` holds scale, iteration, loss and seconds of each iteration."""
+    """A run of a job, as far as it came: `rows` holds scale, iteration, loss and seconds of each iteration.
+
+    Those before a checkpoint come with that.
+    """
 
     job: Job
     config: Config
@@ -80,6 +85,10 @@ def paint(
     start = saved = time.perf_counter()
     status, message = 0, ""
     steps = begin(stylizer, job, config, Path(given.resume).read_bytes() if given.resume else None)
+    if given.resume:
+        note = checkpoint.note(given.resume)
+        run.rows += note.get(_ROWS, []) if isinstance(note, dict) else []  # another program's may have none
+        start -= run.rows[-1]["seconds"] if run.rows else 0
     image.check_size(job.out, size(job, config))
     with _deferred(bool(given.checkpoint)) as asked:
         try:
@@ -95,7 +104,7 @@ def paint(
                 due = interrupted or now - saved >= given.checkpoint_every
                 if given.checkpoint and due and step.iteration < step.total:
                     with _spared(given.checkpoint) as path:
-                        _write(path, step.checkpoint())
+                        _write(path, step.checkpoint({_ROWS: run.rows}))
                     saved = time.perf_counter()
                 if interrupted:
                     raise KeyboardInterrupt

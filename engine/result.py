@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,13 +64,14 @@ class Step:
             shown = restored(shown, self._content, self._freeze, own.tile)
         return images.to_pil(images.to_tensor(shown), alpha)
 
-    def checkpoint(self) -> bytes:
+    def checkpoint(self, note: Any = None) -> bytes:
         """The run so far, for `Stylizer.steps(.., resume=..)`: 1.2 kB a pixel with L-BFGS (GPU: 0.3), else 60 bytes.
 
         To be called before the next step is asked for, or after the iterator was closed at this step; raises
-        RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way.
+        RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way. `note`, of
+        JSON, is kept with it: see `engine.checkpoint.note`.
         """
-        return dump(self._checkpoint())
+        return dump(replace(self._checkpoint(), note=note))
 
 
 @dataclass(frozen=True)

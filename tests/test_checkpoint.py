@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine import Config, Stylizer, kernels, losses, optimize
 from engine import stylizer as module
-from engine.checkpoint import Checkpoint, dump, load
+from engine.checkpoint import Checkpoint, dump, load, note
 from engine.export.weights import load as load_weights
 from engine.goal import load as load_goal
 from engine.optimize import State, minimise
@@ -247,16 +247,19 @@ def test_a_finished_run_is_refused(stylizer, pictures):
 
 
 def small():
-    return dump(Checkpoint({"size": 48, "layers": ["relu1_1"]}, 1, 7, {"image": torch.arange(6.0).view(2, 3)}))
+    tensors = {"image": torch.arange(6.0).view(2, 3)}
+    return dump(Checkpoint({"size": 48, "layers": ["relu1_1"]}, 1, 7, tensors, {"mine": [1, "a"]}))
 
 
-def test_round_trip_and_metadata_without_pickle():
+def test_round_trip_and_metadata_without_pickle(tmp_path):
     checkpoint = load(small())
     assert (checkpoint.scale, checkpoint.iteration) == (1, 7)
     assert torch.equal(checkpoint.tensors["image"], torch.arange(6.0).view(2, 3))
     checkpoint.check({"size": 48, "layers": ("relu1_1",)})
+    (tmp_path / "run.ckpt").write_bytes(small())
+    assert note(str(tmp_path / "run.ckpt")) == checkpoint.note == {"mine": [1, "a"]}
     header = json.loads(small()[8 : 8 + int.from_bytes(small()[:8], "little")])
-    assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 2
+    assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 3
 
 
 @settings(max_examples=100)
@@ -286,8 +289,8 @@ def test_anything_else_is_a_value_error(data):
 def test_a_later_format_is_refused(monkeypatch):
     from engine import checkpoint
 
-    monkeypatch.setattr(checkpoint, "_FORMAT", 3)
+    monkeypatch.setattr(checkpoint, "_FORMAT", 4)
     later = small()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 3"):
+    with pytest.raises(ValueError, match="format 4"):
         load(later)

@@ -55,8 +55,10 @@ def interrupt_at(monkeypatch, iteration):
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
 def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, capsys, tmp_path, optimizer):
-    options = ["c.png", "s.png", *SMALL, "--optimizer", optimizer]
+    options = ["c.png", "s.png", *SMALL, "--optimizer", optimizer, "--trace", "trace.json"]
     assert main(*options, "-o", "whole.png") == 0
+    whole = json.loads(Path("trace.json").read_text())["steps"]
+    Path("trace.json").unlink()
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         assert main(*options, "-o", "out.png", "--checkpoint", "run.ckpt") == 130
@@ -70,6 +72,24 @@ def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, ca
     assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--checkpoint", "run.ckpt", "--overwrite") == 0
     assert np.array_equal(pixels("out.png"), pixels("whole.png"))
     assert not (tmp_path / "run.ckpt").exists()
+    resumed = json.loads(Path("trace.json").read_text())["steps"]
+    shown = ("scale", "iteration", "loss")
+    assert [[row[name] for name in shown] for row in resumed] == [[row[name] for name in shown] for row in whole]
+    assert [row["seconds"] for row in resumed] == sorted(row["seconds"] for row in resumed)
+    record = replay.read("out.png")
+    assert [iteration for iteration, _ in record["losses"]] == [1, 2, 3, 4]
+    assert record["timings"]["seconds"] >= resumed[-1]["seconds"] - 0.001
+
+
+@pytest.mark.parametrize("note", [None, "mine", {"other": 1}])
+def test_a_checkpoint_of_another_program_is_resumed(main, stylizer, tmp_path, note):
+    config = Config(size=48, scales=1, iterations=4)
+    for step in stylizer.steps("c.png", "s.png", config):
+        if step.iteration == 3:
+            (tmp_path / "run.ckpt").write_bytes(step.checkpoint(note))
+            break
+    assert main("c.png", "s.png", *SMALL, "-o", "out.png", "--resume", "run.ckpt") == 0
+    assert [iteration for iteration, _ in replay.read("out.png")["losses"]] == [4]
 
 
 def test_checkpoints_are_written_by_the_clock(main, monkeypatch):

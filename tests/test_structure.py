@@ -17,7 +17,7 @@ ALLOWED = {
     "image": {"manifest"},
     "colour": {"image"},
     "jobs": set(),
-    "painting": {"config", "image", "jobs", "manifest", "result", "stylizer", "targets", "__version__"},
+    "painting": {"checkpoint", "config", "image", "jobs", "manifest", "result", "stylizer", "targets", "__version__"},
     "batches": {"config", "manifest", "image", "jobs", "painting", "replay", "stylizer"},
     "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
     "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
