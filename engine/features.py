@@ -95,8 +95,8 @@ class Features(Protocol):
 class Losses:
     """What `Overlapping.both` asks of the losses; `read` and `terms` are as in `Features`.
 
-    When all is read, `begin` writes the cotangent of the deepest loss layer, or its term, and `go_on` those of the
-    others, and `ratio`, 0-dim fp32: of their scale to that of the deepest one.
+    When the deepest loss layer is read, `begin` writes its cotangent, or its term; when all are, `go_on` writes those
+    of the others, and `ratio`, 0-dim fp32: of their scale to that of the deepest one.
     """
 
     read: Callable[[tuple[str, ...]], None]

@@ -209,7 +209,7 @@ class _Convolution:
 class Features:
     """The two passes of one `spec` (see `features.Features`); all ReLU outputs stay.
 
-    Each is replayed as a CUDA graph, but for a forward pass that is read meanwhile: that is part of a larger graph.
+    Each is replayed as a CUDA graph, but where it is read meanwhile or overlaps: that is part of a larger graph.
     """
 
     recordable = True
@@ -308,27 +308,30 @@ class Features:
             self._run_vjp = kernels.Recorded(PLACE)
             self._recorded = {name: weakref.ref(term) for name, term in terms.items()}
         write(self.spec.layers)
-        self._terms.update(terms)
-        try:
+        with self._lent(terms, {}):
             self._run_vjp(lambda: _make(self._vjp))
+
+    @contextlib.contextmanager
+    def _lent(self, terms: Mapping[str, kernels.Term], ratios: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let the steps of the VJP have these, which hold the memory of somebody's losses."""
+        self._terms.update(terms)
+        self._ratios.update(ratios)
+        try:
+            yield
         finally:
-            self._terms.clear()  # they hold the memory of somebody's losses
+            self._terms.clear()
+            self._ratios.clear()
 
     def both(self, losses: Losses, pixels: Tensor | None = None) -> None:
         """image, or pixels in its place -> features, gradient; see `features.Overlapping.both`."""
         convolution, steps = self._joint
-        self._terms.update(losses.terms)
-        self._ratios[convolution] = losses.ratio
-        try:
+        with self._lent(losses.terms, {convolution: losses.ratio}):
             with self._joined():
                 self._forward_read(losses.read, pixels)
                 self._queue_beside(losses.go_on)
                 losses.begin()
                 _make(self._vjp[:steps])
             _make(self._vjp[steps:])
-        finally:
-            self._terms.clear()  # they hold the memory of somebody's losses
-            self._ratios.clear()
 
     def _room(self, index: int, shape: tuple[int, ...]) -> Tensor:
         one, channels, height, width = shape

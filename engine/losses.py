@@ -120,9 +120,11 @@ class Objective:
         return self._total
 
     def _write(self, pixels: Tensor, gradient: Tensor | None, measured: bool = False) -> None:
-        network, ratio = self.network, self._layers.ratio
-        if gradient is not None and self._overlapping is not None and ratio is not None:
-            self._overlapping.both(Losses(self._read, self._begin, self._go_on, ratio, self._chained), pixels)
+        network = self.network
+        if gradient is not None and self._overlapping is not None:
+            assert self._layers.ratio is not None
+            given = self._layers.ratio, self._chained
+            self._overlapping.both(Losses(self._read, self._begin, self._go_on, *given), pixels)
         else:
             with self.stages.stage("forward"):
                 network.forward(self._read, pixels)

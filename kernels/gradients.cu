@@ -2,8 +2,8 @@
 
 #include "tiles.cuh"
 
-// gridDim.y layers from `begin` on, whose factors these are: CONTENT (F - P) as the `cotangent` of content layers that have
-// one. cuBLAS adds STYLE `lifted` F.
+// gridDim.y layers from `begin` on, each with three `factors`: CONTENT (F - P) as the `cotangent` of content layers that
+// have one. cuBLAS adds STYLE `lifted` F.
 template <typename T>
 __global__ void content_cotangents(const Layer* layers, long long begin, const float* factors) {
     take_turn();
@@ -12,7 +12,7 @@ __global__ void content_cotangents(const Layer* layers, long long begin, const f
     constexpr int WIDE = 16 / sizeof(T);
     using Wide = Vector<T, WIDE>;
     const long long first = (long long)blockIdx.x * THREADS + threadIdx.x, step = (long long)gridDim.x * THREADS;
-    const float factor = factors_of(factors, blockIdx.y)[CONTENT];
+    const float factor = factors[3 * blockIdx.y + CONTENT];
     const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
     T* out = static_cast<T*>(layer.cotangent);
     const long long count = layer.channels * layer.positions;

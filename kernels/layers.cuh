@@ -26,7 +26,7 @@ __device__ inline int locate(const Layer* layers, long long count, long long Lay
     return found;
 }
 
-// factors: the scale of all cotangents, then three numbers for each layer.
+// factors: the scale of these cotangents, then three numbers for each layer.
 enum { LIFT, STYLE, CONTENT };  // what G - A is multiplied with before, (G - A) F after the product; and F - P
 template <typename F>
 __device__ inline F* factors_of(F* factors, int layer) { return factors + 1 + 3 * layer; }

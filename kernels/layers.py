@@ -105,8 +105,8 @@ class Layer:
 class Term:
     """What the cotangent of a layer is made of on a GPU: factors[1] lifted F + factors[2] (F - P), as in layers.cuh.
 
-    `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses`;
-    `content` is the P of the layer, (C, M). None stands for a loss that it does not have.
+    `factors` (3,) fp32 and `lifted` (C, C), symmetric in the dtype of the features, are written by `Layers.losses`, or
+    by `conclude_last`; `content` is the P of the layer, (C, M). None stands for a loss that it does not have.
     """
 
     factors: Tensor
@@ -224,7 +224,10 @@ class Layers:
         """sums of the layers from `begin` on -> terms, factors, lifted, ratio."""
         sums = (self._table, begin, len(self._layers) - begin, self._sums, self._loss_blocks[-1])
         given = (*sums, self._style_weight, self._content_weight, terms, factors, ratio)
-        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (self._factor_blocks,), *given)
+        bytes_lifted = sum(each.nbytes for each in self._lifted[begin:] if each is not None)
+        enough = -(-bytes_lifted // (16 * _cuda.THREADS))  # for 16 bytes a thread
+        blocks = max(1, min(_FULL * _cuda.processors(self.terms.device), enough))
+        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (blocks,), *given)
 
     def _factors_of(self, i: int) -> Tensor:
         last = self._factors_of_last if i == len(self.names) - 1 else None
@@ -266,11 +269,11 @@ class Layers:
 
     def _gradients_by_cublas(self, part: slice = slice(None)) -> None:
         begin, layers = part.start or 0, self._layers[part]
+        assert self._factors_of_last is None or len(layers) == (1 if begin else len(self._layers) - 1)
         if any(layer.content is not None and layer.cotangent is not None for layer in layers):
             kernel = f"content_cotangents<{_cuda.ELEMENTS[self._dtype]}>"
             grid = _FULL * _cuda.processors(self.terms.device), len(layers)
-            factors = self._factors_of_last if begin and self._factors_of_last is not None else self._factors
-            _cuda.launch("gradients", kernel, grid, self._table, begin, factors)
+            _cuda.launch("gradients", kernel, grid, self._table, begin, self._factors_of(begin))
         for i, (layer, lifted) in enumerate(zip(layers, self._lifted[part], strict=True), begin):
             if lifted is not None and layer.cotangent is not None:
                 factor, share = self._factors_of(i)[1], self._shares[int(layer.content is not None)]
@@ -330,9 +333,6 @@ class Layers:
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*tensors, lifted))
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
             rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
-        bytes_lifted = sum(each.nbytes for each in self._lifted if each is not None)
-        enough = -(-bytes_lifted // (16 * _cuda.THREADS))  # for 16 bytes a thread
-        self._factor_blocks = max(1, min(_FULL * _cuda.processors(device), enough))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks[-1], 2), dtype=torch.float64, device=device)
 

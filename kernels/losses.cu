@@ -167,7 +167,7 @@ __global__ void layer_factors(const Layer* layers, long long begin, long long co
         float* own = factors_of(factors, i);
         own[LIFT] = lift;
         own[STYLE] = ldexp(scale * of_style[i], -exponent);
-        own[CONTENT] = scale * of_content[i];
+        own[CONTENT] = fmin(scale * of_content[i], 3e38);  // infinity times F - P = 0 would be NaN
         if (terms) terms[3 + i] = style[i];
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {

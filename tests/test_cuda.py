@@ -271,11 +271,16 @@ def test_the_cotangent_of_the_last_layer_may_be_ahead(cublas, name, dtype, loudn
     assert last.lifted is None or torch.equal(last.lifted, plain._lifted[-1])
 
 
-def test_a_last_layer_without_a_loss_left_has_a_ratio(host):
-    """One that has arrived at its target has no cotangent, whatever its scale."""
-    layers, given, _ = group("style last", HALF, True, ahead=True)
+@pytest.mark.parametrize("name", ["style last", "content last"])
+def test_a_last_layer_without_a_loss_left_has_a_ratio(host, name):
+    """One that has arrived at its target has no cotangent, whatever its scale and its weight."""
+    _, given, _ = group(name, HALF, True)
+    given[-1] = replace(given[-1], content_weight=1e12, style_weight=1e12)
     given[-1].features.zero_()
-    given[-1].target.zero_()
+    for target in (given[-1].target, given[-1].content):
+        if target is not None:
+            target.zero_()
+    layers = Layers({str(i): layer for i, layer in enumerate(given)}, *WEIGHTS, ahead=True)
     layers.measure(layers.names)
     layers.conclude_last()
     layers.gradients(layers.names[-1:])
