@@ -119,7 +119,7 @@ def load(
         images.load(path if path else (samples / name).read_bytes())
         for path, name in ((content, "content.jpg"), (style, "style.jpg"))
     ]
-    return Problem(pictures[0], pictures[1], weights, Config(size=size), device)
+    return Problem(pictures[0], pictures[1], weights, Config(size=size, padding="zero"), device)
 
 
 def weights(problem: Problem) -> Weights:

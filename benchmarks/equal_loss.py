@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _problem(pair: str, size: int, weights: str, clamp: bool = True) -> cases.Problem:
-    config = Config(size=size, clamp=clamp)
+    config = Config(size=size, clamp=clamp, padding="zero")
     if pair == "bundled":
         return replace(cases.load(size, weights), config=config)
     content, style = pair.split(" x ")

@@ -38,8 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "content by sum": {"content_loss": "sum", "content_weight": 1e-3},
     "before ReLUs": _CONVS,
     "max": {"pooling": "max"},
+    "zero": {"padding": "zero"},
     "reflect": {"padding": "reflect"},
-    "replicate": {"padding": "replicate"},
     "tile": {"tile": True},
     "0-256": {"pixel_range": "0-256"},
     "tv": {"tv_weight": 100.0, "tv_power": 1.25},
@@ -55,7 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "freeze": {},
 }
 # What concerns the graphs of a network, or how an iteration is captured: the rest is the same on all engines.
-OF_THE_ENGINE = ("default", "wasserstein", "before ReLUs", "max", "reflect", "replicate", "tile", "0-256", "masks")
+OF_THE_ENGINE = ("default", "wasserstein", "before ReLUs", "max", "zero", "reflect", "tile", "0-256", "masks")
 OF_THE_ENGINE += ("average", "history 2", "freeze")
 OF_A_RUN = ("default", "noise", "adam", "average", "no clamp", "history 2", "freeze")
 

@@ -98,7 +98,11 @@ class Config:
         "auto", "pixels that the network sees: as its weights want them (auto), or in 0-255 or 0-256 less their mean"
     )
     pooling: str = _option("avg", "pooling of the network: avg or max")
-    padding: str = _option("zero", "what the first layer sees beyond the border: zero, reflect or replicate")
+    # The paper's network sees zeros there, a grey frame, and the style is painted up to a pixel or three from it.
+    padding: str = _option(
+        "replicate",
+        "what the first layer sees beyond the border, with tile beyond that of the styles: replicate, reflect or zero",
+    )
     tile: bool = _option(
         False, "wrap around at the borders, so that a texture tiles, or a content that does; sides are multiples of 16"
     )
@@ -166,7 +170,7 @@ class Config:
         choice("tv_form", self.tv_form, TV_FORMS)
         choice("pixel_range", self.pixel_range, PIXEL_RANGES)
         choice("pooling", self.pooling, ("avg", "max"))
-        choice("padding", self.padding, ("zero", "reflect", "replicate"))
+        choice("padding", self.padding, ("replicate", "reflect", "zero"))
         choice("optimizer", self.optimizer, ("lbfgs", "adam"))
         _number("init_noise", self.init_noise, 0, 1)
         _number("tv_power", self.tv_power, 1, 16)
@@ -177,8 +181,6 @@ class Config:
         for name in ("clamp", "tile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
-        if self.tile and self.padding != "zero":
-            raise ValueError(f"padding {self.padding}: a picture that tiles has no border, leave padding or tile out")
         choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
 

@@ -85,7 +85,7 @@ OPTIONS = {
     "style_size": ("300", 300),
     "pixel_range": ("0-255", "0-255"),
     "pooling": ("max", "max"),
-    "padding": ("reflect", "reflect"),
+    "padding": ("zero", "zero"),
     "init": ("noise", "noise"),
     "init_noise": (".25", 0.25),
     "optimizer": ("adam", "adam"),

@@ -59,7 +59,6 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"content_loss": "summ"}, ValueError, "did you mean sum"),
         ({"pixel_range": "0-1"}, ValueError, "choose from auto, 0-255, 0-256"),
         ({"padding": "replicat"}, ValueError, "did you mean replicate"),
-        ({"padding": "reflect", "tile": True}, ValueError, "no border"),
     ],
 )
 def test_mistakes_are_named(options, error, words):

@@ -306,7 +306,7 @@ def test_an_option_that_does_nothing_is_seen(option, trial, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trial():
-    return gpu_options.Trial(48, 20)
+    return gpu_options.Trial(48, 30)
 
 
 def test_runs_go_on_and_share_a_stylizer(rows, stylizer, monkeypatch):

@@ -321,7 +321,7 @@ def real(stylizer, pictures, style_weight, size=(48, 34)):
     from engine import Config, image
 
     content = image.resize(image.load(pictures["content"]), size)
-    config = Config(size=max(size), style_weight=style_weight)
+    config = Config(size=max(size), style_weight=style_weight, padding="zero")
     objective = stylizer.objective(content, pictures["style"], config)
     return objective, image.to_tensor(content)
 

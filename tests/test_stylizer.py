@@ -78,7 +78,7 @@ def test_evaluate_against_float64_max_pooling(states, size, naming, device):
     assert max(errors) < 3e-2
 
 
-EDGES = [({"padding": "reflect"}, (49, 67)), ({"padding": "replicate"}, (52, 35)), ({"tile": True}, (48, 80))]
+EDGES = [({"padding": "zero"}, (49, 67)), ({"padding": "reflect"}, (52, 35)), ({"tile": True}, (48, 80))]
 
 
 @pytest.mark.parametrize(("options", "size"), EDGES)
@@ -270,8 +270,8 @@ def test_the_controls_of_a_run_reach_it(stylizer, pictures):
     assert run(tv_power=1.0) != default
     assert run(history=1) != default
     assert run(clamp=False) != default
+    assert run(padding="zero") != default
     assert run(padding="reflect") != default
-    assert run(padding="replicate") != default
     assert run(optimizer="adam", learning_rate=0.1) != adam
 
 
@@ -619,7 +619,7 @@ def test_what_is_kept_serves_nothing_that_differs(pictures, monkeypatch):
     of_style = {"style": image.load(pictures["style"]), "side": 48, "mask": None, **usual}
     shared = [{}, {"precision": "fp32"}]
     shared += [
-        {"config": Config(**each)} for each in ({"pooling": "max"}, {"pixel_range": "0-255"}, {"padding": "reflect"})
+        {"config": Config(**each)} for each in ({"pooling": "max"}, {"pixel_range": "0-255"}, {"padding": "zero"})
     ]
     networks = [*shared, {"size": (32, 48)}, {"layers": ("relu1_2",)}, {"config": Config(tile=True)}]
     assert len({own._features(**(of_network | each)) for each in networks}) == len(networks)

@@ -44,7 +44,7 @@ def test_targets_of_a_part_of_a_style(stylizer):
         ({"size": 80}, "made for images of 45, 64 pixels, this one has 57"),
         ({"size": 91}, "made for images of 45, 64 pixels, this one has 91"),  # which comes after one of 64
         ({"pooling": "max"}, "made for pooling avg, this run has max"),
-        ({"padding": "reflect"}, "made for padding zero, this run has reflect"),
+        ({"padding": "zero"}, "made for padding replicate, this run has zero"),
         ({"pixel_range": "0-255"}, "made for weights embedded.*fed 0-255"),
         ({"style_loss": "shifted"}, "made for style loss gram"),
         ({"style_layers": ("relu1_2",)}, "not for relu1_2"),
