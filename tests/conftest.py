@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +80,13 @@ def pictures() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """The CUDA sources as programs of this CPU."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed: the CUDA sources cannot be executed on this CPU")
-    return Host(tmp_path_factory.mktemp("cuda"))
+    host = Host(tmp_path_factory.mktemp("cuda"))
+    yield host
+    host.close()
 
 
 @pytest.fixture

@@ -9,13 +9,17 @@
 // `main` reads a request file (arguments and the bytes of all buffers), allocates every buffer with its exact size, so
 // that the address sanitizer sees any access outside, runs the kernel and writes the buffers to the answer file.
 #pragma once
+#include <sys/wait.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iostream>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -348,11 +352,10 @@ inline int64_t number(FILE* file) {
     return value;
 }
 
-// arguments of the program: request, answer
-inline int serve(char** names, void (*const* entries)(const Request&)) {
-    FILE* file = std::fopen(names[1], "rb");
+// Makes the launch that a file asks for, and leaves the memory after it in another.
+inline void answer(const char* asked, const std::string& answered, void (*const* entries)(const Request&)) {
+    FILE* file = std::fopen(asked, "rb");
     const int64_t entry = number(file);
-    direction = number(file);
     Request request;
     for (unsigned* side : {&request.grid.x, &request.grid.y, &request.grid.z}) *side = number(file);
     std::vector<size_t> sizes(number(file));
@@ -378,8 +381,26 @@ inline int serve(char** names, void (*const* entries)(const Request&)) {
     }
     std::fclose(file);
     entries[entry](request);
-    file = std::fopen(names[2], "wb");
+    file = std::fopen(answered.c_str(), "wb");
     for (size_t i = 0; i < sizes.size(); ++i) std::fwrite(request.buffers[i], 1, sizes[i], file);
     std::fclose(file);
+}
+
+// For each line of the input, "REQUEST ANSWER", two children of this process make the launch, with threads and blocks in
+// ascending and in descending order, and leave ANSWER1 and ANSWER-1; the line of the output is 0 if both went well.
+inline int serve(void (*const* entries)(const Request&)) {
+    for (std::string asked, answered; std::cin >> asked >> answered;) {
+        for (int way : {1, -1}) {
+            const pid_t child = fork();
+            if (child < 0) fail("no child");
+            if (child > 0) continue;
+            direction = way;
+            answer(asked.c_str(), answered + std::to_string(way), entries);
+            _exit(0);
+        }
+        int failed = 0, status;
+        for (int i = 0; i < 2; ++i) failed |= wait(&status) < 0 || status != 0;
+        std::cout << failed << std::endl;
+    }
     return 0;
 }

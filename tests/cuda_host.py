@@ -1,8 +1,9 @@
 """Executes the CUDA sources on the CPU: `Host.launch` stands in for `_cuda.launch`.
 
 g++ builds each source, with `cuda_host.h` in the place of `ptx.cuh`, into a program under the address and the undefined
-behaviour sanitizer. A launch hands it all memory in a file and reads the memory back. Every launch runs twice, with
-threads and blocks in ascending and in descending order, and has to leave the same bits.
+behaviour sanitizer, which runs as long as the `Host` is open. A launch hands it all memory in a file and reads the
+memory back. Every launch runs twice, each time in a child of the program, with threads and blocks in ascending and in
+descending order, and has to leave the same bits.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from engine.kernels import _cuda
 
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-attributes"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # the program ends with its request
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # a child ends with its request
 KINDS = {torch.float32: "F", torch.float64: "D", torch.int32: "U", torch.float16: "H", torch.bfloat16: "B"}
 
 
@@ -38,6 +39,7 @@ class Host:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.extra: dict[str, tuple[str, tuple[str, ...]]] = {}  # name -> (source, kernels) of a test's own
+        self._running: dict[str, subprocess.Popen[str]] = {}
 
     def program(self, name: str) -> Path:
         target = self.folder / name
@@ -45,7 +47,7 @@ class Host:
             source, kernels = self.extra.get(name) or (_cuda.text(f"{name}.cu"), _cuda.expressions(name))
             source = source.replace(_cuda.text("ptx.cuh"), '#include "cuda_host.h"\n')
             entries = ", ".join(f"[](const Request& r) {{ call(&{kernel}, r); }}" for kernel in kernels)
-            main = "int main(int, char** names) { return serve(names, entries); }\n"
+            main = "int main() { return serve(entries); }\n"
             code = self.folder / f"{name}.cpp"
             code.write_text(f"{source}\nstatic void (*const entries[])(const Request&) = {{{entries}}};\n{main}")
             command = ["g++", *FLAGS, *SANITIZERS, f"-I{Path(__file__).parent}", str(code), "-o", str(target)]
@@ -53,8 +55,27 @@ class Host:
             assert done.returncode == 0, done.stderr
         return target
 
+    def close(self) -> None:
+        for process in self._running.values():
+            process.communicate()
+
+    def ask(self, name: str, request: Path, answer: Path) -> str:
+        """Let the program make a launch: what it says of errors, empty if there are none."""
+        errors = self.folder / f"{name}.errors"
+        if name not in self._running:
+            with errors.open("w") as file:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
+                self._running[name] = subprocess.Popen([str(self.program(name))], text=True, env=ENVIRONMENT, **pipes)
+        process = self._running[name]
+        process.stdin.write(f"{request} {answer}\n")
+        process.stdin.flush()
+        if process.stdout.readline() == "0\n":
+            return ""
+        del self._running[name]  # the next launch has errors of its own
+        process.communicate()
+        return errors.read_text() or "it ended"
+
     def launch(self, name, kernel, grid, *arguments):
-        program = self.program(name)
         kernels = self.extra[name][1] if name in self.extra else _cuda.expressions(name)
         tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
         for table in arguments:
@@ -86,24 +107,21 @@ class Host:
             else:
                 values.append((ord("f"), struct.unpack("<I", struct.pack("<f", argument))[0], 0))
         tables = {place(each.tensor)[0] for each in arguments if isinstance(each, _cuda.Table)}
-        running, answers = [], []
-        for direction in (1, -1):  # side by side
-            request = bytearray(struct.pack("<5q", kernels.index(kernel), direction, *(*grid, 1, 1)[:3]))
-            request += struct.pack("<q", len(memories))
-            for memory in memories:
-                request += struct.pack("<q", len(memory)) + memory.numpy().tobytes()
-            for rows in (relocations, values):
-                request += struct.pack("<q", len(rows))
-                for row in rows:
-                    request += struct.pack(f"<{len(row)}q", *row)
-            asked, answer = (self.folder / f"{what}{direction}" for what in ("request", "answer"))
-            asked.write_bytes(request)
-            command = [str(program), str(asked), str(answer)]
-            running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT), answer))
-        for process, answer in running:
-            errors = process.communicate()[1]
-            assert process.returncode == 0, f"{name}: {kernel}\n{errors[:3000]}"
-            content = answer.read_bytes()
+        request = bytearray(struct.pack("<4q", kernels.index(kernel), *(*grid, 1, 1)[:3]))
+        request += struct.pack("<q", len(memories))
+        for memory in memories:
+            request += struct.pack("<q", len(memory)) + memory.numpy().tobytes()
+        for rows in (relocations, values):
+            request += struct.pack("<q", len(rows))
+            for row in rows:
+                request += struct.pack(f"<{len(row)}q", *row)
+        asked, answer = self.folder / "request", self.folder / "answer"
+        asked.write_bytes(request)
+        errors = self.ask(name, asked, answer)
+        assert not errors, f"{name}: {kernel}\n{errors[:3000]}"
+        answers = []
+        for direction in (1, -1):
+            content = Path(f"{answer}{direction}").read_bytes()
             found, position = [], 0
             for i, memory in enumerate(memories):
                 found.append(None if i in tables else content[position : position + len(memory)])

@@ -872,6 +872,17 @@ __global__ void probe(const float* left, const float* right, float* plain, float
 """
 
 
+def test_a_launch_that_goes_astray_is_told_and_the_next_one_runs(programs):
+    """By the sanitizer, and by the other order of threads."""
+    source = "\n__global__ void astray(float* out, long long place) { take_turn(); if (threadIdx.x < 2) out[place] = "
+    programs.extra["astray"] = (_cuda.text("ptx.cuh") + source + "threadIdx.x; }\n", ("astray",))
+    out = torch.zeros(64)
+    for place, words in ((64, "heap-buffer-overflow"), (3, "depends on the order of threads"), (64, "overflow")):
+        with pytest.raises(AssertionError, match=words):
+            programs.launch("astray", "astray", (1,), out, place)
+    assert not out.any()
+
+
 def test_bf16_products_without_tensor_cores(programs):
     """The detour of the oldest architecture gives each lane the same elements as the instruction does."""
     functions = _cuda.text("ptx.cuh")
