@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,11 +30,12 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     """
     if config.init == "-":
         raise ValueError("--init - can be read for one picture only, give a file")
-    there = [] if given.overwrite else [job.out for job in jobs if Path(job.out).exists()]
-    todo = [job for job in jobs if job.out not in set(there)]
+    there = set() if given.overwrite else {job.out for job in jobs if Path(job.out).exists()}
+    todo = [job for job in jobs if job.out not in there]
     if there:
         log.info("%d of %d pictures are there already", len(there), len(jobs))
-        others = sum(not _made_with(config, out) for out in there)
+        options = json.loads(json.dumps(manifest.inputs(config, None, None)["options"]))  # as it is read
+        others = sum(_options(out) != options for out in there)
         if others:
             log.warning(
                 "%d of these were made with other options, or not by this program: --overwrite replaces them", others
@@ -92,13 +94,12 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     return 0, ""
 
 
-def _made_with(config: Config, out: str) -> bool:
-    """Whether a picture says that it was made with these options."""
+def _options(out: str) -> Any:
+    """The options that a picture says it was made with, None if it does not."""
     try:
-        options = replay.read(out)["options"]
+        return replay.read(out)["options"]
     except (OSError, ValueError):
-        return False
-    return bool(options == json.loads(json.dumps(manifest.inputs(config, None, None)["options"])))
+        return None
 
 
 def _is_manifest(path: str) -> bool:

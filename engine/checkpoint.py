@@ -70,7 +70,7 @@ def load(data: bytes) -> Checkpoint:
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
-        seal = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["checkpoint"])
+        seal = _seal(data[8 : 8 + length])
         text, expected = seal["run"], seal["sha256"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError("the checkpoint is damaged, or is none") from error
@@ -85,8 +85,12 @@ def load(data: bytes) -> Checkpoint:
 def note(path: str) -> Any:
     """The note in the file of a checkpoint that could be loaded, without its tensors."""
     with Path(path).open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["note"]
+        seal = _seal(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(seal["run"])["note"]
+
+
+def _seal(header: bytes) -> Any:
+    return json.loads(json.loads(header)["__metadata__"]["checkpoint"])
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

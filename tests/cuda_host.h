@@ -6,8 +6,8 @@
 // end the program. This file stands in for ptx.cuh: the tensor-core instructions below work on the registers of all
 // lanes, laid out as the PTX ISA says, and independently of how the kernels fill them.
 //
-// `main` reads a request file (arguments and the bytes of all buffers), allocates every buffer with its exact size, so
-// that the address sanitizer sees any access outside, runs the kernel and writes the buffers to the answer file.
+// For a launch `main` reads a request file (arguments and the bytes of all buffers), allocates every buffer with its exact
+// size, so that the address sanitizer sees any access outside, runs the kernel and writes the buffers to an answer file.
 #pragma once
 #include <sys/wait.h>
 #include <ucontext.h>
