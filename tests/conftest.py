@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import platform
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +68,17 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
     }
 
 
+@pytest.fixture(scope="module")
+def stylizers(states: dict[str, tuple[Path, dict]]) -> Callable[..., Stylizer]:
+    """Those of the random networks, by naming, device and precision; each is loaded once."""
+    return functools.cache(
+        lambda naming, device="cpu", precision="auto": Stylizer(states[naming][0], device, precision)
+    )
+
+
 @pytest.fixture(scope="session")
 def stylizer() -> Stylizer:
-    return Stylizer(weights="embedded", device="cpu", threads=2)
+    return Stylizer(weights="embedded", device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -82,9 +93,12 @@ def pictures() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """The CUDA sources as programs of this CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed: the CUDA sources cannot be executed on this CPU")
-    host = Host(tmp_path_factory.mktemp("cuda"))
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("the CUDA sources are executed on x86-64 with g++ only")
+    built = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        built = built.parent  # of all workers
+    host = Host(tmp_path_factory.mktemp("cuda"), built)
     yield host
     host.close()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from engine.kernels import _cuda
 
@@ -36,24 +37,30 @@ def pointer(cell):
 
 
 class Host:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    """Its own files are in `folder`, the programs in `built`, where several processes may use them."""
+
+    def __init__(self, folder: Path, built: Path) -> None:
+        self.folder, self.built = folder, built
         self.extra: dict[str, tuple[str, tuple[str, ...]]] = {}  # name -> (source, kernels) of a test's own
         self._running: dict[str, subprocess.Popen[str]] = {}
 
     def program(self, name: str) -> Path:
-        target = self.folder / name
-        if not target.exists():
-            source, kernels = self.extra.get(name) or (_cuda.text(f"{name}.cu"), _cuda.expressions(name))
-            source = source.replace(_cuda.text("ptx.cuh"), '#include "cuda_host.h"\n')
-            entries = ", ".join(f"[](const Request& r) {{ call(&{kernel}, r); }}" for kernel in kernels)
-            main = "int main() { return serve(entries); }\n"
-            code = self.folder / f"{name}.cpp"
-            code.write_text(f"{source}\nstatic void (*const entries[])(const Request&) = {{{entries}}};\n{main}")
-            command = ["g++", *FLAGS, *SANITIZERS, f"-I{Path(__file__).parent}", str(code), "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+        target = (self.folder if name in self.extra else self.built) / name
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                self._build(name, target)
         return target
+
+    def _build(self, name: str, target: Path) -> None:
+        source, kernels = self.extra.get(name) or (_cuda.text(f"{name}.cu"), _cuda.expressions(name))
+        source = source.replace(_cuda.text("ptx.cuh"), '#include "cuda_host.h"\n')
+        entries = ", ".join(f"[](const Request& r) {{ call(&{kernel}, r); }}" for kernel in kernels)
+        main = "int main() { return serve(entries); }\n"
+        code = target.with_suffix(".cpp")
+        code.write_text(f"{source}\nstatic void (*const entries[])(const Request&) = {{{entries}}};\n{main}")
+        command = ["g++", *FLAGS, *SANITIZERS, f"-I{Path(__file__).parent}", str(code), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
         for process in self._running.values():

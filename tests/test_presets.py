@@ -127,18 +127,13 @@ def test_every_preset_has_its_formula():
     assert set(FORMULAS) == set(PRESETS)
 
 
-@pytest.fixture(scope="module")
-def stylizers(states):
-    return {naming: Stylizer(weights=path, device="cpu") for naming, (path, _) in states.items()}
-
-
 @pytest.mark.parametrize("name", sorted(FORMULAS))
 def test_loss_and_gradient_are_the_programs(states, stylizers, name):
     """Each term alone, and all together. With max pooling rounding may route a gradient to the other of two nearly
     equal values, which one picture in some shows; so a gradient has to agree for one of them.
     """
     formula, naming = FORMULAS[name]
-    own, state, config, left = stylizers[naming], states[naming][1], preset(name), {"all": 1.0}
+    own, state, config, left = stylizers(naming), states[naming][1], preset(name), {"all": 1.0}
     for seed in range(6):
         pictures = [np.random.default_rng(3 * seed + i).random((33, 38, 3)).astype(np.float32) for i in range(3)]
         x, content, style = (torch.from_numpy(picture.astype(np.float64)) for picture in pictures)
@@ -189,7 +184,7 @@ def test_convolutions_as_loss_layers(states, stylizers, device, statistic):
     layers = {"content_layers": ("conv2_2", "relu2_2"), "style_layers": ("conv1_1", "relu2_1", "conv2_1:2", "conv3_1")}
     config = Config(**layers, style_loss=statistic, style_weight=0.5)
     pictures = [np.random.default_rng(i).random((36, 45, 3)).astype(np.float32) for i in range(3)]
-    own = stylizers["torchvision"] if device == "cpu" else Stylizer(states["torchvision"][0], device)
+    own = stylizers("torchvision", device)
     score = own.evaluate(*pictures, config)
     total, terms, gradient = oracle.objective(*pictures, states["torchvision"][1], config)
     assert score.loss == pytest.approx(total, rel=1e-5)

@@ -32,9 +32,8 @@ def halves(height, width, soft=False):
 
 
 @pytest.fixture(scope="module")
-def network(states):
-    path, state = states["torchvision"]
-    return Stylizer(weights=path, device="cpu"), state
+def network(states, stylizers):
+    return stylizers("torchvision"), states["torchvision"][1]
 
 
 def check(network, content, style, config, masks=None):
@@ -68,24 +67,21 @@ def test_the_statistics_differ(network):
 
 
 @pytest.mark.parametrize("kind", ["gram", "wasserstein"])
-def test_a_layer_of_content_and_masked_style_on_the_graphs(states, kind):
-    path, state = states["torchvision"]
+def test_a_layer_of_content_and_masked_style_on_the_graphs(states, stylizers, kind):
     config = Config(style_loss=kind, content_layers=("relu2_1",), style_layers=("relu2_1", "relu3_1"), **WEIGHTS)
     left, right = halves(*SIZE)
-    network = Stylizer(weights=path, device="onnxruntime"), state
+    network = stylizers("torchvision", "onnxruntime"), states["torchvision"][1]
     check(network, noise(*SIZE, 1), [noise(*SIZE, 2), noise(*SIZE, 3)], config, [(left, right), (right, None)])
 
 
 @pytest.mark.parametrize("kind", ["gram", "shifted", "wasserstein"])
-def test_half_precision_holds_its_tolerance(states, kind):
-    path, state = states["torchvision"]
+def test_half_precision_holds_its_tolerance(states, stylizers, kind):
     picture, content, style = noise(*SIZE, 0), noise(*SIZE, 1), noise(*SIZE, 2) ** 3
     config = Config(style_loss=kind, **SHALLOW)
     left, right = halves(*SIZE)
     masks = [(left, right)]
-    half = Stylizer(weights=path, device="onnxruntime", precision="fp16")
-    score = half.evaluate(picture, content, style, config, masks=masks)
-    total, _, gradient = oracle.objective(picture, content, [style], state, config, masks)
+    score = stylizers("torchvision", "onnxruntime", "fp16").evaluate(picture, content, style, config, masks=masks)
+    total, _, gradient = oracle.objective(picture, content, [style], states["torchvision"][1], config, masks)
     assert score.loss == pytest.approx(total, rel=1e-2)
     assert error(score.gradient, gradient) < 3e-2
 

@@ -20,6 +20,7 @@ from engine import BackendError, Config, Stylizer, features, image, provider
 from engine.cache import Cache
 
 ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
+TRUTHS: dict = {}
 
 
 def noise(height, width, seed):
@@ -34,7 +35,9 @@ def check_evaluate(stylizer, state, size, config, seed, tolerance=1e-5):
     """Losses against the float64 oracle; returns the relative error of the gradient."""
     picture, content, style = (noise(*size, 3 * seed + i) for i in range(3))
     score = stylizer.evaluate(picture, content, style, config)
-    total, terms, gradient = oracle.objective(picture, content, style, state, config)
+    key = id(state), size, config, seed  # the truth is that of all devices
+    total, terms, gradient = TRUTHS.get(key) or oracle.objective(picture, content, style, state, config)
+    TRUTHS[key] = total, terms, gradient
     assert score.loss == pytest.approx(total, rel=tolerance)
     assert score.content_loss == pytest.approx(terms["content"], rel=1e-5)
     assert score.tv_loss == pytest.approx(terms["tv"], rel=1e-5)
@@ -54,23 +57,21 @@ DEVICES = ["cpu", "onnxruntime"]
 
 @pytest.mark.parametrize(("size", "naming"), CASES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_evaluate_against_float64_average_pooling(states, size, naming, device):
-    path, state = states[naming]
+def test_evaluate_against_float64_average_pooling(states, stylizers, size, naming, device):
     config = Config(pooling="avg", **ALL_TERMS)
-    assert check_evaluate(Stylizer(weights=path, device=device), state, size, config, seed=1) < 1e-4
+    assert check_evaluate(stylizers(naming, device), states[naming][1], size, config, seed=1) < 1e-4
 
 
 @pytest.mark.parametrize(("size", "naming"), CASES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_evaluate_against_float64_max_pooling(states, size, naming, device):
+def test_evaluate_against_float64_max_pooling(states, stylizers, size, naming, device):
     """Now and then two of the hundred thousands of windows' values agree to seven digits. Any fp32 program (torch's
     autograd too) may then route to the other one, and the gradient jumps by about 1e-3. So the tight bound has to hold
     for one of the pictures, where a picture without such a pair is likely, and the loose one for all.
     """
-    path, state = states[naming]
-    own = Stylizer(weights=path, device=device)
     errors = []
     for seed in range(4):
+        own, state = stylizers(naming, device), states[naming][1]
         errors.append(check_evaluate(own, state, size, Config(pooling="max", **ALL_TERMS), seed))
         if errors[-1] < 1e-4:
             break
@@ -83,9 +84,8 @@ EDGES = [({"padding": "zero"}, (49, 67)), ({"padding": "reflect"}, (52, 35)), ({
 
 @pytest.mark.parametrize(("options", "size"), EDGES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_evaluate_against_float64_beyond_the_border(states, options, size, device):
-    path, state = states["torchvision"]
-    own = Stylizer(weights=path, device=device)
+def test_evaluate_against_float64_beyond_the_border(states, stylizers, options, size, device):
+    own, state = stylizers("torchvision", device), states["torchvision"][1]
     config = Config(**ALL_TERMS, tv_power=1.5, **options)
     # Grams of noise are alike: the small difference carries the rounding of Winograd's features, 1.3e-5 in deep layers.
     assert check_evaluate(own, state, size, config, seed=1, tolerance=2e-5) < 1e-4
@@ -99,9 +99,8 @@ def test_evaluate_against_float64_beyond_the_border(states, options, size, devic
     )
 
 
-def test_rolling_a_picture_that_tiles_rolls_its_gradient(states):
-    path, _ = states["torchvision"]
-    own = Stylizer(weights=path, device="cpu")
+def test_rolling_a_picture_that_tiles_rolls_its_gradient(stylizers):
+    own = stylizers("torchvision")
     picture, content, style = noise(48, 64, 1), noise(48, 64, 2), noise(40, 40, 3)
     config = Config(tile=True, **ALL_TERMS)
     score = own.evaluate(picture, content, style, config)
@@ -144,48 +143,44 @@ def test_a_network_that_was_opened_for_average_pooling_does_maxima_too(states):
         assert own.evaluate(picture, content, style, config).loss == pytest.approx(total, rel=1e-5)
 
 
-def test_evaluate_with_other_layers_and_shared_ones(states):
+def test_evaluate_with_other_layers_and_shared_ones(states, stylizers):
     """relu3_1 is a content and a style layer at once; relu5_4 is deeper than the defaults."""
-    path, state = states["torchvision"]
     picture, content, style = (noise(48, 56, seed) for seed in (1, 2, 3))
     config = Config(content_layers=("relu3_1", "relu5_4"), style_layers=("relu3_1", "relu1_2"), **ALL_TERMS)
-    score = Stylizer(weights=path, device="cpu").evaluate(picture, content, style, config)
-    total, _, gradient = oracle.objective(picture, content, style, state, config)
+    score = stylizers("torchvision").evaluate(picture, content, style, config)
+    total, _, gradient = oracle.objective(picture, content, style, states["torchvision"][1], config)
     assert score.loss == pytest.approx(total, rel=1e-5)
     assert error(score.gradient, gradient) < 1e-4
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_layer_weights_against_float64(states, device):
-    path, state = states["torchvision"]
+def test_layer_weights_against_float64(states, stylizers, device):
     picture, content, style = (noise(48, 56, seed) for seed in (1, 2, 3))
     layers = {
         "content_layers": ("relu2_2:0.3", ("relu3_1", 4)),
         "style_layers": ("relu1_1", "relu3_1:0.25", ("relu4_2", 7)),
     }
     config = Config(**layers, **ALL_TERMS)
-    score = Stylizer(weights=path, device=device).evaluate(picture, content, style, config)
-    total, terms, gradient = oracle.objective(picture, content, style, state, config)
+    score = stylizers("torchvision", device).evaluate(picture, content, style, config)
+    total, terms, gradient = oracle.objective(picture, content, style, states["torchvision"][1], config)
     assert score.loss == pytest.approx(total, rel=1e-5)
     assert score.content_loss == pytest.approx(terms["content"], rel=1e-5)
     assert error(score.gradient, gradient) < 1e-4
 
 
-def test_half_precision_holds_its_tolerance(states):
+def test_half_precision_holds_its_tolerance(states, stylizers):
     """fp16 graphs, fp16 features, scaled fp16 cotangents; average pooling, away from the optimum."""
-    path, state = states["torchvision"]
     picture, content, style = noise(64, 64, 1), noise(64, 64, 2), noise(64, 64, 3) ** 3
     config = Config(**ALL_TERMS)
-    score = Stylizer(weights=path, device="onnxruntime", precision="fp16").evaluate(picture, content, style, config)
-    total, _, gradient = oracle.objective(picture, content, style, state, config)
+    score = stylizers("torchvision", "onnxruntime", "fp16").evaluate(picture, content, style, config)
+    total, _, gradient = oracle.objective(picture, content, style, states["torchvision"][1], config)
     assert score.loss == pytest.approx(total, rel=1e-2)
     assert error(score.gradient, gradient) < 3e-2
 
 
 @pytest.mark.parametrize("weight", [1e-12, 1e12])
-def test_half_precision_gradient_does_not_depend_on_the_weights_scale(states, weight):
-    path, _ = states["torchvision"]
-    stylizer = Stylizer(weights=path, device="onnxruntime", precision="fp16")
+def test_half_precision_gradient_does_not_depend_on_the_weights_scale(stylizers, weight):
+    stylizer = stylizers("torchvision", "onnxruntime", "fp16")
     arguments = (noise(40, 40, 1), noise(40, 40, 2), noise(40, 40, 3))
     one = stylizer.evaluate(*arguments, Config(content_weight=1, style_weight=100))
     other = stylizer.evaluate(*arguments, Config(content_weight=weight, style_weight=100 * weight))
@@ -561,7 +556,7 @@ def resident() -> int:
 
 
 def test_two_hundred_calls_do_not_grow_memory(stylizer, pictures):
-    config = Config(size=48, iterations=1, scales=1)
+    config = Config(size=48, iterations=1, scales=1, style_layers=("relu1_1", "relu3_1"))
 
     def call(index):
         style = np.roll(pictures["style"], index, axis=0)  # 44 styles in turn
