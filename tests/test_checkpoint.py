@@ -19,7 +19,7 @@ from engine.export.weights import load as load_weights
 from engine.goal import load as load_goal
 from engine.optimize import State, minimise
 
-SMALL = {"size": 64, "scales": 2, "iterations": (4, 3)}
+SMALL = {"size": 64, "scales": 2, "iterations": (4, 3), "style_layers": ("relu1_1", "relu3_1")}
 
 
 def everything(steps):
