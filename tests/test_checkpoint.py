@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from conftest import SHALLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +20,7 @@ from engine.export.weights import load as load_weights
 from engine.goal import load as load_goal
 from engine.optimize import State, minimise
 
-SMALL = {"size": 64, "scales": 2, "iterations": (4, 3), "style_layers": ("relu1_1", "relu3_1")}
+SMALL = {"size": 64, "scales": 2, "iterations": (4, 3), "style_layers": SHALLOW}
 
 
 def everything(steps):

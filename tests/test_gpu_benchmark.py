@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SHALLOW
 from PIL import Image
 
 from benchmarks import baseline, cases, controls, gpu, gpu_kernels, gpu_options, gpu_sections
@@ -309,7 +310,12 @@ def test_an_option_that_does_nothing_is_seen(option, trial, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trial():
-    found = gpu_options.Trial(48, 30)
+    class Shallow(gpu_options.Trial):
+        def _given(self, option):
+            content, styles, config, masks = super()._given(option)
+            return content, styles, replace(config, style_layers=SHALLOW), masks
+
+    found = Shallow(48, 30)
     found.without = {}
     return found
 

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import TINY, check_alone
+from conftest import SHALLOW, TINY, check_alone
 from PIL import Image
 
 from engine import BackendError, Config, Stylizer, features, image, provider
@@ -112,6 +112,7 @@ def test_rolling_a_picture_that_tiles_rolls_its_gradient(stylizers):
 def test_a_picture_that_tiles_has_no_seam(stylizer, pictures):
     """From noise, over two scales: neighbours across the border are as alike as those inside."""
     options = {"size": 90, "scales": 2, "iterations": 30, "init": "noise", "content_weight": 0.0, "tv_weight": 300.0}
+    options["style_layers"] = SHALLOW
 
     def seams(config):
         picture = np.asarray(stylizer(pictures["content"], pictures["style"], config).image, np.float64)
@@ -229,7 +230,7 @@ def test_what_is_shown_is_what_was_optimised(stylizer, pictures):
     """By default nothing is cut off when the picture is written; without the clamp that raises its loss."""
 
     def raised(**options):
-        config = Config(size=64, iterations=60, scales=1, **options)
+        config = Config(size=64, iterations=60, scales=1, style_layers=SHALLOW, **options)
         result = stylizer(pictures["content"], pictures["style"], config)
         shown = stylizer.evaluate(result.image, pictures["content"], pictures["style"], config).loss
         return shown / min(loss for _, loss, _ in result.trace)
@@ -240,8 +241,8 @@ def test_what_is_shown_is_what_was_optimised(stylizer, pictures):
 
 def test_a_stalled_scale_makes_room_for_the_next(stylizer, pictures):
     """`total` is the last iteration, and the picture goes on from scale to scale."""
-    plain = Config(size=68, scales=2, iterations=60)
-    stopped = Config(size=68, scales=2, iterations=60, stop=0.9)
+    plain = Config(size=68, scales=2, iterations=60, style_layers=SHALLOW)
+    stopped = replace(plain, stop=0.9)
     steps = list(stylizer.steps(pictures["content"], pictures["style"], stopped))
     assert [step.iteration for step in steps] == list(range(1, len(steps) + 1))
     assert steps[-1].iteration == steps[-1].total == len(steps)
@@ -254,7 +255,7 @@ def test_a_stalled_scale_makes_room_for_the_next(stylizer, pictures):
 
 def test_the_controls_of_a_run_reach_it(stylizer, pictures):
     """Each option changes the picture, and nothing but the option does."""
-    base = {"size": 48, "scales": 1, "iterations": 8, "tv_weight": 100.0}
+    base = {"size": 48, "scales": 1, "iterations": 8, "tv_weight": 100.0, "style_layers": SHALLOW}
 
     def run(**options):
         return stylizer(pictures["content"], pictures["style"], Config(**base, **options)).image.tobytes()
@@ -556,7 +557,7 @@ def resident() -> int:
 
 
 def test_two_hundred_calls_do_not_grow_memory(stylizer, pictures):
-    config = Config(size=48, iterations=1, scales=1, style_layers=("relu1_1", "relu3_1"))
+    config = Config(size=48, iterations=1, scales=1, style_layers=SHALLOW)
 
     def call(index):
         style = np.roll(pictures["style"], index, axis=0)  # 44 styles in turn
