@@ -112,7 +112,9 @@ def module(
             self.register_buffer("std", std.reshape(1, 3, 1, 1))
             stages: list[nn.Module] = []
             relus = 0
-            for stage in make_layers(cfgs["E"], batch_norm=False):
+            with torch.device("meta"):  # no parameters to begin with
+                everything = make_layers(cfgs["E"], batch_norm=False)
+            for stage in everything:
                 if isinstance(stage, nn.MaxPool2d) and pooling == "avg":
                     stage = nn.AvgPool2d(2)  # the paper's choice (section 2)
                 stages.append(stage)

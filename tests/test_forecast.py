@@ -161,8 +161,8 @@ def test_a_run_takes_what_was_forecast():
     given = [
         {},
         {"style_size": 800, "optimizer": "adam", "iterations": 3, "style_loss": "shifted"},  # the style takes most
-        {"content_layers": ("relu1_1",), "style_layers": ("relu1_1", "relu2_1"), "iterations": 6},
-        {"scales": 2, "iterations": (50, 2)},  # the history is longer at the coarser scale
+        {"scales": 2, "iterations": (50, 2)}  # the history is longer at the coarser scale
+        | {"content_layers": ("relu1_1",), "style_layers": ("relu1_1", "relu2_1")},
     ]
 
     def ratio(options):
