@@ -17,6 +17,7 @@ from engine.forecast import forecast
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
+FEW = {"content_layers": ("relu1_1",), "style_layers": ("relu1_1", "relu2_1")}
 SPECS = [
     vgg.Spec(33, 47, LAYERS),
     vgg.Spec(64, 48, LAYERS, "max"),
@@ -161,8 +162,8 @@ def test_a_run_takes_what_was_forecast():
     given = [
         {},
         {"style_size": 800, "optimizer": "adam", "iterations": 3, "style_loss": "shifted"},  # the style takes most
-        {"scales": 2, "iterations": (50, 2)}  # the history is longer at the coarser scale
-        | {"content_layers": ("relu1_1",), "style_layers": ("relu1_1", "relu2_1")},
+        {**FEW, "iterations": 6},
+        {**FEW, "scales": 2, "iterations": (50, 2)},  # the history is longer at the coarser scale
     ]
 
     def ratio(options):

@@ -298,11 +298,8 @@ def test_options_are_compared_with_the_cpu(rows):
 def test_an_option_that_does_nothing_is_seen(option, trial, monkeypatch):
     """Of those that loss and gradient of a picture do not know: a run without it stands in for the device's."""
     _, *others = gpu_options.OPTIONS[option] or [None]
-    given = {name: gpu_options.OPTIONS[option][name] for name in others}
-    monkeypatch.setitem(gpu_options.OPTIONS, "others", given)
-    if str(given) not in trial.without:
-        trial.without[str(given)] = trial.found(trial.cpu, "others")
-    errors, most = trial.errors(trial.without[str(given)], option), gpu_options.limits(option, "fp16")
+    monkeypatch.setitem(gpu_options.OPTIONS, "others", {name: gpu_options.OPTIONS[option][name] for name in others})
+    errors, most = trial.errors(trial.found(trial.cpu, "others"), option), gpu_options.limits(option, "fp16")
     assert errors["loss_error"] == errors["gradient_error"] == 0
     assert errors["end_error"] > 1.2 * most["end_error"]
     assert errors.get("frozen_levels", 99) > 9
@@ -315,9 +312,7 @@ def trial():
             content, styles, config, masks = super()._given(option)
             return content, styles, replace(config, style_layers=SHALLOW), masks
 
-    found = Shallow(48, 30)
-    found.without = {}
-    return found
+    return Shallow(48, 30)
 
 
 def test_runs_go_on_and_share_a_stylizer(rows, stylizer, monkeypatch):
