@@ -17,6 +17,7 @@ test: $(SET_UP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "$(MARK)"
 
 test-slow: $(SET_UP)
+	$(BIN)/python -c "import ray" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[cpu,dev,ray]'
 	$(BIN)/python -m pytest -m slow -rP
 
 test-browser: $(SET_UP)

@@ -94,7 +94,7 @@ class Processes:
     def __init__(self, *make: Any) -> None:
         self._make = make
         self._context = multiprocessing.get_context("spawn")
-        self._busy: dict[Connection, Any] = {}
+        self._busy: dict[Any, Any] = {}  # by connection
 
     def start(self) -> Any:
         """A new worker."""
@@ -114,11 +114,9 @@ class Processes:
 
     def outcome(self) -> tuple[Any, str | ValueError | DiedError]:
         """The next worker that is done, and its answer."""
-        connection = wait(list(self._busy))[0]
-        assert isinstance(connection, Connection)
-        worker = self._busy.pop(connection)
+        worker = self._busy.pop(wait(list(self._busy))[0])
         try:
-            return worker, connection.recv()
+            return worker, worker[0].recv()
         except (EOFError, OSError):
             worker[1].join()
             return worker, DiedError(f"status {worker[1].exitcode}")
@@ -149,6 +147,9 @@ class Actors:
         self._ray, self._make = ray, make
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            log.warning("no node of the cluster has %g processors and %g GPUs: waiting for one", cpus, gpus)
         self._actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Painter)
         self._busy: dict[Any, Any] = {}
 

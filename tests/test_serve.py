@@ -9,6 +9,8 @@ import random
 import re
 import resource
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -154,6 +156,10 @@ def test_events_tell_progress_previews_and_the_end(client, files, stylizer, monk
     assert events[0][0] == "4"
     later = client[0].get(job["events"], headers={"last-event-id": "3"}).text
     assert json.loads(re.search(r"data: (.*)", later)[1])["losses"] == losses[3:]
+    monkeypatch.setattr(api, "_LOSSES", 2)  # those of a long run come in pieces
+    pieces = re.findall(r"id: (\d+)\nevent: progress\ndata: (.*)\n\n", client[0].get(job["events"]).text)
+    assert [number for number, _ in pieces] == ["2", "4", "4"]
+    assert [loss for _, data in pieces for loss in json.loads(data)["losses"]] == losses
     assert client[0].app.state.service.streams == 0
     monkeypatch.setattr(api, "_STREAMS", 0)
     assert "event streams are open" in problem(client[0].get(job["events"]), 503)
@@ -209,6 +215,20 @@ def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, styli
     assert [iteration for iteration, _ in record["losses"]][-1] == 9
 
 
+def test_what_a_checkpoint_is_behind_of_is_told_before(client, files, stylizer, monkeypatch):
+    job = post(client[0], files).json()["id"]
+    monkeypatch.setattr(worker, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(worker, "_SHARE", 0.0)
+    monkeypatch.setattr(worker, "_REPORT", 600.0)  # the first iteration only
+
+    def act(iteration):
+        if iteration == 4:
+            assert [iteration for iteration, *_ in client[1].losses(job)] == [1, 2, 3]
+
+    run(client, Wrapped(stylizer, act))
+    assert client[1].job(job)["state"] == "succeeded"
+
+
 def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, monkeypatch):
     job = post(client[0], files).json()
     for name in ("_CHECKPOINT", "_REPORT", "_PREVIEW", "_SHARE"):
@@ -236,7 +256,7 @@ def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, 
     assert [iteration for iteration, *_ in client[1].losses(job["id"])] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("tries", "end"), [(1, "succeeded"), (4, "succeeded"), (10**9, "queued")])
+@pytest.mark.parametrize(("tries", "end"), [(0, "succeeded"), (1, "succeeded"), (4, "succeeded"), (10**9, "queued")])
 def test_a_painted_picture_waits_for_room_on_the_disk(client, files, stylizer, monkeypatch, tries, end):
     job = post(client[0], files).json()["id"]
     for name, value in (("_CHECKPOINT", 0.0), ("_SHARE", 0.0), ("_ROOM", 0.01)):
@@ -252,13 +272,18 @@ def test_a_painted_picture_waits_for_room_on_the_disk(client, files, stylizer, m
         store.write(path, data)
 
     def busy(*arguments):
+        monkeypatch.setattr(client[1], "finish", locked)
+        raise store.sqlite3.OperationalError("database or disk is full")
+
+    def locked(*arguments):
+        assert not (folder / "checkpoint").exists()
         monkeypatch.setattr(client[1], "finish", finish)
         raise store.sqlite3.OperationalError("database is locked")
 
     monkeypatch.setattr(worker, "write", write)
     monkeypatch.setattr(client[1], "finish", busy)
     run(client, stylizer, stop)
-    assert left == [True, *[False] * (min(tries, 10) - 1)]  # the checkpoint made room for it
+    assert left == [True, *[False] * 9][: min(tries, 10)]  # the checkpoint made room for it
     row = client[1].job(job)
     assert (row["state"], row["crashes"], row["iteration"]) == (end, 0, 4)
     kept = {path.name for path in folder.iterdir()}
@@ -314,6 +339,35 @@ def test_what_a_dead_worker_ran_is_put_back_once_there_is_room(client, files, mo
     assert client[1].counts() == {"queued": 1}
 
 
+def test_old_jobs_go_though_a_worker_cannot_be_looked_at(client, files, monkeypatch):
+    job, tidied = post(client[0], files).json()["id"], threading.Event()
+    client[0].delete(f"/v1/jobs/{job}")
+    expire = client[1].expire
+    monkeypatch.setattr(client[1], "expire", lambda before: (expire(before), tidied.set()))
+    monkeypatch.setattr(supervisor, "_LOOK", 0.01)
+    jump = 0.0
+
+    def watch(keep):
+        watching = supervisor.Supervisor(client[1], Settings(keep=keep))
+        monkeypatch.setattr(watching, "_look", full)
+        tidied.clear()
+        watching.start()
+        assert tidied.wait(10)
+        watching.stop()
+
+    def full(number):
+        nonlocal jump
+        jump = 10_000.0
+        raise store.sqlite3.OperationalError("database or disk is full")
+
+    clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + jump)
+    monkeypatch.setattr(supervisor, "time", clock)
+    watch(keep=1.0)  # hours: a clock that is set forward meanwhile removes nothing
+    assert client[1].counts() == {"cancelled": 1}
+    watch(keep=1e-9)
+    assert client[1].counts() == {}
+
+
 def test_a_worker_that_was_dead_before_the_server_stops_has_crashed(client, files, monkeypatch):
     job = post(client[0], files).json()["id"]
     client[1].claim(0)
@@ -354,6 +408,23 @@ def test_a_worker_that_hangs_is_killed(client, files, monkeypatch):
     assert len(killed) == 1
     look(23_000.0)
     assert len(killed) == 2
+
+
+def test_a_worker_without_a_server_ends_though_it_hangs(tmp_path):
+    code = (
+        "import time\n"
+        "from engine import stylizer\n"
+        "from engine.serve import worker\n"
+        "stylizer.Stylizer = lambda *words, **options: print('here', flush=True) or time.sleep(600)\n"
+        "worker.PATIENCE = 0.2\n"
+        f"worker.main({str(tmp_path)!r}, '0', '1', 'embedded', 'cpu', 'auto', 'text')\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.stdin.close()
+        assert process.wait(60) == 1
+        assert b"not stopped in time" in process.stderr.read()
 
 
 @pytest.mark.parametrize(("status", "began"), [(supervisor.MISTAKE, False), (supervisor.MISTAKE, True), (1, False)])
@@ -441,6 +512,23 @@ def test_a_waiting_job_is_cancelled_at_once(client, files):
     answer = client[0].get(job["image"])
     problem(answer, 404)
     assert "retry-after" not in answer.headers
+
+
+@pytest.mark.parametrize("down", ["worker", "server"])
+def test_a_job_that_was_asked_to_stop_does_not_come_back(client, files, down):
+    job, other = (post(client[0], files).json() for _ in range(2))
+    client[1].claim(0)
+    client[1].claim(1)
+    client[0].delete(f"/v1/jobs/{job['id']}")
+    if down == "worker":
+        client[1].unclaim(0, crashed=True)
+        client[1].unclaim(1, crashed=True)
+    else:
+        client[1].recover()
+    end = client[0].get(f"/v1/jobs/{job['id']}").json()
+    assert (end["state"], end["reason"], end["finished"] is None) == ("cancelled", None, False)
+    assert not list(client[1].folder(job["id"]).iterdir())
+    assert client[1].claim(0)["id"] == other["id"]
 
 
 def test_a_job_that_breaks_says_why_and_hurts_no_other(client, files, stylizer):
@@ -561,6 +649,17 @@ def test_styles_are_stored_once_and_outlive_their_removal_in_a_job(client, files
     problem(post(client[0], {"content": files["content"]}, style_id=name), 404)
     run(client, stylizer)
     assert client[0].get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+
+
+def test_a_style_is_copied_where_there_are_no_links(client, files, monkeypatch):
+    name = client[0].post("/v1/styles", files={"style": files["style"]}).json()["id"]
+
+    def refused(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted", source)
+
+    monkeypatch.setattr(store.os, "link", refused)
+    job = post(client[0], {"content": files["content"]}, style_id=name).json()
+    assert (client[1].folder(job["id"]) / "style-0").read_bytes() == files["style"]
 
 
 def test_a_style_that_is_stored_and_removed_at_once_is_there_in_full_or_not_at_all(client, files, monkeypatch):
@@ -692,6 +791,7 @@ def test_a_key_gives_the_same_job_and_refuses_another_request(client, files):
     assert client[1].counts() == {"queued": 1}
     problem(post(client[0], files, {"size": 64}, headers=key), 409)
     assert post(client[0], files, headers={"idempotency-key": "b"}).json()["id"] != first.json()["id"]
+    assert len({post(client[0], files, headers={"idempotency-key": ""}).json()["id"] for _ in range(2)}) == 2
 
 
 def test_a_key_gives_its_job_whatever_has_changed_since(tmp_path, files):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
+import sqlite3
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -40,9 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         token = settings.token()
         if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
             raise ValueError("the service needs more packages: pip install 'gatys-engine[serve]'")
+        if os.name != "posix":
+            raise ValueError("the service runs on Linux and macOS")
         return _serve(settings, token)
     except (ValueError, OSError) as error:
         return fail(_NAME, 2, brief(error))
+    except sqlite3.Error as error:
+        return fail(_NAME, 1, f"{given.data}: the store cannot be opened ({error})")
 
 
 def _serve(settings: Settings, token: str) -> int:

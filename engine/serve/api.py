@@ -42,6 +42,7 @@ _LOOK = 0.15  # seconds between two looks of an event stream at the store
 _ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 _STREAMS = 256  # event streams at the same time
 _WAIT = 30.0  # seconds that an upload may wait for others to be looked at
+_LOSSES = 2000  # in one event: more come in the next
 _PIECE = 2**16  # bytes of a picture that are sent at a time
 _JOB = {
     "id": "7f0a3c52d1f94a0e8f5e1c0b9d2a6e41", "state": "running", "reason": None, "place": None, "scale": 256,
@@ -265,7 +266,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         row: Row = {
             "id": uuid.uuid4().hex,
             "client": request.client.host if request.client else "unknown",
-            "key": idempotency_key,
+            "key": idempotency_key or None,
             "fingerprint": hashlib.sha256(asked.encode()).hexdigest(),
             "styles": len(styles),
             "priority": priority,
@@ -412,11 +413,12 @@ async def _events(service: Service, job: str, after: int) -> AsyncIterator[str]:
     """The events of a job from iteration `after` + 1 on, until it ends, the client goes or the server stops."""
     service.streams += 1
     last: Row | None = None
+    more = False  # losses than the last event held
 
     def look() -> tuple[Row, list[Any]]:
         """The job, and what it lost since if it has moved; the store may be busy for seconds."""
         row = view(service.store, service.store.job(job))
-        return row, service.store.losses(job, after) if row != last else []
+        return row, service.store.losses(job, after, _LOSSES) if more or row != last else []
 
     try:
         preview, silent = 0, 0.0
@@ -425,13 +427,16 @@ async def _events(service: Service, job: str, after: int) -> AsyncIterator[str]:
                 row, losses = await asyncio.wrap_future(service.looks.submit(look))
             except KeyError:  # removed
                 return
-            if row != last:
+            if more or row != last:
                 after = losses[-1][0] if losses else after
+                more = len(losses) == _LOSSES
                 yield _event("progress", {**row, "losses": losses}, after)
                 if row["preview"] > preview:
                     preview = row["preview"]
                     yield _event("preview", {"image": f"{row['image']}?v={preview}"}, after)
                 last, silent = row, 0.0
+            if more:
+                continue
             if row["state"] not in UNFINISHED:
                 yield _event("end", row, after)
                 return

@@ -113,12 +113,7 @@ class Store:
         for path in self.data.glob("worker-*.lock"):
             with FileLock(path, timeout=30):
                 pass
-        with self._write() as database:
-            database.execute(
-                "UPDATE jobs SET state = 'queued', crashes = crashes + ? WHERE state = 'running'", (_DOWN,)
-            )
-            self._give_up(database, "the server went down again and again in this job")
-            database.execute("DELETE FROM workers")
+        # What is swept makes the room that the database may need.
         states = {row["id"]: row["state"] for row in self._rows("SELECT id, state FROM jobs")}
         for path in (self.data / "jobs").iterdir():
             if path.name not in states:
@@ -132,6 +127,7 @@ class Store:
         for path in (self.data / "styles").iterdir():
             if path.name not in styles:
                 path.unlink()
+        self._put_back(_DOWN, "the server went down again and again in this job")
 
     # Jobs, as the server sees them.
 
@@ -150,6 +146,7 @@ class Store:
                     _link(self.data / "styles" / style, folder / f"style-{i}", style)
                 else:
                     write(folder / f"style-{i}", style)
+            _sync(folder)
             _sync(folder.parent)
             with self._write() as database:
                 again = "SELECT 1 FROM jobs WHERE client = ? AND key = ?"
@@ -210,10 +207,10 @@ class Store:
         order = _in_turn(self._rows(query, (row["priority"],)))
         return next((i for i, each in enumerate(order) if each["seq"] == row["seq"]), 0)  # 0: it was taken meanwhile
 
-    def losses(self, job: str, after: int = 0) -> list[tuple[int, int, float]]:
-        """(iteration, scale, loss) of a job, from iteration `after` + 1 on."""
-        query = "SELECT iteration, scale, loss FROM losses WHERE job = ? AND iteration > ? ORDER BY iteration"
-        return [(row["iteration"], row["scale"], row["loss"]) for row in self._rows(query, (job, after))]
+    def losses(self, job: str, after: int = 0, most: int = -1) -> list[tuple[int, int, float]]:
+        """(iteration, scale, loss) of a job, from iteration `after` + 1 on; the first ones, or all."""
+        query = "SELECT iteration, scale, loss FROM losses WHERE job = ? AND iteration > ? ORDER BY iteration LIMIT ?"
+        return [(row["iteration"], row["scale"], row["loss"]) for row in self._rows(query, (job, after, most))]
 
     def cancel(self, job: str) -> Row:
         """Cancel a waiting job at once, ask a running one to stop; a finished one stays. Raises KeyError."""
@@ -300,23 +297,27 @@ class Store:
 
     def unclaim(self, worker: int, crashed: bool) -> None:
         """Put back what a worker that is gone was running; what crashed twice is given up."""
-        with self._write() as database:
-            database.execute(
-                "UPDATE jobs SET state = 'queued', crashes = crashes + ? WHERE state = 'running' AND worker = ?",
-                (_DIED * crashed, worker),
-            )
-            given_up = self._give_up(database, "the worker died twice in this job")
-            database.execute("DELETE FROM workers WHERE number = ?", (worker,))
-        for job in given_up:
-            self._tidy(job, "failed")
+        self._put_back(_DIED * crashed, "the worker died twice in this job", worker)
 
-    @staticmethod
-    def _give_up(database: sqlite3.Connection, reason: str) -> list[str]:
-        """End the waiting jobs with too many points against them: which."""
-        query = """
-            UPDATE jobs SET state = 'failed', reason = ?, eta = NULL, finished = ?
-            WHERE state = 'queued' AND crashes >= ? RETURNING id"""
-        return [row["id"] for row in database.execute(query, (reason, time.time(), _ENOUGH))]
+    def _put_back(self, points: int, reason: str, worker: int | None = None) -> None:
+        """What a worker was running, or any, waits again with `points` more against it.
+
+        But if it was asked to stop it is cancelled, and with enough points given up, for that `reason`.
+        """
+        which, values = ("worker = ?", (worker,)) if worker is not None else ("true", ())
+        query = f"""
+            UPDATE jobs SET crashes = crashes + ?, eta = NULL, state = CASE
+                WHEN cancel THEN 'cancelled' WHEN crashes + ? >= {_ENOUGH} THEN 'failed' ELSE 'queued' END
+            WHERE state = 'running' AND {which} RETURNING id, state"""
+        end = "UPDATE jobs SET finished = ?, reason = ? WHERE id = ?"
+        with self._write() as database:
+            left = [tuple(row) for row in database.execute(query, (points, points, *values))]
+            ended = [(job, state) for job, state in left if state not in UNFINISHED]
+            for job, state in ended:
+                database.execute(end, (time.time(), reason if state == "failed" else None, job))
+            database.execute(f"DELETE FROM workers WHERE {which.replace('worker', 'number')}", values)
+        for job, state in ended:
+            self._tidy(job, state)
 
     def sign(self, worker: int) -> tuple[str, int] | None:
         """What changes while a worker is at work: its job and when that told of itself last. None if it has none."""
@@ -423,6 +424,8 @@ def _link(source: Path, target: Path, style: str) -> None:
         os.link(source, target)
     except FileNotFoundError as error:
         raise KeyError(style) from error
+    except OSError:  # of a file system without links
+        write(target, source.read_bytes())
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from .settings import Settings, environment
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _LOOK = 0.2  # seconds between two looks at the workers
 _TIDY = 5.0  # seconds between two removals of old jobs
-_PATIENCE = 7.0  # seconds that a worker has for its checkpoint before it is killed
+PATIENCE = 7.0  # seconds that a worker has for its checkpoint before it is killed
 MISTAKE = 2  # exit status of a worker that was given what it cannot start with
 _HANGS = 1800.0  # seconds without a sign of life, from a job or before the first one, after which it is killed
 
@@ -54,7 +56,7 @@ class Supervisor:
         for process in self._workers.values():
             assert process.stdin is not None
             process.stdin.close()
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + PATIENCE
         for number, process in self._workers.items():
             try:
                 process.wait(max(0.0, end - time.monotonic()))
@@ -65,18 +67,18 @@ class Supervisor:
             self._store.unclaim(number, crashed=died[number])
 
     def _watch(self) -> None:
-        tidy = 0.0
+        tidy, ahead = 0.0, time.time() - time.monotonic()
         while not self._stop.wait(_LOOK):
-            try:
-                for number in range(self._settings.workers):
+            for number in range(self._settings.workers):
+                with _apart():
                     self._look(number)
-                if time.monotonic() >= tidy:
-                    tidy = time.monotonic() + _TIDY
-                    gone = self._store.expire(time.time() - 3600 * self._settings.keep)
+            if time.monotonic() >= tidy:
+                tidy = time.monotonic() + _TIDY
+                now = min(time.time(), ahead + time.monotonic())  # a clock that is set forward removes nothing
+                with _apart():
+                    gone = self._store.expire(now - 3600 * self._settings.keep)
                     if gone:
                         log.info("old jobs removed", extra={"jobs": gone})
-            except Exception:  # a full disk, say: nothing else may end the watch
-                log.exception("supervisor")
 
     def _look(self, number: int) -> None:
         process = self._workers.get(number)
@@ -119,3 +121,12 @@ class Supervisor:
         words = [settings.data, number, settings.workers, settings.weights, settings.device, settings.precision]
         command = [sys.executable, "-m", "engine.serve.worker", *map(str, words), settings.log]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=own)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What fails here, on a full disk, say, ends neither the watch nor what comes after it."""
+    try:
+        yield
+    except Exception:
+        log.exception("supervisor")

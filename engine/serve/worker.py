@@ -31,7 +31,7 @@ from engine.jobs import Job, brief
 
 from . import logs
 from .store import Row, Store, full, write
-from .supervisor import MISTAKE
+from .supervisor import MISTAKE, PATIENCE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,17 +96,22 @@ def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> No
     if state == "queued":
         _written(lambda: store.unclaim(row["worker"], crashed=False), stop)
     else:
-        _written(lambda: store.finish(job, state, reason), stop)
+        _written(lambda: store.finish(job, state, reason), stop, store.folder(job) / "checkpoint")
     log.info("job left", extra={"job": job, "state": state, "seconds": round(time.monotonic() - start, 3)})
 
 
-def _written(write: Callable[[], _T], stop: threading.Event) -> _T | None:
-    """What is got from writing to the store, as soon as its disk has room; None if `stop` is set before."""
+def _written(write: Callable[[], _T], stop: threading.Event, spare: Path | None = None) -> _T | None:
+    """What is got from writing to the store, as soon as its disk has room, for which a file may go that is to spare.
+
+    None if `stop` is set before.
+    """
     while True:
         try:
             return write()
         except sqlite3.OperationalError as error:  # full, or locked for long
             log.warning("store: %s", error)
+            if spare is not None and full(error):
+                spare.unlink(missing_ok=True)
             if stop.wait(_ROOM):
                 return None
 
@@ -161,6 +166,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
             tell(step)
             return "queued", None
         for _ in checkpoint.due():
+            tell(step)  # a run that goes on from here makes these losses no more
             _save(step, folder / "checkpoint")
         if seconds() > row["deadline"]:
             tell(step)
@@ -270,15 +276,20 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
     def watch() -> None:
         sys.stdin.buffer.read()
         stop.set()
+        time.sleep(PATIENCE)
+        log.error("worker has not stopped in time")
+        os._exit(1)  # where no server is left that would kill it
 
     threading.Thread(target=watch, daemon=True).start()
     with FileLock(Path(data) / f"worker-{number}.lock"):  # the one before may still be writing its checkpoint
         if stop.is_set():
             return 0
+        import torch
+
         from engine import BackendError
         from engine.stylizer import Stylizer
 
-        threads = None if workers == "1" else max(1, len(os.sched_getaffinity(0)) // int(workers))
+        threads = None if workers == "1" else max(1, torch.get_num_threads() // int(workers))
         try:
             stylizer = Stylizer(weights, device, precision, threads=threads)
         except (ValueError, TypeError, OSError, BackendError) as error:
