@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(THREADS, 3) lbfgs_dots(const __half* history, 
 // squares are those of the state.
 __device__ inline void two_loops(State& state, const double (*products)[SLOTS], const double (*squares)[SLOTS],
                                  const double (*dots)[2], unsigned pairs, unsigned slots, int newest,
-                                 bool accepted) {
+                                 bool accepted, float scaling) {
     const int lane = threadIdx.x, held = pairs < slots - 1 ? pairs : slots - 1;
     const int oldest = (pairs - held) % slots, youngest = (pairs + slots - 1) % slots;
     const int slot = lane < held ? (pairs - held + lane) % slots : newest;
@@ -208,7 +208,7 @@ __device__ inline void two_loops(State& state, const double (*products)[SLOTS], 
         along -= a * of_along;
         across -= a * of_across;
     }
-    const double gamma = held ? products[youngest][youngest] / squares[youngest][youngest] : 1;
+    const double gamma = held ? scaling * products[youngest][youngest] / squares[youngest][youngest] : 1;
     double rest = alpha - gamma * across;
     for (int j = 0, other = oldest; j < held; ++j, other = other + 1 < static_cast<int>(slots) ? other + 1 : 0) {
         const double of_rest = products[other][slot] * per_curvature;
@@ -230,7 +230,7 @@ constexpr int CHUNKS = 128;  // at most, as in lbfgs.py
 __global__ void __launch_bounds__(THREADS, 2) lbfgs_plan(State* shared_state, const float* loss, unsigned* made_steps,
                                                          float* losses, const double* sums, long long chunks,
                                                          long long count, long long slots, float diverged,
-                                                         long long halvings) {
+                                                         long long halvings, float scaling) {
     __shared__ double dots[ROWS][2], products[SLOTS][SLOTS], squares[SLOTS][SLOTS];
     State& state = *shared_state;
     const int lane = threadIdx.x % 32;
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(THREADS, 2) lbfgs_plan(State* shared_state, co
         }
     }
     __syncwarp();
-    if (step && moved) two_loops(state, products, squares, dots, pairs, slots, made, accepted);
+    if (step && moved) two_loops(state, products, squares, dots, pairs, slots, made, accepted, scaling);
 }
 
 constexpr int STAGED = 11, ON_THEIR_WAY = 14;  // rows that lbfgs_move keeps in shared memory; and has in registers at once

@@ -17,6 +17,10 @@ like that on a CPU the lowest loss of 300 iterations moves by 0.1 to 0.6 %, eith
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
   first step has the root mean square FIRST_STEP.
+- H starts from SCALING times s y / y y of the newest pair, which is the usual choice (Nocedal, Wright 2006, eq. 7.20) and
+  the inverse of a large curvature: that of the highest frequencies is a twentieth of most others'. Over eight pairs of
+  pictures at 128 pixels, SCALING and FIRST_STEP need 10 to 17 % fewer iterations than 1 and 0.01 for the loss of 60,
+  100 and 150; over four at 256, of three scales, 22 to 28 %. With a SCALING of 7 steps are taken back again and again.
 - No pixel value moves by more than LARGEST_MOVE in a step: early steps, whose curvature is that of a neighbourhood,
   else leave the valley, and iterations are lost on the way back. s_k is the move that was made. Over eight pairs of
   pictures at 113 pixels, with pixels in a box and without, this bound and DIVERGED end 100 iterations on average 1 %
@@ -47,7 +51,8 @@ from .trail import Trail
 
 HISTORY = 50  # pairs on a CPU: 1.2 kB a pixel, where torch's default of 100 takes 2.4 kB
 GPU_HISTORY = 20  # pairs on a GPU, at most: a warp plans the step, and a lane of it holds one pair
-FIRST_STEP = 0.01  # root mean square of the first step, in pixel values
+SCALING = 2.5  # of the inverse Hessian that H starts from
+FIRST_STEP = 0.02  # root mean square of the first step, in pixel values
 LARGEST_MOVE = 0.07  # of a pixel value in one step, of the range from 0 to 1
 DIVERGED = 1.1  # a loss this many times the lowest one has diverged
 HALVINGS = 4  # of one step, before starting afresh
@@ -160,7 +165,7 @@ def _two_loops(state: NDArray[Any], along: NDArray[np.float64], across: NDArray[
         alpha[j] = along[j] / curvature[j]
         along -= alpha[j] * products[:, j]
         across -= alpha[j] * squares[:, j]
-    gamma = curvature[slots[-1]] / squares[slots[-1], slots[-1]] if slots else 1.0
+    gamma = SCALING * curvature[slots[-1]] / squares[slots[-1], slots[-1]] if slots else 1.0
     across *= gamma
     for j in slots:
         share = alpha[j] - across[j] / curvature[j]
@@ -258,7 +263,7 @@ class Lbfgs:
         _cuda.launch("lbfgs", "lbfgs_dots", grid, history, self._before, image, gradient, state, *size, self._sums)
         sums = (self._sums, chunks, count, self._slots)
         trail = self._trail.arguments
-        _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *trail[3:], *sums, DIVERGED, HALVINGS)
+        _cuda.launch("lbfgs", "lbfgs_plan", (1,), state, self._loss, *trail[3:], *sums, DIVERGED, HALVINGS, SCALING)
         vectors = (image, gradient, history, self._before)
         blocks = -(-history.shape[1] // (_AT_ONCE * _cuda.THREADS))
         _cuda.launch("lbfgs", "lbfgs_move", (blocks,), *vectors, state, *size, LARGEST_MOVE, *trail[:4])

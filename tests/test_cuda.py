@@ -842,8 +842,8 @@ def test_the_plan_is_that_of_the_reference(host, slots, chunks):
         dots[2 * made, 0] = abs(dots[2 * made, 0]) if step != 7 else -1  # one pair is refused
         sums = torch.from_numpy(dots[..., None] * generator.dirichlet(np.ones(chunks)))
         loss, steps = 1.0 - step / 100, torch.tensor([step], dtype=torch.int32)
-        given = (device, torch.tensor(loss), steps, None, sums, chunks, 60, slots, lbfgs.DIVERGED, lbfgs.HALVINGS)
-        _cuda.launch("lbfgs", "lbfgs_plan", (1,), *given)
+        given = (device, torch.tensor(loss), steps, None, sums, chunks, 60, slots)
+        _cuda.launch("lbfgs", "lbfgs_plan", (1,), *given, lbfgs.DIVERGED, lbfgs.HALVINGS, lbfgs.SCALING)
         assert int(steps) == step + 1
         if lbfgs.decide(state, float(torch.tensor(loss))) == lbfgs.STEP:
             lbfgs.plan(state, dots, 60, slots)

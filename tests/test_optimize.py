@@ -28,9 +28,15 @@ def minimise(loss, *arguments, **options):
 
 @pytest.fixture
 def unbounded(monkeypatch):
-    """L-BFGS by the book: steps of any size, and none is taken back."""
+    """Steps of L-BFGS have any size, and none is taken back."""
     monkeypatch.setattr(lbfgs, "LARGEST_MOVE", math.inf)
     monkeypatch.setattr(lbfgs, "DIVERGED", math.inf)
+
+
+@pytest.fixture
+def by_the_book(unbounded, monkeypatch):
+    """L-BFGS as it is everywhere."""
+    monkeypatch.setattr(lbfgs, "SCALING", 1.0)
 
 
 def quadratic(seed=0):
@@ -304,7 +310,7 @@ def torchs_lbfgs(loss, start, iterations, first_step=None, history=HISTORY):
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
 @pytest.mark.parametrize(("seed", "history"), [(0, HISTORY), (1, HISTORY), (2, HISTORY), (0, 1), (1, 3)])
-def test_lbfgs_takes_the_steps_of_torchs(seed, history, unbounded):
+def test_lbfgs_takes_the_steps_of_torchs(seed, history, by_the_book):
     """The same history, the same first step: the same iterates, to rounding."""
     loss, _ = quadratic(seed)
     start = torch.full((1, 3, 5, 5), 0.5)
@@ -327,7 +333,7 @@ def real(stylizer, pictures, style_weight, size=(48, 34)):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
-def test_lbfgs_goes_where_torchs_does_on_a_picture(stylizer, pictures, unbounded):
+def test_lbfgs_goes_where_torchs_does_on_a_picture(stylizer, pictures, by_the_book):
     """The same iterates until rounding tells, after some twenty steps."""
     from engine import autograd
 
@@ -384,7 +390,7 @@ def test_lbfgs_loses_nothing_to_rounding(condition, unbounded):
                 alphas.append((s @ q) / (s @ y))
                 q = q - alphas[-1] * y
             s, y = pairs[-1]
-            q = q * (s @ y) / (y @ y)
+            q = lbfgs.SCALING * q * (s @ y) / (y @ y)
             for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
                 q = q + (alpha - (y @ q) / (s @ y)) * s
             move = q
