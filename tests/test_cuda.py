@@ -735,7 +735,8 @@ TROUBLE = [9.0, 8.0, 7.0, 20.0, 30.0, 6.0, 5.0, *[40.0] * 6, 4.0, 3.5, 3.0, torc
 
 @pytest.mark.parametrize("losses", [FALL, TROUBLE])
 @pytest.mark.parametrize(("make", "tolerance"), [(FULL, 5e-3), (kernels.Adam, 1e-6)])
-def test_optimisers_do_what_they_do_on_a_cpu(host, make, tolerance, losses):
+def test_optimisers_do_what_they_do_on_a_cpu(host, monkeypatch, make, tolerance, losses):
+    monkeypatch.setattr(lbfgs, "SCALING", 1.0)  # with more what is rounded otherwise grows past all bounds in 24 steps
     check_optimisers(make, tolerance, losses)
 
 
