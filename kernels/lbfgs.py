@@ -17,10 +17,11 @@ like that on a CPU the lowest loss of 300 iterations moves by 0.1 to 0.6 %, eith
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
   first step has the root mean square FIRST_STEP.
-- H starts from SCALING times s y / y y of the newest pair, which is the usual choice (Nocedal, Wright 2006, eq. 7.20) and
-  the inverse of a large curvature: that of the highest frequencies is a twentieth of most others'. Over eight pairs of
-  pictures at 128 pixels, SCALING and FIRST_STEP need 10 to 17 % fewer iterations than 1 and 0.01 for the loss of 60,
-  100 and 150; over four at 256, of three scales, 22 to 28 %. With a SCALING of 7 steps are taken back again and again.
+- H starts from SCALING times s y / y y of the newest pair, which is the usual choice (Nocedal, Wright 2006, eq. 7.20)
+  and the inverse of a large curvature: that of the highest frequencies is a twentieth of most others'. Over eight
+  pairs of pictures at 128 pixels, SCALING and FIRST_STEP need 10 to 17 % fewer iterations than 1 and 0.01 for the loss
+  of 60, 100 and 150; over four at 256, of three scales, 22 to 28 %. With a SCALING of 7 steps are taken back again and
+  again.
 - No pixel value moves by more than LARGEST_MOVE in a step: early steps, whose curvature is that of a neighbourhood,
   else leave the valley, and iterations are lost on the way back. s_k is the move that was made. Over eight pairs of
   pictures at 113 pixels, with pixels in a box and without, this bound and DIVERGED end 100 iterations on average 1 %
