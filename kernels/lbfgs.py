@@ -12,7 +12,8 @@ The history is a ring of some pairs and the one being made: row 2k holds s_k, ro
 the pair being made the move and minus the gradient before it. A pair counts if the curvature s y is positive. On a GPU
 the rows are fp16, which halves the bytes that a step reads, and the gradient before is kept beside them in fp32; a y_k
 is rounded before anything is computed with it, so the products are those of the rows kept. With rows rounded
-like that on a CPU the lowest loss of 300 iterations moves by 0.1 to 0.6 %, either way (bundled pair, 128 pixels).
+like that on a CPU the lowest loss of 300 iterations moves by 0.1 to 0.6 %, either way (bundled pair, 128 pixels, with
+a SCALING of 1).
 
 What the plan does besides:
 - Gradients are divided by the root mean square of the first one, so the weights of the loss do not matter, and the
@@ -24,9 +25,9 @@ What the plan does besides:
   again.
 - No pixel value moves by more than LARGEST_MOVE in a step: early steps, whose curvature is that of a neighbourhood,
   else leave the valley, and iterations are lost on the way back. s_k is the move that was made. Over eight pairs of
-  pictures at 113 pixels, with pixels in a box and without, this bound and DIVERGED end 100 iterations on average 1 %
-  lower than a bound of 0.1 and steps taken back only above twice the lowest loss; with those, one pair in a box was at
-  23 after 12 iterations and still at 42 after 39. A bound of 0.03 loses time.
+  pictures at 113 pixels, with pixels in a box and without, and a SCALING of 1, this bound and DIVERGED end 100
+  iterations on average 1 % lower than a bound of 0.1 and steps taken back only above twice the lowest loss; with those,
+  one pair in a box was at 23 after 12 iterations and still at 42 after 39. A bound of 0.03 loses time.
 - A loss above DIVERGED times the lowest one takes half of the step back, up to HALVINGS times; then L-BFGS starts again
   from the best image, with a smaller first step.
 - A loss that is not finite stops everything: neither image changes any more.

@@ -982,6 +982,13 @@ def test_clients_behind_a_proxy_are_told_apart(tmp_path, files, monkeypatch, pro
     jobs.close()
 
 
+def test_a_store_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logs, "set_up", lambda form: None)
+    (tmp_path / "store.sqlite").write_bytes(b"something else" * 100)
+    assert command.main(["--data", str(tmp_path)]) == 1
+    assert "the store cannot be opened (file is not a database)" in capsys.readouterr().err
+
+
 def test_a_server_may_open_as_many_files_as_it_has_connections(tmp_path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)

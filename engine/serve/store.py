@@ -304,18 +304,17 @@ class Store:
 
         But if it was asked to stop it is cancelled, and with enough points given up, for that `reason`.
         """
-        which, values = ("worker = ?", (worker,)) if worker is not None else ("true", ())
         query = f"""
-            UPDATE jobs SET crashes = crashes + ?, eta = NULL, state = CASE
-                WHEN cancel THEN 'cancelled' WHEN crashes + ? >= {_ENOUGH} THEN 'failed' ELSE 'queued' END
-            WHERE state = 'running' AND {which} RETURNING id, state"""
+            UPDATE jobs SET crashes = crashes + :points, eta = NULL, state = CASE
+                WHEN cancel THEN 'cancelled' WHEN crashes + :points >= {_ENOUGH} THEN 'failed' ELSE 'queued' END
+            WHERE state = 'running' AND (:worker IS NULL OR worker = :worker) RETURNING id, state"""
         end = "UPDATE jobs SET finished = ?, reason = ? WHERE id = ?"
         with self._write() as database:
-            left = [tuple(row) for row in database.execute(query, (points, points, *values))]
+            left = [tuple(row) for row in database.execute(query, {"points": points, "worker": worker})]
             ended = [(job, state) for job, state in left if state not in UNFINISHED]
             for job, state in ended:
                 database.execute(end, (time.time(), reason if state == "failed" else None, job))
-            database.execute(f"DELETE FROM workers WHERE {which.replace('worker', 'number')}", values)
+            database.execute("DELETE FROM workers WHERE :worker IS NULL OR number = :worker", {"worker": worker})
         for job, state in ended:
             self._tidy(job, state)
 
