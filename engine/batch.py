@@ -26,6 +26,7 @@ from typing import Any
 
 from . import jobs
 from .config import Config, check_option
+from .export.commands import Parser, install_line
 from .jobs import Job, brief, fail
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class StartError(Exception):
 class Painter:
     """What a worker holds. Runs in its process or actor, by default on its share of the threads, one of `sharing`."""
 
-    def __init__(self, weights: str, device: str, config: Config, threads: int | None, sharing: int = 1) -> None:
+    def __init__(
+        self, weights: str, device: str, precision: str, config: Config, threads: int | None, sharing: int = 1
+    ) -> None:
         import torch
 
         from .stylizer import Stylizer
@@ -54,7 +57,7 @@ class Painter:
         self._failed: ValueError | StartError | None = None
         share = max(1, torch.get_num_threads() // sharing)
         try:
-            self._stylizer = Stylizer(weights, device, threads=threads or share)
+            self._stylizer = Stylizer(weights, device, precision, threads=threads or share)
         except (ValueError, TypeError) as error:
             self._failed = ValueError(brief(error))
         except (OSError, RuntimeError) as error:  # BackendError is a RuntimeError
@@ -317,9 +320,7 @@ def _config(text: str) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {_NAME}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(_NAME, (__doc__ or "").split("\n")[0])
     several = "files, folders or fsspec URLs"
     parser.add_argument("contents", nargs="+", metavar="CONTENT", help=f"pictures to paint: {several}")
     parser.add_argument("--styles", nargs="+", required=True, metavar="STYLE", help=several)
@@ -333,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, onnxruntime, cudnn, cuda or tensorrt (default auto)"
     )
+    parser.add_argument("--precision", default="auto", help="auto, fp32, fp16 or bf16 (default auto)")
     return parser
 
 
@@ -355,10 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing:
             _check_writable(given.out.rstrip("/"))
         sharing = 1 if given.ray else min(given.workers, len(missing))  # an actor has processors of its own
-        make = given.weights, given.device, config, given.threads, sharing
+        make = given.weights, given.device, given.precision, config, given.threads, sharing
         pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)
     except ImportError as error:
-        line = f"{error.name} is missing: pip install 'gatys-engine[ray]'"
+        line = f"{error.name} is missing: {install_line('ray')}"
         return fail(_NAME, 2, line if error.name else brief(error))
     except (ValueError, TypeError, AttributeError, OSError) as error:
         return fail(_NAME, 2, brief(error))

@@ -18,6 +18,7 @@ from . import image, manifest, replay
 from .config import Config
 from .jobs import Job, brief, check_apart, is_frame, place
 from .painting import loaded, paint
+from .presets import check_weights
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,10 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     for job in todo:
         for path in image.written(job.out):
             image.check_writable(path, given.overwrite or (path != job.out and _is_manifest(path)))
-    threads = None if given.jobs == 1 else max(1, torch.get_num_threads() // given.jobs)
+    threads = None if given.jobs == 1 else max(1, torch.get_num_threads() // min(given.jobs, len(todo)))
     stylizer = Stylizer(given.weights, given.device, given.precision, threads)
+    if given.preset:
+        check_weights(given.preset, stylizer.weights_kind)
     start, stop = time.perf_counter(), threading.Event()
     failures: list[str] = []
     done = 0

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
-_PLACES = tuple(f"{block}_{i}" for block, count in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, count + 1))
-LAYERS = tuple(kind + place for place in _PLACES for kind in ("conv", "relu"))  # convolutions, and the ReLUs behind
-MIN_SIDE = 32  # pixels; the fifth block of VGG-19 needs them
-WHOLE = 16  # pixels; sides of a picture that tiles are multiples of it, because pooling halves them four times
+from .export.commands import choice
+from .export.vgg import LOSS_LAYERS, MIN_SIDE, WHOLE
+
 COARSEST = 128  # pixels; about the long side of the first scale
 COARSE = 0.4  # iterations of each coarse scale over those of the last one
 TV_FORMS = ("mean", "sum", "block", "nine-point")
@@ -21,17 +19,6 @@ COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-_MEANT = {"gpu": "cudnn"}  # where the nearest word is another thing
-
-
-def choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """Return `value` if it is one of `choices`, else raise ValueError with the nearest one."""
-    allowed = list(choices)
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(_MEANT.get(str(value), str(value)), allowed, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"{name} {value!r} is unknown: {hint}choose from {', '.join(allowed)}")
 
 
 def least_side(size: tuple[int, int]) -> int:
@@ -199,7 +186,7 @@ class Config:
     def layers(self) -> tuple[str, ...]:
         """All loss layers, from the shallowest to the deepest."""
         used = dict((*self.content_layers, *self.style_layers))
-        return tuple(layer for layer in LAYERS if layer in used)
+        return tuple(layer for layer in LOSS_LAYERS if layer in used)
 
     @property
     def start_file(self) -> str | None:
@@ -223,7 +210,9 @@ class Config:
         if not content:
             leave("content_weight content_layers content_loss", "there is no content")
         if not style:
-            leave("style_weight style_layers style_loss style_scale style_size", "there is no style")
+            leave("style_weight style_layers style_loss style_scale style_size style_blend", "there is no style")
+            if self.tile:
+                leave("padding", "a picture that tiles has no border")
         if self.optimizer == "adam":
             leave("history clamp", "the optimizer is adam")
         else:
@@ -273,6 +262,7 @@ class Config:
         count = auto if self.scales == "auto" else int(self.scales)
         sides = [round(self.long_side / math.sqrt(2) ** i) for i in reversed(range(count))]
         sides = [max(self.whole((side, side))) for side in sides if round(side / aspect) >= MIN_SIDE]
+        sides = list(dict.fromkeys(sides))  # two may be one when they are rounded up to tile
         if not sides:
             raise ValueError(
                 f"a picture {aspect:.1f} times as long as it is wide has a short side under {MIN_SIDE} pixels "
@@ -331,7 +321,7 @@ def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ..
                 raise ValueError(f"{option}: {layer}: give NAME:WEIGHT") from error
         elif isinstance(layer, tuple | list) and len(layer) == 2:
             name, weight = layer
-        choice(f"{option}: layer", name, LAYERS)
+        choice(f"{option}: layer", name, LOSS_LAYERS)
         _weight(f"{option}: weight of {name}", weight)
         if name in found:
             raise ValueError(f"{option}: {name} is named twice")

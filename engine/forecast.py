@@ -12,7 +12,7 @@ from . import kernels, optimize
 from .config import Config
 from .export import vgg
 from .features import DTYPES
-from .goal import Goal, canvas, style_size
+from .goal import Goal, canvas, style_size, visible
 from .goal import load as load_goal
 from .stylizer import Stylizer
 
@@ -91,6 +91,7 @@ def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
             own = _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size)
             if stylizer.device == "cudnn":
                 own += max(_products(spec, [layer], 1) for layer in spec.layers)
+            mask = visible(style, mask)
             if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
                 element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
                 own += element * max(math.prod(spec.shapes[layer]) for layer in spec.layers)

@@ -11,7 +11,8 @@ import numpy as np
 
 from . import colour
 from . import image as images
-from .config import LAYERS, MAX_SIZE, Config, least_side
+from .config import MAX_SIZE, Config, least_side
+from .export.vgg import LOSS_LAYERS
 from .regions import Mask, fitted, load_freeze, load_mask, report_coverage
 from .targets import Targets, is_targets
 
@@ -38,7 +39,7 @@ class Goal:
             return self.config.layers
         config = self.config
         used = config.content_layer_weights if self.content is not None else config.style_layer_weights
-        return tuple(layer for layer in LAYERS if layer in used)
+        return tuple(layer for layer in LOSS_LAYERS if layer in used)
 
     @property
     def parts(self) -> tuple[tuple[Mask | None, Mask | None], ...]:
@@ -120,10 +121,12 @@ def load(
         raise ValueError("freeze keeps pixels of the content: give one")
     held = None
     if freeze is not None and picture is not None:
-        held = load_freeze(freeze, picture, config.whole(picture.fit(config.long_side)))
-    for each in styles:
-        if isinstance(each, images.Picture):
-            style_size(each, max(image.size) if image else config.long_side, config)  # told now
+        held = load_freeze(freeze, picture, final_size(picture, config))
+    side = max(image.size if image else final_size(picture or canvas(config), config))
+    for each, (_, part) in zip(styles, pairs or ((None, None),) * len(styles), strict=True):
+        if isinstance(each, images.Picture):  # what cannot be used is told now
+            visible(each, part)
+            style_size(each, side, config)
     return Goal(config, picture, styles, pairs, held)
 
 
@@ -142,8 +145,26 @@ def _load_masks(
                 raise ValueError(f"mask {i}: style targets have their mask in them; give the mask of the content alone")
             part = load_mask(theirs, style, f"style mask {i}")
         pairs.append((plane, part))
-    report_coverage([plane for plane, _ in pairs])
+    if pairs:
+        report_coverage([plane for plane, _ in pairs])
     return tuple(pairs)
+
+
+def visible(style: images.Picture, mask: Mask | None) -> Mask | None:
+    """What counts of a style: what it shows, in its mask; None is all of it. Raises ValueError if nothing is left."""
+    if style.alpha is None or style.alpha.min() == 1:
+        return mask
+    seen: Mask = style.alpha if mask is None else style.alpha * fitted(mask, style.size)[0, 0].numpy()
+    if not seen.any():
+        where = "everywhere" if mask is None else "wherever its mask is white"
+        raise ValueError(f"{style.name or 'the style'} is transparent {where}: there is nothing to see of it")
+    return seen
+
+
+def final_size(content: images.Picture, config: Config) -> tuple[int, int]:
+    """(width, height) of the result for a content, or for a canvas; `config` has a size."""
+    side, _ = config.schedule(content.aspect)[-1]
+    return config.whole(content.fit(side))
 
 
 def style_size(style: images.Picture, side: int, config: Config) -> tuple[int, int]:

@@ -44,7 +44,7 @@ FORMATS = {
 }
 _READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none that runs other programs
 MAX_PIXELS = 89_478_485  # of a picture, Pillow's own limit against decompression bombs; $STYLIZE_MAX_PIXELS
-_BITS = 258  # TIFF's tag of bits per sample
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF's tags: bits per sample; what zero means
 MAX_BYTES = 2**28  # of a file; $STYLIZE_MAX_BYTES
 _OPAQUE = ("JPEG", "BMP")  # formats without an alpha channel
 _LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side
@@ -106,7 +106,11 @@ def load(source: Source) -> Picture:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _from_pil(source)
+        if not (source.width and source.height):
+            raise ValueError(f"a picture has to have pixels, not {source.width} x {source.height}")
+        with _told("picture"):
+            source.load()
+            return _from_pil(source)
     named = isinstance(source, str | os.PathLike) and source != "-"
     with opened(source) as picture:
         return replace(_from_pil(picture), name=Path(source).name if named else None)
@@ -137,12 +141,20 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise ValueError(f"{name} is empty")
     if len(data) > most:
         raise ValueError(f"{name} has more than {most} bytes (STYLIZE_MAX_BYTES)")
-    try:
+    with _told(name):
         with _bounded(pixels):
             picture = Image.open(io.BytesIO(data), formats=_READ)
             picture.load()
         yield picture
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Raise what Pillow and we raise about the picture `name` as a ValueError that says so."""
+    try:
+        yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)
         raise ValueError(f"{name} has more than {pixels} pixels (STYLIZE_MAX_PIXELS)") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture that Pillow can read") from error
@@ -189,10 +201,11 @@ def _from_array(array: NDArray[Any]) -> Picture:
 
 
 def _from_pil(image: Image.Image) -> Picture:
-    bits = image.tag_v2.get(_BITS, (16,))[0] if isinstance(image, TiffImageFile) else 16
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    bits, negative = tags.get(_BITS, (16,))[0], tags.get(_PHOTOMETRIC) == 0
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
-        return _from_deep_grey(image, min(bits, 16))
+        return _from_deep_grey(image, min(bits, 16), negative)
     alpha = None
     key = image.info.get("transparency")
     if isinstance(key, tuple) and max(key) > 255:  # of 16-bit colour, which Pillow has brought to 8
@@ -224,8 +237,8 @@ def _unit(image: Image.Image) -> NDArray[np.float32]:
     return np.asarray(image, np.float32) / np.float32(255)
 
 
-def _from_deep_grey(image: Image.Image, bits: int) -> Picture:
-    """Grey with more than 8 bits: integers of so many, at most 16, or floats in [0, 1]."""
+def _from_deep_grey(image: Image.Image, bits: int, negative: bool) -> Picture:
+    """Grey with more than 8 bits: integers of so many, at most 16, or floats in [0, 1]; in a negative 0 is white."""
     grey = np.asarray(image, np.float32)
     key = image.info.get("transparency")
     alpha = (grey != key).astype(np.float32) if isinstance(key, int) else None
@@ -233,6 +246,8 @@ def _from_deep_grey(image: Image.Image, bits: int) -> Picture:
         grey = grey / np.float32(2**bits - 1)
     if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
         raise _RangeError(f"grey values outside of [0, {1 if image.mode == 'F' else 2**bits - 1}]")
+    if negative:  # up to 8 bits Pillow does this
+        grey = 1 - grey
     if "icc_profile" not in image.info:
         return Picture(np.repeat(grey[..., None], 3, axis=2), alpha)
     shades = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # what lies between them is interpolated
@@ -286,6 +301,15 @@ def to_tensor(picture: Picture) -> Tensor:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(picture.rgb.transpose(2, 0, 1))[None])
+
+
+def shown(picture: Picture) -> Picture:
+    """The picture without alpha: what that hides has the mean colour of what it shows, which has to be something."""
+    if picture.alpha is None:
+        return picture
+    alpha = picture.alpha[..., None]
+    mean = (picture.rgb * alpha).mean((0, 1), np.float64) / alpha.mean(dtype=np.float64)
+    return replace(picture, rgb=(alpha * picture.rgb + (1 - alpha) * mean).astype(np.float32), alpha=None)
 
 
 def from_tensor(pixels: Tensor) -> Picture:
@@ -383,8 +407,10 @@ def save(image: Image.Image, path: str, record: Mapping[str, Any] | None = None)
 def atomic(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it on success, remove it otherwise.
 
-    Whenever the power fails, the file of that name is the old or the new one.
+    Whenever the power fails, the file of that name is the old or the new one. Where `target` is a link, the file that
+    it leads to is written.
     """
+    target = target.resolve()  # a link stays one
     temporary = target.with_name(f".stylize-{uuid.uuid4().hex}{target.suffix}")
     try:
         yield temporary

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, image, manifest
 from .config import Config
-from .jobs import BREAKS, Job, brief, is_frame, numbered, place
+from .jobs import BREAKS, Job, brief, is_frame, numbered, place, same_file
 
 if TYPE_CHECKING:
     from .result import Step
@@ -62,9 +62,10 @@ def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = N
 
 def size(job: Job, config: Config) -> tuple[int, int]:
     """(width, height) of the picture of a job that could begin."""
-    if job.content is not None:
-        return config.whole(job.content.fit(config.sized(max(job.content.size)).long_side))
-    return config.whole(config.canvas)
+    from .goal import canvas, final_size
+
+    picture = job.content or canvas(config)
+    return final_size(picture, config.sized(max(picture.size)))
 
 
 def paint(
@@ -84,6 +85,7 @@ def paint(
     run, inputs = Run(job, config), manifest.inputs(config, job.masks, job.freeze)
     start = saved = time.perf_counter()
     status, message = 0, ""
+    kept = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     steps = begin(stylizer, job, config, Path(given.resume).read_bytes() if given.resume else None)
     if given.resume:
         note = checkpoint.note(given.resume)
@@ -101,10 +103,12 @@ def paint(
                     with _spared(numbered(job.out, step.iteration)) as path:
                         image.save(step.image, path)
                 interrupted = asked() or (stop is not None and stop.is_set())
-                due = interrupted or now - saved >= given.checkpoint_every
-                if given.checkpoint and due and step.iteration < step.total:
+                if step.iteration == step.total:
+                    continue  # there is nothing left to interrupt
+                if given.checkpoint and (interrupted or now - saved >= given.checkpoint_every):
                     with _spared(given.checkpoint) as path:
                         _write(path, step.checkpoint({_ROWS: run.rows}))
+                        kept = True
                     saved = time.perf_counter()
                 if interrupted:
                     raise KeyboardInterrupt
@@ -120,7 +124,7 @@ def paint(
         record = describe(stylizer, config, job, inputs, losses, seconds, run.last)
         image.save(run.last.image, job.out, record)
         message = message and f"{message}; the picture so far is in {job.out}"
-        if status and given.checkpoint and Path(given.checkpoint).exists():
+        if status and kept:
             message += f", and --resume {given.checkpoint} goes on"
         if given.trace:
             _write(given.trace, _trace(stylizer, run))

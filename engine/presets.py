@@ -10,10 +10,14 @@ is the engine's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import Config, choice
+from .config import Config
+from .export.commands import choice
+
+log = logging.getLogger(__name__)
 
 _BLOCKS = tuple(f"relu{block}_1" for block in range(1, 6))
 
@@ -27,6 +31,7 @@ def _by_square(layers: Sequence[str], weight: float) -> dict[str, Any]:
     }
 
 
+CAFFE = ("gatys2016", "neural-style")  # made for files of the caffe networks; the others for `imagenet`
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Gatys, Ecker, Bethge, CVPR 2016: alpha 1/2 sum (F - P)^2 + beta sum_l w_l D_l / 4 with w_l = 1/5, alpha / beta =
     # 1e-3, from white noise. It does not say how many iterations; 500 are those of the first author's own release.
@@ -130,6 +135,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "iterations": 500,
     },
 }
+
+
+def check_weights(name: str, kind: str) -> None:
+    """Warn of a preset on weights of another kind (`Stylizer.weights_kind`) than it is made for."""
+    made_for = "caffe" if name in CAFFE else "imagenet"
+    if kind != made_for:
+        text = "preset %s is made for %s weights (README names them): with %s ones its terms weigh otherwise"
+        log.warning(text, name, made_for, kind)
 
 
 def preset(name: str, **options: Any) -> Config:

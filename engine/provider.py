@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import DEVICES, PRECISIONS, choice
-from .export.ort import INSTALL, BackendError, MissingError, onnxruntime
+from .config import DEVICES, PRECISIONS
+from .export.commands import choice, install_line
+from .export.ort import BackendError, MissingError, onnxruntime
 from .export.weights import cache_folder
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ PROVIDERS = {  # of ONNX Runtime; the device `cpu` is the program of `winograd`,
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_CAPABILITY = (7, 5)  # of a GPU, the least for CUDA 13
 GPUS = ("cudnn", "cuda", "tensorrt")
 _EXTRA = {"onnxruntime": "cpu", "cudnn": "cudnn", "cuda": "gpu", "tensorrt": "tensorrt"}
 _LIBRARIES = {
@@ -44,7 +46,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
     if device == "auto":
-        device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each))
+        device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each) and works(each))
         log.info("device: %s", device)
     else:
         check(device)
@@ -91,7 +93,7 @@ def check(device: str) -> None:
     if device == "cpu":
         return
     extra = _EXTRA[device]
-    line = INSTALL.format(extra=extra)
+    line = install_line(extra)
     if device == "cudnn":
         if importlib.util.find_spec("cudnn") is None:
             raise MissingError(f"device cudnn: nvidia-cudnn-frontend is missing: {line}")
@@ -114,7 +116,10 @@ def check(device: str) -> None:
     import torch  # before preload_dlls: it brings most of the CUDA libraries
 
     if not torch.cuda.is_available():
-        raise MissingError(f"device {device}: torch {torch.__version__} finds no CUDA device")
+        raise MissingError(f"device {device}: torch {torch.__version__} finds no CUDA device, as builds for CPUs")
+    if (found := torch.cuda.get_device_capability(0)) < _CAPABILITY:
+        name, needed = torch.cuda.get_device_name(0), ".".join(map(str, _CAPABILITY))
+        raise MissingError(f"device {device}: {name} has compute capability {found[0]}.{found[1]}, {needed} is needed")
     if device == "cudnn":
         try:
             import cudnn
@@ -203,5 +208,5 @@ def verify(session: Any, device: str) -> None:
     """Raise BackendError unless the session runs on the provider of `device`."""
     running = session.get_providers()
     if running[0] != PROVIDERS[device]:
-        line = INSTALL.format(extra=_EXTRA[device])
+        line = install_line(_EXTRA[device])
         raise BackendError(f"device {device}: {PROVIDERS[device]} did not start, {running[0]} did: {line}")

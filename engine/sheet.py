@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from . import image, manifest
-from .config import Config, choice, options
+from .config import Config, options
+from .export.commands import choice
 from .jobs import BREAKS, Job, brief
 from .painting import begin, describe, progress, size
 from .stylizer import Stylizer

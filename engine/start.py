@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import image as images
-from .config import WHOLE, Config
+from .config import Config
+from .export.vgg import WHOLE
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,14 @@ def _report(start: images.Picture, size: tuple[int, int], slack: float) -> None:
 def _drawn(
     styles: Sequence[images.Picture], shares: Sequence[float], height: int, width: int, generator: torch.Generator
 ) -> Tensor:
-    """Independent normal colours with the mean and the covariance of the styles by their shares; clamped."""
+    """Independent normal colours with the mean and the covariance of what the styles show, by their shares; clamped."""
     mean, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
     for style, share in zip(styles, shares, strict=True):
         colours = torch.from_numpy(style.rgb).double().flatten(0, 1)
-        mean += share * colours.mean(0)
-        second += share * (colours.T @ colours) / len(colours)
+        counts = torch.ones(len(colours)) if style.alpha is None else torch.from_numpy(style.alpha).flatten()
+        weights = (share * counts.double() / counts.sum(dtype=torch.float64))[:, None]
+        mean += (weights * colours).sum(0)
+        second += colours.T @ (weights * colours)
     # Not Cholesky: the covariance of a grey or a flat style is singular.
     variances, axes = torch.linalg.eigh(second - torch.outer(mean, mean))
     normal = torch.randn(height * width, 3, dtype=torch.float64, generator=generator)

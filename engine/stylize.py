@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib.util
 import logging
 import re
@@ -17,33 +16,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from .config import DEVICES, PRECISIONS, STARTS, Config, choice, options
-from .export.files import wrong_file
+from .config import DEVICES, PRECISIONS, STARTS, Config, options
+from .export.commands import Parser, choice, install_line, wrong_file
 from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
-from .presets import PRESETS
+from .presets import PRESETS, check_weights
 
 _NAME = "engine.stylize"
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
-        flags = list(self._option_string_actions)
-        near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else "--help lists the options"
-        self.exit(2, f"{_NAME}: {message} ({hint})\n")
+_LOGGER = logging.getLogger("engine")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=f"python -m {_NAME}",
-        description="Paint the content picture in the style of the others (Gatys, Ecker, Bethge 2015).",
-        allow_abbrev=False,
-    )
+    parser = Parser(_NAME, "Paint the content picture in the style of the others (Gatys, Ecker, Bethge 2015).")
     parser.add_argument(
         "content", nargs="?", metavar="CONTENT", help="picture to paint; - reads a pipe; none: a texture"
     )
@@ -143,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)  # noqa: T201
         return 0
+    level = _LOGGER.level
     try:
         with _ended_softly():
             return _run(given)
@@ -152,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(_NAME, 2, brief(error))
     except BREAKS as error:  # BackendError is a RuntimeError
         return fail(_NAME, 2 if wrong_file(error) else 1, brief(error))
+    finally:
+        _LOGGER.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -160,7 +148,14 @@ def _ended_softly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def end(_: int, frame: Any) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a shell has its background jobs ignore Ctrl-C
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
@@ -183,6 +178,8 @@ def _run(given: argparse.Namespace) -> int:
     if given.device != "auto":
         provider.check(given.device)
     verbose = not given.quiet and given.progress != "json"
+    if not verbose:
+        _LOGGER.setLevel(logging.WARNING)  # of a download, too
     handler = logging.StreamHandler()
     handler.addFilter(_Once())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
@@ -213,9 +210,8 @@ def _run(given: argparse.Namespace) -> int:
     kinds = {"content": job.content is not None, "style": job.style is not None}
     _warn_of_idle(given, [each for _, each in cells], [name for name, _ in grid], **kinds)
     stylizer = Stylizer(given.weights, given.device, given.precision, keep_networks=len(cells) > 1)
-    if given.preset and stylizer.weights_name == "embedded":
-        text = "preset %s is made for other weights (README names them): with the embedded features its own do not fit"
-        logging.getLogger(__name__).warning(text, given.preset)
+    if given.preset:
+        check_weights(given.preset, stylizer.weights_kind)
     if record:
         replay.check_engine(record, stylizer, config)
     if given.forecast:
@@ -268,7 +264,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.save_targets and Path(given.save_targets).suffix != ".safetensors":
         raise ValueError(f"--save-targets {given.save_targets}: give a name that ends in .safetensors")
     if given.plot and importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("--plot: matplotlib is missing: pip install 'gatys-engine[plot]'")
+        raise RuntimeError(f"--plot: matplotlib is missing: {install_line('plot')}")
 
 
 def _masks(given: list[str] | None) -> list[Any] | None:

@@ -26,7 +26,7 @@ from .export.weights import Weights
 from .export.weights import load as load_weights
 from .features import Features, Open, give_back_freed_memory, within
 from .features import network as open_network
-from .goal import Goal, canvas, style_size
+from .goal import Goal, canvas, final_size, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
 from .optimize import Iterate, Stall, State, minimise, resized
@@ -45,11 +45,12 @@ _CACHE, _NETWORK_CACHE = 2**28, 2**32
 
 @dataclass(frozen=True)
 class _Network:
-    """An open network: its convolutions, whether it pools by maximum, its weights' name and digests by depth."""
+    """An open network: its convolutions, whether it pools by maximum, its weights' name, kind and digests by depth."""
 
     depth: int
     with_max: bool
     name: str
+    kind: str
     digests: tuple[str, ...]
     open: Open
 
@@ -95,6 +96,11 @@ class Stylizer:
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
         return self._network(Config().layers).name
+
+    @property
+    def weights_kind(self) -> str:
+        """The network that the weights are of: see `engine.export.weights.Weights`."""
+        return self._network(Config().layers).kind
 
     def weights_digest(self, layers: tuple[str, ...]) -> str:
         """sha256 of the weights down to the deepest of `layers`, and of the normalisation before them."""
@@ -143,7 +149,8 @@ class Stylizer:
         config = given.config
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
-        kernels.pairs(config.history, self.device in provider.GPUS)  # too many are told now
+        if config.optimizer == "lbfgs":
+            kernels.pairs(config.history, self.device in provider.GPUS)  # too many are told now
         for targets in (each for each in given.styles if isinstance(each, Targets)):  # so are those of other scales
             for side, _ in schedule:
                 self._saved(targets, side, config)
@@ -194,9 +201,7 @@ class Stylizer:
         """
         goal = load_goal(content, style, config or Config(), masks, freeze).coloured()
         picture = goal.content or canvas(goal.config)
-        scale, _ = goal.config.schedule(picture.aspect)[-1]
-        size = goal.config.whole(picture.fit(scale))
-        picture = images.resize(picture, size, goal.config.tile)
+        picture = images.resize(picture, final_size(picture, goal.config), goal.config.tile)
         return self._fitting(functools.partial(self._objective, picture, goal))
 
     def _run(
@@ -391,11 +396,11 @@ class Stylizer:
     def _statistics(
         self, style: images.Picture, side: int, config: Config, mask: Mask | None, precision: str
     ) -> Statistics:
-        """The statistics of a style, or of its part in a mask, for an image with this long side.
+        """The statistics of what a style shows, or of its part in a mask, for an image with this long side.
 
         A style is not expected to tile: it has borders even where the image has none.
         """
-        size = style_size(style, side, config)
+        size, mask = style_size(style, side, config), visible(style, mask)
         of_mask = None if mask is None else hashlib.sha256(mask.tobytes()).digest()
         layers = tuple(config.style_layer_weights)
         kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, precision)
@@ -406,7 +411,7 @@ class Stylizer:
             features = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
             found = {}
             with features.use():
-                features.image.copy_(images.to_tensor(images.resize(style, size)))
+                features.image.copy_(images.to_tensor(images.resize(images.shown(style), size)))
                 features.forward()
                 for layer in layers:
                     own = features.features[layer]
@@ -460,7 +465,7 @@ class Stylizer:
                 weights = load_weights(self._source, layers)
                 self._check_same(weights, depth)
                 opener = open_network(weights, layers, self.device, self._threads, with_max=with_max)
-                self._opened = _Network(depth, with_max, weights.name, weights.digests, opener)
+                self._opened = _Network(depth, with_max, weights.name, weights.kind, weights.digests, opener)
                 del weights
                 give_back_freed_memory()
             assert self._opened

@@ -5,7 +5,6 @@ A file gets its final name only after both graphs have passed the check.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import tempfile
@@ -15,23 +14,24 @@ from pathlib import Path
 import onnx
 
 from . import graph, validate, vgg
-from .files import wrong_file
+from .commands import Parser, wrong_file
 from .ort import BackendError
 from .weights import Weights, load
 
+_NAME = "engine.export"
 DEFAULT_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 1 it broke, 2 the user's mistake)."""
-    parser = argparse.ArgumentParser(prog="python -m engine.export", description=(__doc__ or "").split("\n")[0])
+    """Run the command line; returns the exit status (0 done, 1 it broke, 2 the user's mistake, 130 interrupted)."""
+    parser = Parser(_NAME, (__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--height", type=int, default=256, metavar="H", help="image height (default 256)")
     parser.add_argument("--width", type=int, default=256, metavar="W", help="image width (default 256)")
     parser.add_argument("--layers", default=",".join(DEFAULT_LAYERS), help="loss layers (default %(default)s)")
-    parser.add_argument("--pooling", choices=("avg", "max"), default="avg", help="pooling (default avg)")
-    parser.add_argument("--padding", choices=vgg.PADDINGS, default="zero", help="beyond the border (default zero)")
-    parser.add_argument("--precision", choices=vgg.PRECISIONS, default="fp32", help="precision (default fp32)")
+    for name, choices in (("pooling", vgg.POOLINGS), ("padding", vgg.PADDINGS), ("precision", vgg.PRECISIONS)):
+        text = f"{', '.join(choices)} (default {choices[0]})"
+        parser.add_argument(f"--{name}", default=choices[0], metavar="X", help=text)
     parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
     options = parser.parse_args(arguments)
     try:
@@ -41,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         weights = load(options.weights, layers)
         rows = export(spec, weights, options.out)
+    except KeyboardInterrupt:
+        print(f"{_NAME}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ArithmeticError, MemoryError, BackendError) as error:
-        print(f"engine.export: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"{_NAME}: {str(error) or type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) or wrong_file(error) else 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -10,10 +10,10 @@ from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .commands import install_line
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-INSTALL = "pip install 'gatys-engine[{extra}]'"
 
 
 class BackendError(RuntimeError):
@@ -30,7 +30,7 @@ def onnxruntime(extra: str = "cpu") -> ModuleType:
     Raises MissingError with the exact install line of `extra` (`cpu`, `gpu` or `tensorrt`) if the wheel is missing,
     doubled or broken.
     """
-    line = INSTALL.format(extra=extra)
+    line = install_line(extra)
     wheels = {wheel: folder for wheel in ("onnxruntime", "onnxruntime-gpu") if (folder := _folder(wheel))}
     if len(wheels) > len({*wheels.values()}):
         raise MissingError(

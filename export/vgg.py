@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .commands import choice
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -165,21 +167,17 @@ class Spec:
     padding: str = "zero"
 
     def __post_init__(self) -> None:
-        unknown = [layer for layer in self.layers if layer not in LOSS_LAYERS]
-        if unknown or not self.layers:
-            raise ValueError(f"layers {list(self.layers)}: choose from {', '.join(LOSS_LAYERS)}")
+        for layer in self.layers or ("",):
+            choice("layer", layer, LOSS_LAYERS)
+        choice("pooling", self.pooling, POOLINGS)
+        choice("precision", self.precision, PRECISIONS)
+        choice("padding", self.padding, PADDINGS)
         if min(self.height, self.width) < MIN_SIDE:
             raise ValueError(f"image of {self.width} x {self.height} pixels: both sides have to be at least {MIN_SIDE}")
-        if self.pooling not in POOLINGS or self.precision not in PRECISIONS:
-            raise ValueError(
-                f"pooling {self.pooling!r}, precision {self.precision!r}: choose avg or max, {', '.join(PRECISIONS)}"
-            )
         if self.blocked and self.precision != "fp32":
             raise ValueError("blocked masks need fp32")
         if self.blocked and self.nhwc:
             raise ValueError("a graph is blocked or nhwc")
-        if self.padding not in PADDINGS:
-            raise ValueError(f"padding {self.padding!r}: choose from {', '.join(PADDINGS)}")
         if self.padding == "circular" and (self.height % WHOLE or self.width % WHOLE):
             raise ValueError(
                 f"image of {self.width} x {self.height} pixels: to be tiled, its sides have to be multiples of {WHOLE}"

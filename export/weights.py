@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import vgg
+from .commands import nearest
 from .embedded import load_embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger("engine")  # who wants no progress gives it a level
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,6 +36,8 @@ CAFFE_MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)  # RGB; the caffe netw
 CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
 # Published with torchvision's VGG19_Weights.IMAGENET1K_V1, whose file name carries the first eight digits.
 IMAGENET_SHA256 = "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44"
+# neural-style-pt's conversion of the caffe network; what its script saves has this name too, but other bytes.
+_CAFFE_AS_TORCHVISION = "d01eb7cb"
 _ATTEMPTS = 3
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -63,6 +67,11 @@ class Weights:
                     state.update(self.parameters[key].numpy().tobytes())
             digests.append(state.hexdigest())
         return tuple(digests)
+
+    @property
+    def kind(self) -> str:
+        """`embedded`, or the network that a file was trained for: `imagenet`, or `caffe` with its own preprocessing."""
+        return self.name if self.name == "embedded" else "caffe" if self.mean == CAFFE_MEAN else "imagenet"
 
     @property
     def digest(self) -> str:
@@ -98,34 +107,43 @@ def load(source: str | Path = "auto", layers: tuple[str, ...] = vgg.LAYERS) -> W
 
     `source` is `embedded` (ships with the package), `imagenet` (torchvision's checkpoint, downloaded once), `auto`
     (`imagenet` if it is in the cache, else `embedded`) or a `.pth` or `.safetensors` file whose names are either
-    torchvision's (`features.0.weight`: RGB, ImageNet mean and deviation) or caffe's (`conv1_1.weight`: BGR, 0-255).
+    torchvision's (`features.0.weight`: RGB, ImageNet mean and deviation) or caffe's (`conv1_1.weight`: BGR, 0-255). The
+    published `vgg19-d01eb7cb.pth`, told by that number in its name, has torchvision's names and caffe's network.
 
     Raises ValueError for an unknown source or a file that holds no VGG-19, OSError if it cannot be read or fetched.
     """
     convs = vgg.cut(layers)
     cached = cache_folder() / f"vgg19-imagenet-{IMAGENET_SHA256[:16]}.safetensors"
     if source == "auto":
-        if cached.is_file():
+        if _is_there(cached):
             return _from_file(cached, convs, "imagenet")
         log.info("weights: embedded; ImageNet features paint better, `--weights imagenet` downloads them once (575 MB)")
         source = "embedded"
     if source == "embedded":
         return Weights("embedded", load_embedded(convs), IMAGENET_MEAN, IMAGENET_STD)
     if source == "imagenet":
-        if not cached.is_file():
+        if not _is_there(cached):
             _fetch_imagenet(cached)
         return _from_file(cached, convs, "imagenet")
     path = Path(source)
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"weights {str(source)!r}: choose auto, embedded, imagenet or a {', '.join(_SUFFIXES)} file")
+        hint, files = nearest(source, ("auto", "embedded", "imagenet")), ", ".join(_SUFFIXES)
+        raise ValueError(f"weights {str(source)!r}: {hint}choose auto, embedded, imagenet or a {files} file")
     return _from_file(path, convs, path.name)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except PermissionError:  # of a folder above it
+        return False
 
 
 def _from_file(path: Path, convs: tuple[vgg.Conv, ...], name: str) -> Weights:
     """Read a state dict in either naming, check it, and bring it to RGB in [0, 1]."""
     with _StateFile(path) as state:
-        caffe = "conv1_1.weight" in state
-        if not caffe and "features.0.weight" not in state:
+        named = "conv1_1.weight" in state
+        if not named and "features.0.weight" not in state:
             raise ValueError(f"{path}: holds neither features.0.weight (torchvision) nor conv1_1.weight (caffe)")
         parameters: dict[str, Tensor] = {}
         for conv, key in zip(convs, _torchvision_names(), strict=False):
@@ -133,7 +151,7 @@ def _from_file(path: Path, convs: tuple[vgg.Conv, ...], name: str) -> Weights:
                 ("weight", (conv.out_channels, conv.in_channels, 3, 3)),
                 ("bias", (conv.out_channels,)),
             ):
-                stored = f"{conv.name if caffe else key}.{part}"
+                stored = f"{conv.name if named else key}.{part}"
                 if stored not in state:
                     raise ValueError(f"{path}: {stored} is missing")
                 value = state[stored]
@@ -143,7 +161,7 @@ def _from_file(path: Path, convs: tuple[vgg.Conv, ...], name: str) -> Weights:
                 if not bool(torch.isfinite(value).all()):
                     raise ValueError(f"{path}: {stored} holds NaN or infinity")
                 parameters[f"{conv.name}.{part}"] = value.contiguous()
-    if caffe:
+    if named or _CAFFE_AS_TORCHVISION in path.name:
         parameters["conv1_1.weight"] = parameters["conv1_1.weight"].flip(1).contiguous()  # BGR -> RGB
         return Weights(name, parameters, CAFFE_MEAN, CAFFE_STD)
     return Weights(name, parameters, IMAGENET_MEAN, IMAGENET_STD)
@@ -227,20 +245,20 @@ def _fetch_imagenet(target: Path) -> None:
                 urls={"vgg19.pth": url},
                 retry_if_failed=_ATTEMPTS - 1,
             )
-            downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
-            checkpoint = Path(source.fetch("vgg19.pth", downloader=downloader))
+            downloader = pooch.HTTPDownloader(progressbar=_LOGGER.level <= logging.INFO, timeout=30)
+            checkpoint, partial = Path(source.fetch("vgg19.pth", downloader=downloader)), target.with_suffix(".partial")
             try:
                 with _StateFile(checkpoint) as state:
                     names = [f"{key}.{part}" for key in _torchvision_names() for part in ("weight", "bias")]
                     kept = {name: state[name].contiguous() for name in names}
-                partial = target.with_suffix(".partial")
                 with partial.open("wb") as file:
                     file.write(save(kept, {"source": url, "source_sha256": IMAGENET_SHA256}))
                     file.flush()
                     os.fsync(file.fileno())  # before it has its name, or a power failure leaves half of it
                 partial.replace(target)
             finally:
-                checkpoint.unlink(missing_ok=True)
+                for each in (checkpoint, partial):
+                    each.unlink(missing_ok=True)
     except requests.RequestException as error:
         raise OSError(f"could not download {url} ({error}); try again, or pass a file with --weights PATH") from error
     except OSError as error:

@@ -7,6 +7,7 @@ the thread, nor on how many there are.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import zlib
@@ -47,20 +48,23 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._others = ThreadPoolExecutor(count - 1, "stylize") if count > 1 else None
+        most = max(count, torch.get_num_threads()) - 1  # several callers have programs of their own at the same time
+        self._others = ThreadPoolExecutor(most, "stylize") if count > 1 else None
 
     def run(self, table: NDArray[Any], scratch: list[Tensor]) -> None:
         """Run the program; `scratch` is memory for each thread, as much as its steps need."""
         taken, done = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
         places = [each.data_ptr() for each in scratch]
-        others: list[Future[None]] = []
+        work, others = _entry(), list[Future[None]]()
         try:
             if self._others:
-                others.extend(self._others.submit(_work, table, taken, done, place) for place in places[1:])
-            _work(table, taken, done, places[0])
+                others.extend(self._others.submit(work, table, taken, done, place) for place in places[1:])
+            work(table, taken, done, places[0])
         finally:  # of a Ctrl-C, too: the memory that they work on may be gone afterwards
-            wait(others)
-        for other in others:
+            # Who has not begun has nothing left to do, and in a forked process never begins.
+            begun = [other for other in others if not other.cancel()]
+            wait(begun)
+        for other in begun:
             other.result()
 
     def content_loss(self, features: Tensor, target: Tensor) -> Tensor:
@@ -285,13 +289,14 @@ def _sources() -> int:
     return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))
 
 
+@functools.cache
 def _entry() -> Any:
     """The entry as numba keeps it, or where it can keep nothing, one that every process compiles."""
+    counters = np.zeros(0, np.int64)
     try:
-        return _compile(_sources())
-    except RuntimeError as error:
+        work = _compile(_sources())
+        work(np.zeros(0, _STEP), counters, counters, 0)  # now its files are read, or written
+    except Exception as error:  # no folder, a full disk, or files that are damaged, which raise nearly anything
         log.info("device cpu: compiled for seconds, and not kept; $NUMBA_CACHE_DIR names a folder for it (%s)", error)
-        return _compile(_sources(), cached=False)
-
-
-_work = _entry()
+        work = _compile(_sources(), cached=False)
+    return work

@@ -55,7 +55,7 @@ def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, 
 
 def test_pictures_of_a_batch_are_replayed(folders, capsys):
     """Each carries its manifest, which names its sources as files."""
-    painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
+    painter = batch.Painter("embedded", "cpu", "auto", Config(**json.loads(OPTIONS)), None)
     task = batch.plan([str(folders / "contents")], [str(folders / "styles")], str(folders / "out"))[1]
     assert painter.paint(task) == ""
     record = replay.read(task.out)
@@ -110,7 +110,7 @@ def test_a_worker_that_cannot_work_ends_the_batch(folders, capsys, monkeypatch, 
     """At once: no other one is started."""
     if device == "cuda":
         monkeypatch.setattr("engine.provider.check", lambda name: (_ for _ in ()).throw(BackendError("device cuda")))
-    answer = batch.Painter(weights, device, Config(), None).paint(Job("c.png", ("s.png",), "o.png"))
+    answer = batch.Painter(weights, device, "auto", Config(), None).paint(Job("c.png", ("s.png",), "o.png"))
     pool = Stub(answer=answer)
     monkeypatch.setattr(batch, "Processes", lambda *make: pool)
     assert batch.main(words(folders)) == 2
@@ -119,6 +119,11 @@ def test_a_worker_that_cannot_work_ends_the_batch(folders, capsys, monkeypatch, 
     assert captured.err.count("\n") == 1
     assert json.loads(captured.out)["painted"] == 0
     assert pool.started == 1
+
+
+def test_a_precision_that_the_device_has_not_ends_the_batch(folders, capsys):
+    assert batch.main(words(folders, "--precision", "bf16", "--device", "cpu")) == 2
+    assert "precision bf16: device cpu has no bf16 convolutions" in capsys.readouterr().err
 
 
 def test_a_worker_that_cannot_start_among_others_that_paint_has_died():
@@ -184,7 +189,7 @@ def test_urls_are_read_and_written(pictures, stylizer):
         with files.open(f"/in/{name}[1].png", "wb") as file:  # which is no pattern
             Image.fromarray(pictures[name]).save(file, "PNG")
     (task,) = batch.plan(["memory://in/content[1].png"], ["memory://in/style[1].png"], "memory://out")
-    painter = batch.Painter("embedded", "cpu", Config(**json.loads(OPTIONS)), None)
+    painter = batch.Painter("embedded", "cpu", "auto", Config(**json.loads(OPTIONS)), None)
     assert painter.paint(task) == ""
     assert files.ls("/out", detail=False) == ["/out/content[1]--style[1].png"]
 
@@ -217,7 +222,7 @@ def test_a_worker_whose_device_is_broken_ends(folders, monkeypatch, works, error
     def breaks(*arguments):
         raise error("an illegal memory access")
 
-    worker = batch.Painter("embedded", "cpu", Config(), 1)
+    worker = batch.Painter("embedded", "cpu", "auto", Config(), 1)
     monkeypatch.setattr("engine.provider.works", lambda device: works)
     monkeypatch.setattr("engine.painting.begin", breaks)
     (content,) = (folders / "contents").glob("c1.png")

@@ -143,7 +143,7 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--colour", "keep-bfore"], "did you mean keep-before"),
     (["{content}", "{style}", "-o", "{out}", "--device", "cudaa"], "did you mean cuda"),
     (["{content}", "{style}", "-o", "{out}", "--precision", "fp61"], "did you mean fp16"),
-    (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "choose auto"),
+    (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "did you mean imagenet? choose auto"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "{missing}.pth"], "does not exist"),
     (["{content}", "{style}", "-o", "{out}", "--sizee", "64"], "unrecognized arguments: --sizee"),
     (["{content}", "{style}", "-o", "{out}", "--save-every", "0"], "from 1"),
@@ -301,12 +301,13 @@ def test_options_without_effect_are_named(pair, caplog, monkeypatch, arguments, 
     ("sources", "told"),
     [
         (("none", "style"), ["--content-weight", "--content-layers"]),
-        (("content", "none"), ["--style-weight", "--style-layers", "--style-size"]),
+        (("content", "none"), ["--style-weight", "--style-layers", "--style-size", "--style-blend"]),
     ],
 )
 def test_weights_of_what_is_not_there_are_named(pair, caplog, monkeypatch, sources, told):
     monkeypatch.setattr("engine.stylizer.Stylizer", refuse)
     own = [each if each == "none" else pair[each == "style"] for each in sources]
+    own += ["--style-blend", "1"] if sources[1] == "none" else []
     own += ["--content-weight", "2", "--content-layers", "relu1_1", "--style-weight", "2", "--style-layers", "relu1_1"]
     assert stylize.main([*own, "--style-size", "64", "--init", "noise", "--seed", "1", "-o", pair[2]]) == 1
     assert [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message] == told
@@ -314,12 +315,24 @@ def test_weights_of_what_is_not_there_are_named(pair, caplog, monkeypatch, sourc
 
 def test_a_preset_for_other_weights_is_warned_of(pair, states, caplog, monkeypatch):
     content, style, out = pair
-    monkeypatch.setattr(painting, "paint", lambda *given: (0, ""))
-    for weights, warned in (("embedded", True), (str(states["caffe"][0]), False)):
-        caplog.clear()
-        options = ["--preset", "gatys2016", "--weights", weights, "--device", "cpu", "--size", "48"]
-        assert stylize.main([content, style, "-o", out, *options]) == 0
-        assert ("preset gatys2016 is made for other weights" in caplog.text) == warned
+    for module in (painting, batches):
+        monkeypatch.setattr(module, "paint", lambda *given, **options: (0, ""))
+    single, several = [content, style, "-o", out], ["--contents", content, "--styles", style, "-o", f"{out}.d"]
+    caffe, torchvision = (str(states[naming][0]) for naming in ("caffe", "torchvision"))
+    for weights, preset, made_for in (
+        ("embedded", "gatys2016", "caffe"),
+        ("embedded", "pystiche", "imagenet"),
+        (caffe, "gatys2016", None),
+        (caffe, "pystiche", "imagenet"),
+        (torchvision, "pystiche", None),
+        (torchvision, "neural-style", "caffe"),
+    ):
+        for sources in (single, several):
+            caplog.clear()
+            options = ["--preset", preset, "--weights", weights, "--device", "cpu", "--size", "48"]
+            assert stylize.main([*sources, *options]) == 0
+            told = [each.message for each in caplog.records if each.message.startswith("preset")]
+            assert [message.split()[5] for message in told] == [made_for] * (made_for is not None)
 
 
 def test_sigterm_is_taken_for_ctrl_c(pair, monkeypatch, capsys):
@@ -328,6 +341,17 @@ def test_sigterm_is_taken_for_ctrl_c(pair, monkeypatch, capsys):
     assert stylize.main([*pair[:2], "-o", pair[2], *SMALL]) == 130
     assert capsys.readouterr().err.endswith("engine.stylize: interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_what_ignores_ctrl_c(pair, monkeypatch, capsys):
+    """As shells have their background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(painting, "paint", lambda *given: signal.raise_signal(signal.SIGTERM))
+        assert stylize.main([*pair[:2], "-o", pair[2], *SMALL]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.endswith("engine.stylize: interrupted\n")
 
 
 def test_a_drive_is_no_style_mask(monkeypatch):

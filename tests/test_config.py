@@ -99,6 +99,11 @@ def test_schedule_takes_numbers_for_each_scale():
         Config(size=256, iterations=(5, 4)).schedule(1)
 
 
+def test_scales_that_tiling_makes_equal_are_one():
+    assert [side for side, _ in Config(size=46, tile=True, scales=2).schedule(1.0)] == [48]
+    assert len(Config(size=46, scales=2).schedule(1.0)) == 2
+
+
 def test_original_is_the_size_of_the_content():
     config = Config(size="original", scales=1, iterations=4)
     assert config.sized(300).schedule(1.5) == [(300, 4)]

@@ -80,10 +80,13 @@ def test_written_files_compute_the_same_as_the_engine(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--layers", "relu9_1"], "choose from"),
+        (["--layers", "relu9_1"], "layer 'relu9_1' is unknown: did you mean relu"),
         (["--height", "8"], "at least 32"),
         (["--weights", "missing.pth"], "does not exist"),
-        (["--weights", "imagnet"], "choose auto"),
+        (["--weights", "imagnet"], "did you mean imagenet? choose auto"),
+        (["--pooling", "averge"], "pooling 'averge' is unknown: did you mean avg?"),
+        (["--padding", "reflekt"], "did you mean reflect?"),
+        (["--precision", "fp8"], "choose from fp32"),
     ],
 )
 def test_mistakes_exit_2_with_one_line(tmp_path, capsys, arguments, words):
@@ -91,6 +94,22 @@ def test_mistakes_exit_2_with_one_line(tmp_path, capsys, arguments, words):
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", interrupted)
+    assert command.main(["--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "engine.export: interrupted\n"
+
+
+def test_an_option_that_does_not_exist_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--out", str(tmp_path), "--pading", "zero"])
+    said = "engine.export: unrecognized arguments: --pading zero (did you mean --padding?)\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_graph_that_is_off_is_not_written(tmp_path, capsys, monkeypatch):

@@ -118,6 +118,25 @@ def test_twelve_bit_grey_is_not_darker():
     np.testing.assert_allclose(found.rgb[..., 0].ravel(), np.array(values) / 4095, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "most"), [(np.uint16, 65535), (np.float32, 1)])
+def test_a_negative_is_turned_into_a_positive(kind, most):
+    """A TIFF whose zero is white: Pillow does it up to 8 bits."""
+    values, stream = np.linspace(0, most, 48).astype(kind).reshape(6, 8), io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF", tiffinfo={262: 0})
+    written = image.load(stream.getvalue()).rgb[..., 1]
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF")
+    np.testing.assert_allclose(written, 1 - image.load(stream.getvalue()).rgb[..., 1], atol=1e-6)
+
+
+def test_pictures_of_pillow_that_are_empty_or_damaged():
+    with pytest.raises(ValueError, match="has to have pixels, not 0 x 5"):
+        image.load(Image.new("RGB", (0, 5)))
+    cut = png(colour(60, 80))[:2000]
+    with pytest.raises(ValueError, match="picture is damaged"):
+        image.load(Image.open(io.BytesIO(cut)))
+
+
 def test_closed_streams_are_told(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "stdout", None)
@@ -464,6 +483,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch" / "file")
+    for text in ("new", "newer"):
+        with image.atomic(tmp_path / "run") as temporary:
+            temporary.write_text(text)
+        assert (tmp_path / "run").is_symlink()
+        assert (tmp_path / "scratch" / "file").read_text() == text
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["file"]
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

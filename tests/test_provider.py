@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from engine import BackendError, Stylizer, provider
-from engine.export import ort
+from engine.export import commands, ort
 
 
 def wheels(monkeypatch, *installed):
@@ -18,9 +18,9 @@ def wheels(monkeypatch, *installed):
 def test_a_missing_runtime_names_the_install_line(monkeypatch):
     wheels(monkeypatch)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"not installed: pip install 'gatys-engine\[cpu\]'"):
+    with pytest.raises(BackendError, match=r"not installed: pip install '.*\[cpu\]'"):
         ort.onnxruntime()
-    with pytest.raises(BackendError, match=r"gatys-engine\[gpu\]"):
+    with pytest.raises(BackendError, match=r"\[gpu\]"):
         ort.onnxruntime("gpu")
 
 
@@ -58,7 +58,7 @@ def test_wheels_in_folders_of_their_own_do_not_overwrite_each_other(monkeypatch)
 @pytest.mark.parametrize("device", provider.GPUS)
 def test_a_gpu_that_is_not_there(device, monkeypatch):
     _skip_where_it_works(device)
-    with pytest.raises(BackendError, match=rf"device {device}: .*pip install 'gatys-engine\["):
+    with pytest.raises(BackendError, match=rf"device {device}: .*pip install '.*\["):
         Stylizer(device=device)
     runtime = ort.onnxruntime()
     everything = list(provider.PROVIDERS.values())
@@ -73,7 +73,7 @@ def test_a_gpu_that_is_not_there(device, monkeypatch):
 def test_a_package_that_a_gpu_needs_is_named(module, named, monkeypatch):
     monkeypatch.setattr(provider.ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(provider.importlib.util, "find_spec", lambda name: None if name == module else name)
-    with pytest.raises(BackendError, match=rf"device cudnn: {named} is missing: pip install 'gatys-engine\[cudnn"):
+    with pytest.raises(BackendError, match=rf"device cudnn: {named} is missing: pip install '.*\[cudnn"):
         Stylizer(device="cudnn")
 
 
@@ -99,7 +99,7 @@ def test_the_command_fails_with_the_install_line(device, tmp_path):
     command = [sys.executable, "-m", "engine.stylize", "--demo", "--device", device, "-o", str(tmp_path / "out.png")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'gatys-engine[" in done.stderr
+    assert "pip install '" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -114,10 +114,30 @@ def test_a_cudnn_that_does_not_load(monkeypatch, found):
     monkeypatch.setattr(provider.importlib.util, "find_spec", lambda name: found and name)
     monkeypatch.setattr(provider.ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=broken))
     said = f"does not load .{found}" if found else "is missing"
-    with pytest.raises(BackendError, match=rf"nvidia-cudnn-frontend {said}.*gatys-engine\[cudnn\]"):
+    with pytest.raises(BackendError, match=rf"nvidia-cudnn-frontend {said}.*\[cudnn\]"):
         provider.check("cudnn")
+
+
+def test_a_gpu_that_cuda_13_has_left_behind(monkeypatch):
+    monkeypatch.setattr(provider.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(provider.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "Tesla V100")
+    with pytest.raises(BackendError, match=r"device cudnn: Tesla V100 has compute capability 7\.0, 7\.5 is needed"):
+        provider.check("cudnn")
+
+
+@pytest.mark.parametrize(("checkout", "what"), [(True, None), (False, "gatys-engine")])
+def test_the_install_line_is_that_of_a_checkout_or_of_the_package(monkeypatch, tmp_path, checkout, what):
+    (tmp_path / "export").mkdir()
+    if checkout:
+        (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "export" / "commands.py"))
+    assert commands.install_line("gpu") == f"pip install '{what or tmp_path}[gpu]'"
 
 
 def test_auto_takes_the_cpu_here_and_says_so(caplog):
@@ -130,6 +150,7 @@ def test_auto_takes_the_cpu_here_and_says_so(caplog):
 
 def test_auto_takes_the_gpu_where_it_works(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
+    monkeypatch.setattr(provider, "works", lambda device: True)
     assert provider.resolve("auto", "auto")[0] == "cudnn"
 
     def without_cudnn(device):
@@ -138,6 +159,8 @@ def test_auto_takes_the_gpu_where_it_works(monkeypatch):
 
     monkeypatch.setattr(provider, "check", without_cudnn)
     assert provider.resolve("auto", "auto")[0] == "cuda"
+    monkeypatch.setattr(provider, "works", lambda device: device == "cpu")  # a GPU that is full, or broken
+    assert provider.resolve("auto", "auto") == ("cpu", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +174,7 @@ def test_unknown_names(arguments, words):
 
 def test_bf16_is_for_cudnn_and_tensorrt(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
+    monkeypatch.setattr(provider, "works", lambda device: True)
     for device in ("cudnn", "tensorrt"):
         assert provider.resolve(device, "bf16") == (device, "bf16")
     assert provider.resolve("auto", "bf16") == ("cudnn", "bf16")

@@ -13,6 +13,7 @@ from engine.regions import guide, load_freeze, load_mask, restored
 WEIGHTS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
 SHALLOW = {"style_layers": ("relu1_1", "relu3_1:2"), **WEIGHTS}
 SIZE = (32, 64)
+CONFIG = Config(size=48, scales=1, iterations=1, style_layers=("relu1_1", "relu3_1"))
 
 
 def noise(height, width, seed):
@@ -250,6 +251,57 @@ def test_alpha_serves_as_a_mask(stylizer):
     by_alpha = stylizer.evaluate(rgb, content, style, masks=["alpha"])
     assert by_alpha.loss == stylizer.evaluate(rgb, rgb, style, masks=[(alpha / 255).astype(np.float32)]).loss
     assert by_alpha.loss != stylizer.evaluate(rgb, rgb, style).loss
+
+
+def transparent(rgb, alpha):
+    return Image.fromarray(np.dstack([(255 * rgb).astype(np.uint8), (255 * alpha).astype(np.uint8)]))
+
+
+def test_what_a_style_hides_does_not_count(stylizer):
+    alpha = np.zeros((40, 50), np.float32)
+    alpha[:, :20] = 1
+    shown = noise(40, 50, 2)
+    other = np.where(alpha[..., None] > 0, shown, 1 - shown)
+    losses = [stylizer.evaluate(noise(48, 64, 1), None, transparent(rgb, alpha), CONFIG).loss for rgb in (shown, other)]
+    assert losses[0] == losses[1] != stylizer.evaluate(noise(48, 64, 1), None, shown, CONFIG).loss
+    mean = shown[:, :20].mean((0, 1))
+    filled = np.where(alpha[..., None] > 0, shown, mean).astype(np.float32)  # what is hidden has the mean of the rest
+    full = np.ones((48, 64), np.float32)
+    expected = stylizer.evaluate(noise(48, 64, 1), None, filled, CONFIG, masks=[(full, alpha)]).loss
+    assert losses[0] == pytest.approx(expected, rel=1e-2)  # that of 8 bits
+
+
+def test_a_mask_of_a_transparent_style_keeps_to_what_it_shows(stylizer):
+    alpha, mask, both = (np.zeros((40, 50), np.float32) for _ in range(3))
+    alpha[:, :20], mask[:20], both[:20, :20] = 1, 1, 1
+    style, full = noise(40, 50, 2), np.ones((48, 64), np.float32)
+    picture = images.Picture(images.shown(images.Picture(style, alpha)).rgb, alpha)
+    opaque = images.Picture(picture.rgb)
+    found = [
+        stylizer.evaluate(noise(48, 64, 1), None, each, CONFIG, masks=[(full, part)]).loss
+        for each, part in ((picture, mask), (opaque, both))
+    ]
+    assert found[0] == found[1]
+    for each, part, words in (
+        (picture, 1 - alpha, "wherever its mask is white"),
+        (images.Picture(style, 0 * alpha), None, "everywhere"),
+    ):
+        masks = None if part is None else [(full, part)]
+        with pytest.raises(ValueError, match=f"the style is transparent {words}"):
+            stylizer.steps(noise(48, 64, 1), each, CONFIG, masks=masks)
+
+
+def test_alpha_that_hides_nothing_changes_nothing(stylizer):
+    style = noise(40, 50, 2)
+    plain, whole = (
+        stylizer.evaluate(noise(48, 64, 1), None, each, CONFIG).loss
+        for each in (images.Picture(style), images.Picture(style, np.ones((40, 50), np.float32)))
+    )
+    assert plain == whole
+
+
+def test_no_masks_for_no_styles(stylizer):
+    assert len(list(stylizer.steps(noise(48, 64, 1), None, CONFIG, masks=[]))) == 1
 
 
 def test_guides_are_normalised_means_over_areas():

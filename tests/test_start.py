@@ -72,6 +72,16 @@ def test_style_draws_the_mean_and_the_covariance_of_all_styles():
     assert covariance[0, 1] > 0.1 * covariance.max()  # the test would see independent channels
 
 
+def test_style_draws_no_colours_that_are_hidden():
+    style = picture(60, 50, 1)
+    style.rgb[:, :25] = [0.2, 0.4, 0.6]
+    alpha = np.zeros((60, 50), np.float32)
+    alpha[:, :25] = 1
+    seen = image.Picture(style.rgb, alpha)
+    pixels = first_pixels(picture(40, 40, 0), [seen], None, Config(init="style"))
+    np.testing.assert_allclose(pixels[0].flatten(1).numpy(), np.tile([[0.2], [0.4], [0.6]], 1600), atol=1e-4)
+
+
 def test_style_without_variance_gives_its_colour():
     flat = image.load(np.full((8, 8, 3), [0.2, 0.4, 0.6], np.float32))
     pixels = first_pixels(picture(40, 40, 0), [flat], None, Config(init="style"))

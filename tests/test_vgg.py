@@ -3,7 +3,6 @@ import pytest
 import torch
 from torchvision.models.vgg import cfgs, vgg19
 
-from engine import config
 from engine.export import vgg
 
 
@@ -12,11 +11,6 @@ def test_table_is_torchvisions_vgg19():
     for conv in vgg.CONVS:
         plan += (["M"] if conv.after_pool else []) + [conv.out_channels]
     assert [*plan, "M"] == cfgs["E"]
-
-
-def test_config_knows_the_same_layers_and_limits():
-    assert config.LAYERS == vgg.LOSS_LAYERS
-    assert config.MIN_SIDE == vgg.MIN_SIDE
 
 
 def test_cut_keeps_nothing_behind_the_deepest_layer():

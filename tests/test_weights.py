@@ -61,6 +61,25 @@ def test_files_in_both_namings(states, naming):
     assert len(net.parameters) == 32
 
 
+def test_the_caffe_network_in_torchvisions_names(states, tmp_path):
+    """neural-style-pt's file: BGR and 0-255 are told by the number in its name."""
+    state = states["torchvision"][1]
+    save_file(state, tmp_path / "vgg19-d01eb7cb.safetensors")
+    net = weights.load(tmp_path / "vgg19-d01eb7cb.safetensors", ("relu5_4",))
+    assert torch.equal(net.parameters["conv1_1.weight"], state["features.0.weight"].flip(1))
+    assert (net.mean, net.std, net.kind) == (weights.CAFFE_MEAN, weights.CAFFE_STD, "caffe")
+    kinds = {naming: weights.load(path, ("relu1_1",)).kind for naming, (path, _) in states.items()}
+    assert kinds == {"torchvision": "imagenet", "caffe": "caffe"}
+
+
+def test_a_cache_below_a_folder_that_may_not_be_searched_is_none(monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(weights.Path, "is_file", refuse)
+    assert weights.load("auto", ("relu1_1",)).kind == "embedded"
+
+
 def test_auto_prefers_imagenet_in_the_cache(own_cache, caplog):
     with caplog.at_level("INFO"):
         assert weights.load("auto", ("relu1_1",)).name == "embedded"
@@ -213,6 +232,21 @@ def test_server_that_stays_broken_is_an_error_and_leaves_nothing(own_cache, sour
             fetch(own_cache)
     assert server.requests == 3
     assert {path.suffix for path in own_cache.iterdir()} <= {".lock"}
+
+
+def test_a_full_disk_leaves_nothing_behind(own_cache, source, checkpoint, monkeypatch, capsys, caplog):
+    caplog.set_level("WARNING", logger="engine")
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with Server(checkpoint) as server:
+        source(server)
+        with pytest.raises(OSError, match="No space left"):
+            fetch(own_cache)
+    assert {path.suffix for path in own_cache.iterdir()} <= {".lock"}
+    assert capsys.readouterr().err == ""  # no bar where nothing below warnings is wanted
 
 
 def test_wrong_hash_is_refused_and_deleted(own_cache, source, checkpoint):

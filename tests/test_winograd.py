@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -344,9 +346,53 @@ def test_scratch_rows_cover_the_rows_that_multiply_takes():
 def test_without_a_folder_for_its_cache_the_program_is_compiled_anew(monkeypatch, caplog):
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
     with caplog.at_level("INFO", logger="engine"):
-        entry = program._entry()
+        entry = program._entry.__wrapped__()
     assert "$NUMBA_CACHE_DIR" in caplog.text
     assert isinstance(entry._cache, numba.core.caching.NullCache)
+
+
+@pytest.mark.parametrize("error", [EOFError("Ran out of input"), OSError(28, "No space left on device")])
+def test_a_damaged_or_full_cache_of_machine_code_stops_nobody(monkeypatch, caplog, error):
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "load", broken)
+    with caplog.at_level("INFO", logger="engine"):
+        entry = program._entry.__wrapped__()
+    assert str(error) in caplog.text
+    assert isinstance(entry._cache, numba.core.caching.NullCache)
+
+
+def test_a_helper_that_never_begins_is_not_waited_for():
+    """It may stand behind another caller's."""
+    threads, gate, features = program.Threads(2), threading.Event(), torch.randn(1000, 64).T
+    expected = threads.gram(features, torch.empty(64, 64))
+    busy = [threads._others.submit(gate.wait) for _ in range(threads._others._max_workers)]
+    assert torch.equal(threads.gram(features, torch.empty(64, 64)), expected)
+    gate.set()
+    assert all(each.result(10) for each in busy)
+
+
+def test_callers_at_the_same_time_have_helpers_of_their_own(monkeypatch):
+    monkeypatch.setattr(program.torch, "get_num_threads", lambda: 8)
+    assert program.Threads(4)._others._max_workers == 7  # two of them keep eight processors busy
+
+
+def test_a_forked_process_goes_on_alone():
+    """None of the threads of its parent is with it."""
+    code = """if True:
+        import os, torch
+        from engine.kernels.program import Threads
+        torch.set_num_threads(1)
+        threads, features = Threads(2), torch.randn(1000, 64).T
+        expected = threads.gram(features, torch.empty(64, 64))
+        if os.fork() == 0:
+            same = all(torch.equal(threads.gram(features, torch.empty(64, 64)), expected) for _ in range(3))
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interrupted_program_leaves_no_thread_at_work(monkeypatch):
@@ -360,7 +406,7 @@ def test_an_interrupted_program_leaves_no_thread_at_work(monkeypatch):
         time.sleep(0.1)
         working.remove(place)
 
-    monkeypatch.setattr(program, "_work", work)
+    monkeypatch.setattr(program, "_entry", lambda: work)
     scratch = [SimpleNamespace(data_ptr=lambda place=place: place) for place in (1, 2)]
     with pytest.raises(KeyboardInterrupt):
         program.Threads(2).run(np.zeros(1), scratch)

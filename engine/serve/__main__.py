@@ -13,6 +13,7 @@ from dataclasses import fields
 from types import FrameType
 from typing import Any
 
+from engine.export.commands import Parser, install_line
 from engine.jobs import brief, fail
 
 from .settings import Settings
@@ -24,9 +25,7 @@ _FILES = 4 * _CONNECTIONS  # that may be open: a connection may hold an upload o
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {_NAME}", description="Style transfer as an HTTP service, with a page.", allow_abbrev=False
-    )
+    parser = Parser(_NAME, "Style transfer as an HTTP service, with a page.")
     for option in fields(Settings):
         text = option.metadata["help"] + (f" (default {option.default})" if option.default != "" else "")
         kind: Any = type(option.default)
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(**vars(given))
         token = settings.token()
         if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-            raise ValueError("the service needs more packages: pip install 'gatys-engine[serve]'")
+            raise ValueError(f"the service needs more packages: {install_line('serve')}")
         if os.name != "posix":
             raise ValueError("the service runs on Linux and macOS")
         return _serve(settings, token)

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from engine import __version__
-from engine.config import choice
+from engine.export.commands import choice
 
 from . import problems
 from .decoder import DECODERS, Decoders

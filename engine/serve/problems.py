@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.config import MIN_SIDE, STARTS, Config, check_option, least_side
+from engine.config import STARTS, Config, check_option, least_side
+from engine.export.vgg import MIN_SIDE
 
 from .settings import Settings
 from .store import full

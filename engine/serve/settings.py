@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.config import DEVICES, PRECISIONS, choice
+from engine.config import DEVICES, PRECISIONS
+from engine.export.commands import choice
 
 _MAX_PIXELS = 89_478_485  # Pillow's own limit, which the engine keeps to
 

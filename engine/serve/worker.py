@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from engine import image, manifest, painting, provider
 from engine.config import Config
-from engine.export.files import wrong_file
+from engine.export.commands import wrong_file
 from engine.jobs import Job, brief
 
 from . import logs
