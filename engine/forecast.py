@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import image as images
-from . import kernels, optimize
+from . import kernels, optimize, provider
 from .config import Config
 from .export import vgg
 from .features import DTYPES
@@ -17,6 +21,7 @@ from .goal import load as load_goal
 from .stylizer import Stylizer
 
 DEVICES = ("cpu", "cudnn")  # where all memory is ours; what ONNX Runtime and TensorRT take is theirs to know
+_SYSTEM = Path("/")
 _RECOLOURED = 8 * 12  # bytes of a pixel of the pictures while their colours are changed
 
 
@@ -40,9 +45,9 @@ class Forecast:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_short(value)}" for name, value in self.parts.items())
+        parts = ", ".join(f"{name} {short(value)}" for name, value in self.parts.items())
         width, height = self.size
-        return f"{self.device}, {self.precision}, {width} x {height}: {_short(self.total)} ({parts})"
+        return f"{self.device}, {self.precision}, {width} x {height}: {short(self.total)} ({parts})"
 
 
 def forecast(
@@ -79,6 +84,33 @@ def forecast(
         phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
     most = max(phases, key=lambda parts: sum(parts.values()))
     return Forecast(size, stylizer.device, stylizer.precision, {name: value for name, value in most.items() if value})
+
+
+def available(device: str) -> int | None:
+    """Bytes of memory that a device of DEVICES has left; None where the system does not tell.
+
+    Of a CPU's memory that is what Linux holds to be available, or less where a cgroup (v2), that of a container, has a
+    limit.
+    """
+    if device == "cudnn":
+        place = provider.place(device)
+        kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(torch.cuda.mem_get_info(place)[0]) + kept
+    try:
+        left = [1024 * _numbers(_SYSTEM / "proc/meminfo")["MemAvailable:"]]
+    except (OSError, KeyError):
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # there is no cgroup, or it has no limit
+        own = (_SYSTEM / "proc/self/cgroup").read_text().rpartition("0::/")[2].partition("\n")[0]
+        group = _SYSTEM / "sys/fs/cgroup" / own
+        used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["inactive_file"]
+        left.append(int((group / "memory.max").read_text()) - used)
+    return max(0, min(left))
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number of each line by its first word."""
+    return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words}
 
 
 def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
@@ -169,5 +201,6 @@ def _beside(stylizer: Stylizer, spec: vgg.Spec, config: Config) -> dict[str, int
     return {"weights": fused.memory_of_weights(spec), "libraries": libraries}
 
 
-def _short(value: int) -> str:
+def short(value: int) -> str:
+    """Bytes for a reader."""
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 _ROWS = "rows"  # of the note in a checkpoint
 
 
@@ -62,10 +63,43 @@ def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = N
 
 def size(job: Job, config: Config) -> tuple[int, int]:
     """(width, height) of the picture of a job that could begin."""
-    from .goal import canvas, final_size
+    from .goal import final_size
+
+    return final_size(*_shape(job, config))
+
+
+def _shape(job: Job, config: Config) -> tuple[image.Picture, Config]:
+    """The picture whose shape the result has, and the options with a size."""
+    from .goal import canvas
 
     picture = job.content or canvas(config)
-    return final_size(picture, config.sized(max(picture.size)))
+    return picture, config.sized(max(picture.size))
+
+
+class Clock:
+    """Estimates what is left of the run of a job from what an iteration costs for each pixel."""
+
+    def __init__(self, job: Job, config: Config) -> None:
+        picture, config = _shape(job, config)
+        self._schedule = config.schedule(picture.aspect)
+        self._last, self._scale = 0.0, 0
+        self._rate: float | None = None  # seconds for each iteration and squared pixel of the long side
+
+    def tick(self, step: Step) -> None:
+        """An iteration is done."""
+        now = time.monotonic()
+        if step.scale == self._scale:  # the first one of a scale also opened networks and looked at styles
+            rate = (now - self._last) / step.scale**2
+            self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        self._last, self._scale = now, step.scale
+
+    def left(self, step: Step) -> float | None:
+        """Seconds behind the step, None before anything can be said."""
+        if self._rate is None:
+            return None
+        later = [(side, count) for side, count in self._schedule if side > step.scale]
+        here = step.total - step.iteration - sum(count for _, count in later)
+        return round(self._rate * sum(side**2 * count for side, count in [(step.scale, here), *later]), 2)
 
 
 def paint(
@@ -94,7 +128,7 @@ def paint(
     image.check_size(job.out, size(job, config))
     with _deferred(bool(given.checkpoint)) as asked:
         try:
-            for step in progress(steps, given, job.out):
+            for step in progress(steps, given, job.out, Clock(job, config)):
                 run.last, now = step, time.perf_counter()
                 row = {"scale": step.scale, "iteration": step.iteration, "loss": step.loss}
                 stages = {name: round(value, 6) for name, value in step.stages.items()}
@@ -165,13 +199,14 @@ def _deferred(wanted: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def progress(steps: Iterator[Step], given: argparse.Namespace, out: str) -> Iterator[Step]:
+def progress(steps: Iterator[Step], given: argparse.Namespace, out: str, clock: Clock) -> Iterator[Step]:
     """The steps, with a bar on a terminal or a line of JSON each."""
     if given.progress == "json":
         start = time.perf_counter()
         for step in steps:
+            clock.tick(step)
             record = {"out": out, "scale": step.scale, "iteration": step.iteration, "total": step.total}
-            record |= {"loss": step.loss, "seconds": round(time.perf_counter() - start, 3)}
+            record |= {"loss": step.loss, "seconds": round(time.perf_counter() - start, 3), "left": clock.left(step)}
             sys.stderr.write(json.dumps(record) + "\n")  # in one piece: several pictures may be under way
             sys.stderr.flush()
             yield step
@@ -180,9 +215,12 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str) -> Iter
 
     with tqdm(disable=True if given.progress == "none" else None, unit="it", file=sys.stderr) as bar:
         for step in steps:
+            clock.tick(step)
             bar.total = step.total
             bar.set_description(f"{step.scale} px", refresh=False)
             bar.set_postfix_str(f"loss {step.loss:.4g}", refresh=False)
+            left = clock.left(step)  # tqdm's own takes all iterations for as long as those of the coarse scales
+            bar.bar_format = _BAR.replace("{remaining}", "?" if left is None else tqdm.format_interval(left))
             bar.update()
             yield step
 

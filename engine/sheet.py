@@ -16,7 +16,7 @@ from . import image, manifest
 from .config import Config, options
 from .export.commands import choice
 from .jobs import BREAKS, Job, brief
-from .painting import begin, describe, progress, size
+from .painting import Clock, begin, describe, progress, size
 from .stylizer import Stylizer
 
 _CELL, _GAP, _LINE = 384, 8, 18  # pixels: longest side of a cell, gap, height of a line of text
@@ -77,7 +77,7 @@ def make(
             start, losses, name = time.perf_counter(), [], ", ".join(labels)
             try:
                 inputs = manifest.inputs(config, job.masks, job.freeze)
-                for step in progress(begin(stylizer, job, config), given, name):
+                for step in progress(begin(stylizer, job, config), given, name, Clock(job, config)):
                     losses.append((step.iteration, step.loss))
                 record = describe(stylizer, config, job, inputs, losses[-1:], time.perf_counter() - start, step)
                 picture = step.image

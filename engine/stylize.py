@@ -219,6 +219,7 @@ def _run(given: argparse.Namespace) -> int:
 
         print(forecast(stylizer, job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
+    _warn_of_memory(stylizer, job, [each for _, each in cells])
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if grid:
@@ -235,7 +236,25 @@ def _warn_of_idle(
     first, *others = (config.idle(content=content, style=style) for config in configs)
     for name, reason in first.items():
         if (name in axes or hasattr(given, name)) and all(name in other for other in others):
-            logging.getLogger(__name__).warning("%s has no effect: %s", _flag(name), reason)
+            _LOGGER.warning("%s has no effect: %s", _flag(name), reason)
+
+
+def _warn_of_memory(stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
+    """Say so where a run is forecast to take more memory than there is."""
+    from .forecast import DEVICES, available, forecast, short
+
+    if stylizer.device in DEVICES:
+        sources = {"masks": job.masks, "freeze": job.freeze}
+        needed = max(forecast(stylizer, job.content, job.style, each, **sources).total for each in configs)
+        left = available(stylizer.device)
+        if left is not None and needed > left:
+            text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size%s"
+            smaller = (
+                ""
+                if all(each.optimizer == "adam" for each in configs)
+                else ", a --history of few pairs or --optimizer adam"
+            )
+            _LOGGER.warning(text, short(needed), short(left), smaller)
 
 
 def _check(given: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine import Config, Stylizer, fused, kernels, stylize, winograd
 from engine.export import vgg, weights
-from engine.forecast import forecast
+from engine.forecast import available, forecast
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
@@ -137,7 +137,7 @@ import gc, sys
 from importlib import resources
 from engine import Config, Stylizer
 from engine import image as images
-from engine.forecast import forecast
+from engine.forecast import available, forecast
 
 def status(key):
     with open("/proc/self/status") as lines:
@@ -205,3 +205,59 @@ def test_the_network_of_a_gpu_has_the_tensors_it_was_forecast(monkeypatch):
     assert fused.memory_of_weights(spec) == sum(2 * 9 * conv.in_channels * conv.out_channels * 2 for conv in spec.convs)
     rooms = 3 * 64 * 98 * 82 * 2
     assert fused.memory(spec, made) == sum(each.nbytes for each in own) + rooms + 24 * 96 * 80
+
+
+def system(folder, limit=None, used=0):
+    """The files of a Linux with 6 GiB available, in a cgroup with a limit."""
+    for name, text in {
+        "proc/meminfo": f"MemTotal: {2**23} kB\nMemAvailable: {6 * 2**20} kB\n",
+        "proc/self/cgroup": "4:memory:/old\n0::/box/1\n",
+        "sys/fs/cgroup/box/1/memory.max": "max" if limit is None else str(limit),
+        "sys/fs/cgroup/box/1/memory.current": str(used),
+        "sys/fs/cgroup/box/1/memory.stat": f"anon 1\ninactive_file {2**20}\n",  # given back when it is asked for
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [
+        (None, 0, 6 * 2**30),
+        (2**30, 2**29, 2**29 + 2**20),
+        (2**40, 0, 6 * 2**30),
+        (2**30, 2**30 + 2**21, 0),
+    ],
+)
+def test_what_is_left_of_the_memory(tmp_path, monkeypatch, limit, used, expected):
+    monkeypatch.setattr("engine.forecast._SYSTEM", system(tmp_path, limit, used))
+    assert available("cpu") == expected
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert available("cpu") == 6 * 2**30
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1 kB\n")
+    assert available("cpu") is None
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="not Linux")
+def test_what_is_left_of_the_memory_here():
+    assert 2**26 < available("cpu") < 2**44
+
+
+@pytest.mark.parametrize(("left", "told"), [(2**20, True), (2**40, False), (None, False)])
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_a_run_that_takes_more_than_there_is_is_warned_of(
+    stylizer, pictures, tmp_path, monkeypatch, caplog, left, told, optimizer
+):
+    for name in ("content", "style"):
+        Image.fromarray(pictures[name]).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *given, **options: stylizer)
+    monkeypatch.setattr("engine.painting.paint", lambda *given: (0, ""))
+    monkeypatch.setattr("engine.forecast.available", lambda device: left)
+    sources = [str(tmp_path / "content.png"), str(tmp_path / "style.png"), "-o", str(tmp_path / "out.png")]
+    assert stylize.main([*sources, "--size", "64", "--optimizer", optimizer]) == 0
+    (found,) = [each.message for each in caplog.records if "of memory" in each.message] or [""]
+    assert bool(found) == told
+    if told:
+        assert "of memory, and 1 MiB are free: less is needed with a smaller --size" in found
+        assert ("--history" in found) == (optimizer == "lbfgs")

@@ -509,6 +509,32 @@ def test_ctrl_c_stops_a_batch_cleanly(pictures, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_is_left_of_a_run_counts_the_pixels_of_all_scales(monkeypatch):
+    sides, now = [91] * 3 + [128] * 2, 0.0
+    monkeypatch.setattr(painting, "time", SimpleNamespace(monotonic=lambda: now))
+    picture = image.load(np.zeros((96, 128, 3), np.uint8))
+    clock = painting.Clock(Job(picture, (picture,), "out.png"), Config(size="original", scales=2, iterations=(4, 2)))
+    left = sum(side**2 for side in sides)
+    for i, side in enumerate(sides, 1):
+        now, left = now + side**2, left - side**2
+        step = SimpleNamespace(scale=side, iteration=i, total=6 if i < 3 else 5)  # the first scale stops early
+        clock.tick(step)
+        assert clock.left(step) == (None if i == 1 else left + 91**2 if i < 3 else left)
+
+
+@pytest.mark.parametrize("form", ["json", "auto"])
+def test_what_is_left_is_told(main, capsys, monkeypatch, form):
+    monkeypatch.setattr(painting.Clock, "left", lambda self, step: None if step.iteration == 1 else 125.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--progress", form) == 0
+    told = capsys.readouterr().err
+    if form == "json":
+        assert [json.loads(line)["left"] for line in told.splitlines() if line[0] == "{"] == [None, 125.0, 125.0, 125.0]
+    else:
+        assert "4/4 [00:0" in told
+        assert "<02:05, " in told
+
+
 def test_progress_for_programs(main, capsys, monkeypatch):
     assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--progress", "json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -492,18 +492,6 @@ def test_each_worker_has_a_gpu_of_its_own_unless_there_is_to_be_none(client, mon
     assert "STYLIZE_TOKEN" not in environment
 
 
-def test_what_is_left_of_a_run_counts_the_pixels_of_all_scales(monkeypatch):
-    sides, now = [64] * 3 + [128] * 2, 0.0
-    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))
-    clock = worker._Clock([(64, 4), (128, 2)])
-    left = sum(side**2 for side in sides)
-    for i, side in enumerate(sides, 1):
-        now, left = now + side**2, left - side**2
-        step = SimpleNamespace(scale=side, iteration=i, total=6 if i < 3 else 5)  # the first scale stops early
-        clock.tick(step)
-        assert clock.left(step) == (None if i == 1 else left + 64**2 if i < 3 else left)
-
-
 def test_a_waiting_job_is_cancelled_at_once(client, files):
     job = post(client[0], files).json()
     assert client[0].delete(f"/v1/jobs/{job['id']}").json()["state"] == "cancelled"

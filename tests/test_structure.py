@@ -50,6 +50,7 @@ ALLOWED = {
         "goal",
         "image",
         "optimize",
+        "provider",
         "stylizer",
         "winograd",
         "export",

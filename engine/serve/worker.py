@@ -17,7 +17,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -128,7 +128,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     checkpoint = _Every(_CHECKPOINT, first=False)
     losses: list[tuple[int, int, float]] = []
     number, start = row["preview"], time.monotonic()
-    clock = _Clock(config.sized(max(content.size)).schedule(content.aspect))
+    clock = painting.Clock(task, config)
     inputs = manifest.inputs(config, task.masks, task.freeze)
     step: Step | None = None
     painted: float | None = None  # when it was: waiting for room is no running
@@ -222,31 +222,6 @@ def _optional(what: str) -> Iterator[None]:
 def _save(step: Step, path: Path) -> None:
     with _optional("checkpoint"):
         write(path, step.checkpoint())
-
-
-class _Clock:
-    """Estimates what is left of a run from what an iteration costs for each pixel."""
-
-    def __init__(self, schedule: Sequence[tuple[int, int]]) -> None:
-        self._schedule = schedule
-        self._last, self._scale = 0.0, 0
-        self._rate: float | None = None  # seconds for each iteration and squared pixel of the long side
-
-    def tick(self, step: Step) -> None:
-        """An iteration is done."""
-        now = time.monotonic()
-        if step.scale == self._scale:  # the first one of a scale also opened networks and looked at styles
-            rate = (now - self._last) / step.scale**2
-            self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
-        self._last, self._scale = now, step.scale
-
-    def left(self, step: Step) -> float | None:
-        """Seconds, None before anything can be said."""
-        if self._rate is None:
-            return None
-        later = [(side, count) for side, count in self._schedule if side > step.scale]
-        here = step.total - step.iteration - sum(count for _, count in later)
-        return round(self._rate * sum(side**2 * count for side, count in [(step.scale, here), *later]), 2)
 
 
 def png(picture: Image.Image, fast: bool = False, record: Mapping[str, Any] | None = None) -> bytes:
