@@ -8,7 +8,12 @@ stylizer("content.jpg", "style.jpg", Config(size=512)).image.save("out.png")
 
 from __future__ import annotations
 
+from importlib import util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if util.find_spec("engine.export") is None:  # a checkout that is not installed: its folders stand beside this one
+    __path__.append(str(Path(__file__).parent.parent))
 
 from .config import Config
 from .presets import preset

@@ -11,13 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
-
-import benchmarks  # noqa: F401 - makes a checkout that is not installed whole
-
-# isort: split
 from blas import Cublas
 from cuda_host import Host
+from hypothesis import settings
 from oracle import random_state
 
 from engine import Config, Stylizer

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,14 +113,15 @@ def test_every_config_option_reaches_the_config():
 def test_device_precision_and_weights_reach_the_engine(pair, tmp_path, monkeypatch):
     content, style, out = pair
     seen = []
-    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *given, **more: seen.append((given, more)))
+    engine = SimpleNamespace(device="onnxruntime")
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *given, **more: (seen.append((given, more)), engine)[1])
     monkeypatch.setattr(batches, "Stylizer", lambda *given, **more: seen.append((given, more)))
     for module, name in ((painting, "paint"), (batches, "paint"), (sheet, "make")):
         monkeypatch.setattr(module, name, lambda *given, **more: (0, ""))
-    engine = ["--weights", "w.pth", "--device", "onnxruntime", "--precision", "fp16"]
-    assert stylize.main([content, style, "-o", out, *engine]) == 0
-    assert stylize.main([content, style, "-o", out, *engine, "--grid", "seed=1,2"]) == 0
-    assert stylize.main(["--contents", content, "--styles", style, "-o", str(tmp_path / "many"), *engine]) == 0
+    given = ["--weights", "w.pth", "--device", "onnxruntime", "--precision", "fp16"]
+    assert stylize.main([content, style, "-o", out, *given]) == 0
+    assert stylize.main([content, style, "-o", out, *given, "--grid", "seed=1,2"]) == 0
+    assert stylize.main(["--contents", content, "--styles", style, "-o", str(tmp_path / "many"), *given]) == 0
     expected = ("w.pth", "onnxruntime", "fp16")
     assert seen[:2] == [(expected, {"keep_networks": False}), (expected, {"keep_networks": True})]
     assert seen[2] == ((*expected, None), {})
@@ -223,7 +225,8 @@ def test_frames_that_are_there_are_replaced_only_if_that_is_meant(tmp_path):
 def test_options_may_stand_between_the_pictures(pair, monkeypatch):
     content, style, out = pair
     seen = []
-    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *arguments, **options: None)
+    engine = SimpleNamespace(device="onnxruntime")
+    monkeypatch.setattr("engine.stylizer.Stylizer", lambda *arguments, **options: engine)
     monkeypatch.setattr(painting, "paint", lambda _, job, *others: (seen.append(job), (0, ""))[1])
     assert stylize.main([content, "-o", out, style, "--size", "64", content]) == 0
     assert [each.name for each in (seen[0].content, *seen[0].styles)] == ["content.png", "style.png", "content.png"]
@@ -544,6 +547,7 @@ def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
         return iter(())
 
     monkeypatch.setattr("engine.stylizer.Stylizer.steps", steps)
+    monkeypatch.setattr(stylize, "_warn_of_memory", lambda *given: None)
     masks = ["--mask", f"{content}:{style}", "--mask", "alpha", "--freeze", content, "--style-blend", "3,1"]
     assert stylize.main([content, style, style, "-o", out, *masks]) == 0
     assert seen == {"masks": [(content, style), "alpha"], "freeze": content, "blend": (3.0, 1.0)}

@@ -194,7 +194,7 @@ def test_initializers_do_not_overlap(net):
         ((31, 64, ("relu1_1",)), "at least 32"),
         ((64, 64, ("relu6_1",)), "choose from"),
         ((64, 64, ()), "choose from"),
-        ((64, 64, ("relu1_1",), "median"), "avg or max"),
+        ((64, 64, ("relu1_1",), "median"), "choose from avg, max"),
         ((64, 64, ("relu1_1",), "avg", "fp8"), "fp32, fp16, bf16"),
         ((64, 64, ("relu1_1",), "avg", "fp16", True), "blocked"),
         ((64, 64, ("relu1_1",), "avg", "fp32", False, False, "mirror"), "choose from zero"),
