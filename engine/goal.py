@@ -42,6 +42,11 @@ class Goal:
         return tuple(layer for layer in LOSS_LAYERS if layer in used)
 
     @property
+    def detailed(self) -> bool:
+        """Whether finer scales begin with details of the content: not if a run is to find them, or to do without."""
+        return self.content is not None and bool(self.styles) and self.config.content_weight > 0
+
+    @property
     def parts(self) -> tuple[tuple[Mask | None, Mask | None], ...]:
         """The pair of masks of each style; both are None where there are no masks."""
         return self.masks or ((None, None),) * len(self.styles)

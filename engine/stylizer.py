@@ -29,10 +29,10 @@ from .features import network as open_network
 from .goal import Goal, canvas, final_size, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
-from .optimize import Iterate, Stall, State, minimise, resized
+from .optimize import Iterate, Stall, State, minimise
 from .regions import Mask, frozen, guide, load_mask, statistic_of
 from .result import Result, Score, Step
-from .start import first_pixels
+from .start import enlarged, first_pixels
 from .targets import Statistic, Statistics, Targets, blend
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class Stylizer:
             if pixels is None:
                 pixels = first_pixels(scaled, goal.styles, start, config)
             elif not resumed:
-                pixels = resized(pixels, size[::-1], "bicubic", config.tile)
+                pixels = enlarged(pixels, seen if goal.detailed else None, size, config.tile)
             if goal.freeze is not None and not resumed:
                 held = frozen(goal.freeze, size).to(pixels.device)
                 pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)

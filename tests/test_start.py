@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Config, Targets, goal, image
-from engine.start import first_pixels
+from engine.optimize import resized
+from engine.start import enlarged, first_pixels
 
 
 def picture(height, width, seed, low=0.3, high=0.7):
@@ -124,3 +125,37 @@ def test_colours_need_pictures_of_the_styles():
     for style in (None, targets, [targets, picture(40, 40, 0)]):
         with pytest.raises(ValueError, match=r"^init style draws the colours of the styles: give their pictures"):
             goal.load(picture(40, 40, 0), style, Config(init="style"), None, None)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_next_scale_has_the_details_of_the_content(wrap):
+    content = picture(96, 128, 0)
+    coarse, fine = (image.to_tensor(image.resize(content, size, wrap)) for size in ((64, 48), (96, 80)))
+    assert (enlarged(coarse, content, (96, 80), wrap) - fine).abs().max() < 1e-6  # nothing but the content was there
+    plain = enlarged(coarse, None, (96, 80), wrap)
+    assert torch.equal(plain, resized(coarse, (80, 96), "bicubic", wrap))
+    assert (plain - fine).abs().max() > 0.02
+    flat = torch.full_like(coarse, 0.5)
+    added = enlarged(flat, content, (96, 80), wrap) - 0.5
+    assert (added - (fine - plain)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("content", "style", "options", "detailed"),
+    [
+        ("content", "style", {}, True),
+        ("content", "style", {"init": "noise"}, True),
+        ("content", "style", {"content_weight": 0}, False),
+        ("content", None, {}, False),
+        (None, "style", {}, False),
+    ],
+)
+def test_details_are_for_runs_that_keep_the_content_and_are_given_another_style(
+    stylizer, pictures, monkeypatch, content, style, options, detailed
+):
+    seen = []
+    real = enlarged
+    monkeypatch.setattr("engine.stylizer.enlarged", lambda *given: (seen.append(given[1]), real(*given))[1])
+    config = Config(size=64, scales=2, iterations=1, style_layers=("relu1_1",), **options)
+    stylizer(content and pictures[content], style and pictures[style], config)
+    assert [each is not None for each in seen] == [detailed]

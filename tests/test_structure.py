@@ -38,7 +38,7 @@ ALLOWED = {
     "optimize": {"config", "kernels", "stages"},
     "checkpoint": set(),
     "result": {"regions", "checkpoint", "colour", "config", "image", "optimize"},
-    "start": {"config", "image", "export"},
+    "start": {"config", "image", "optimize", "export"},
     "stylizer": (
         {"cache", "checkpoint", "colour", "config", "features", "goal", "image", "losses", "optimize", "provider"}
         | {"regions", "result", "start", "targets", "export", "kernels"}
