@@ -12,6 +12,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if util.find_spec("engine.export") is None:  # a checkout that is not installed: its folders stand beside this one
     __path__.append(str(Path(__file__).parent.parent))
 
@@ -31,10 +33,6 @@ __all__ = ["BackendError", "Config", "Result", "Score", "Step", "Stylizer", "Tar
 
 def __getattr__(name: str) -> Any:
     """Import the rest when it is first asked for: torch takes seconds, and `--help` does not need it."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("gatys-engine")
     if name == "BackendError":
         from .export.ort import BackendError
 

@@ -88,7 +88,8 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
                     log.info("%d/%d %s", done + len(failures), len(todo), failures[-1] if status else job.out)
         except KeyboardInterrupt:
             stop.set()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits for those that are nearly done
+            done += sum(not each.cancelled() and not each.result()[0] for each in waiting)
             return 130, f"interrupted; {done} of {len(todo)} pictures are there, the same command makes the rest"
     minutes = (time.perf_counter() - start) / 60
     log.info("%d pictures in %.1f s: %.2f a minute", done, 60 * minutes, done / minutes)

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)

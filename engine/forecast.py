@@ -61,7 +61,8 @@ def forecast(
         raise ValueError(f"device {stylizer.device}: memory is forecast for {' and '.join(DEVICES)} only")
     goal = load_goal(content, style, config or Config(), masks, freeze)
     config, picture = goal.config, goal.content or canvas(goal.config)
-    kernels.pairs(config.history, stylizer.device == "cudnn")
+    if config.optimizer == "lbfgs":
+        kernels.pairs(config.history, stylizer.device == "cudnn")
     if config.start_file is not None:
         images.load(config.start_file)
     phases, kept, limit = list[dict[str, int]](), list[int](), stylizer._cache.limit
@@ -100,11 +101,13 @@ def available(device: str) -> int | None:
         left = [1024 * _numbers(_SYSTEM / "proc/meminfo")["MemAvailable:"]]
     except (OSError, KeyError):
         return None
-    with contextlib.suppress(OSError, ValueError, KeyError):  # there is no cgroup, or it has no limit
+    with contextlib.suppress(OSError):  # there are no cgroups
         own = (_SYSTEM / "proc/self/cgroup").read_text().rpartition("0::/")[2].partition("\n")[0]
-        group = _SYSTEM / "sys/fs/cgroup" / own
-        used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["inactive_file"]
-        left.append(int((group / "memory.max").read_text()) - used)
+        root = _SYSTEM / "sys/fs/cgroup"
+        for group in (each for each in (root / own, *(root / own).parents) if each.is_relative_to(root)):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # one without a limit
+                used = int((group / "memory.current").read_text()) - _numbers(group / "memory.stat")["inactive_file"]
+                left.append(int((group / "memory.max").read_text()) - used)
     return max(0, min(left))
 
 

@@ -159,7 +159,9 @@ def visible(style: images.Picture, mask: Mask | None) -> Mask | None:
     """What counts of a style: what it shows, in its mask; None is all of it. Raises ValueError if nothing is left."""
     if style.alpha is None or style.alpha.min() == 1:
         return mask
-    seen: Mask = style.alpha if mask is None else style.alpha * fitted(mask, style.size)[0, 0].numpy()
+    seen: Mask = style.alpha
+    if mask is not None and not np.array_equal(mask, style.alpha):  # as the word alpha has it
+        seen = style.alpha * fitted(mask, style.size)[0, 0].numpy()
     if not seen.any():
         where = "everywhere" if mask is None else "wherever its mask is white"
         raise ValueError(f"{style.name or 'the style'} is transparent {where}: there is nothing to see of it")

@@ -364,7 +364,7 @@ def written(path: str) -> list[str]:
 
 def check_writable(path: str, overwrite: bool) -> None:
     """Raise ValueError or OSError if no file can be written at `path`, or one is there; leaves nothing behind."""
-    target = Path(path)
+    target = Path(path).resolve()
     if target.is_dir():
         raise ValueError(f"{path} is a folder")
     if not target.parent.is_dir():
@@ -410,8 +410,8 @@ def atomic(target: Path) -> Iterator[Path]:
     Whenever the power fails, the file of that name is the old or the new one. Where `target` is a link, the file that
     it leads to is written.
     """
-    target = target.resolve()  # a link stays one
-    temporary = target.with_name(f".stylize-{uuid.uuid4().hex}{target.suffix}")
+    suffix, target = target.suffix, target.resolve()  # a link stays one
+    temporary = target.with_name(f".stylize-{uuid.uuid4().hex}{suffix}")
     try:
         yield temporary
         with temporary.open("r+b") as file:

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from . import __version__
 from .config import STARTS, Config
 
 _KEY = "gatys-engine"  # of the text in a PNG
@@ -38,7 +39,7 @@ _SHAPE = {  # of a manifest that can be replayed: types, keys of objects, [shape
     "versions": dict,
     "iterations": {"done": int, "total": int},
 }
-_LIBRARIES = ("gatys-engine", "torch", "numpy", "numba", "pillow")
+_LIBRARIES = ("torch", "numpy", "numba", "pillow")
 
 
 def inputs(config: Config, masks: list[str | tuple[str, str]] | None, freeze: str | None) -> dict[str, Any]:
@@ -91,7 +92,8 @@ def of_sheet(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that a result depends on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES}
+    own = {"python": platform.python_version(), "gatys-engine": __version__}
+    return own | {name: metadata.version(name) for name in _LIBRARIES}
 
 
 def holds(kind: str) -> bool:

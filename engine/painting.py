@@ -165,7 +165,7 @@ def paint(
         if given.plot:
             plot(run.rows, given.plot)
     if given.checkpoint and not status:
-        Path(given.checkpoint).unlink(missing_ok=True)
+        Path(given.checkpoint).resolve().unlink(missing_ok=True)
     return status, message
 
 

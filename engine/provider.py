@@ -46,7 +46,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
     if device == "auto":
-        device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each) and works(each))
+        device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each))
         log.info("device: %s", device)
     else:
         check(device)
@@ -116,9 +116,13 @@ def check(device: str) -> None:
     import torch  # before preload_dlls: it brings most of the CUDA libraries
 
     if not torch.cuda.is_available():
-        raise MissingError(f"device {device}: torch {torch.__version__} finds no CUDA device, as builds for CPUs")
-    if (found := torch.cuda.get_device_capability(0)) < _CAPABILITY:
-        name, needed = torch.cuda.get_device_name(0), ".".join(map(str, _CAPABILITY))
+        raise MissingError(f"device {device}: torch {torch.__version__} finds no CUDA device; builds for CPUs never do")
+    try:
+        found, name = torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0)
+    except RuntimeError as error:  # in a process that was forked behind the first use of CUDA, say
+        raise MissingError(f"device {device}: {error}") from error
+    if found < _CAPABILITY:
+        needed = ".".join(map(str, _CAPABILITY))
         raise MissingError(f"device {device}: {name} has compute capability {found[0]}.{found[1]}, {needed} is needed")
     if device == "cudnn":
         try:

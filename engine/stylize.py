@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .config import DEVICES, PRECISIONS, STARTS, Config, options
 from .export.commands import Parser, choice, install_line, wrong_file
 from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
@@ -124,8 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Options may stand between CONTENT and STYLE, unless `--` has an end of them.
     given = parser.parse_args(words) if "--" in words else parser.parse_intermixed_args(words)
     if given.version:
-        from . import __version__
-
         print(__version__)  # noqa: T201
         return 0
     level = _LOGGER.level
@@ -219,7 +218,7 @@ def _run(given: argparse.Namespace) -> int:
 
         print(forecast(stylizer, job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
-    _warn_of_memory(stylizer, job, [each for _, each in cells])
+    _warn_of_memory(given, stylizer, job, [each for _, each in cells])
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if grid:
@@ -239,11 +238,13 @@ def _warn_of_idle(
             _LOGGER.warning("%s has no effect: %s", _flag(name), reason)
 
 
-def _warn_of_memory(stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
+def _warn_of_memory(given: argparse.Namespace, stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
     """Say so where a run is forecast to take more memory than there is."""
     from .forecast import DEVICES, available, forecast, short
 
-    if stylizer.device in DEVICES:
+    read = _pictures(given, ())
+    once = any(each == "-" or (Path(each).exists() and not Path(each).is_file()) for each in read)  # pipes
+    if stylizer.device in DEVICES and not once:
         sources = {"masks": job.masks, "freeze": job.freeze}
         needed = max(forecast(stylizer, job.content, job.style, each, **sources).total for each in configs)
         left = available(stylizer.device)
@@ -411,15 +412,16 @@ def _sources(given: argparse.Namespace) -> list[Any]:
 
 
 class _Once(logging.Filter):
-    """Lets a warning pass once, however many pictures it is true of."""
+    """Lets a message pass once, however many pictures it is true of."""
 
     def __init__(self) -> None:
         super().__init__()
         self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said = record.levelno >= logging.WARNING and record.getMessage() in self._said
-        self._said.add(record.getMessage())
+        message = record.getMessage()
+        said = message in self._said
+        self._said.add(message)
         return not said
 
 

@@ -214,7 +214,8 @@ class Stylizer:
         resumed: Checkpoint | None,
     ) -> Iterator[Step]:
         """The run; `content` is what was given, `goal` what the objective sees."""
-        config, seen = goal.config, goal.content or content
+        config = goal.config
+        seen = scaled = goal.content or content
         precision = resumed.identity["precision"] if resumed else self.precision
         iteration = resumed.iteration if resumed else 0
         state = State()
@@ -224,11 +225,11 @@ class Stylizer:
             if resumed and index < resumed.scale:
                 continue
             size = config.whole(content.fit(scale))
-            scaled = images.resize(seen, size, config.tile)
+            coarser, scaled = scaled, images.resize(seen, size, config.tile)
             if pixels is None:
                 pixels = first_pixels(scaled, goal.styles, start, config)
             elif not resumed:
-                pixels = enlarged(pixels, seen if goal.detailed else None, size, config.tile)
+                pixels = enlarged(pixels, (coarser, scaled) if goal.detailed else None, size, config.tile)
             if goal.freeze is not None and not resumed:
                 held = frozen(goal.freeze, size).to(pixels.device)
                 pixels = torch.where(held, images.to_tensor(scaled).to(pixels.device), pixels)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .image import atomic
 
-_FORMAT = "style targets 1"
+_FORMAT = "style targets 2"
 
 
 @dataclass(frozen=True)

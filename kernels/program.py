@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
+import threading
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,6 +39,7 @@ _FIELDS = (
 )
 _STEP = np.dtype([(name, np.int64) for name in f"{_FIELDS} largest padding".split()])
 Step = dict[str, int | str]  # the fields of a step; addresses may be names of buffers
+_compiling = threading.Lock()
 _PATIENCE = 200  # looks at a counter before the processor is offered to others
 
 
@@ -48,20 +51,24 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        most = max(count, torch.get_num_threads()) - 1  # several callers have programs of their own at the same time
-        self._others = ThreadPoolExecutor(most, "stylize") if count > 1 else None
+        self._begin()
+
+    def _begin(self) -> None:
+        most = max(self.count, torch.get_num_threads()) - 1  # callers at the same time have programs of their own
+        self._others, self._process = ThreadPoolExecutor(max(1, most), "stylize"), os.getpid()
 
     def run(self, table: NDArray[Any], scratch: list[Tensor]) -> None:
         """Run the program; `scratch` is memory for each thread, as much as its steps need."""
         taken, done = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
         places = [each.data_ptr() for each in scratch]
         work, others = _entry(), list[Future[None]]()
+        if self._process != os.getpid():  # a forked process has none of its parent's threads
+            self._begin()
         try:
-            if self._others:
-                others.extend(self._others.submit(work, table, taken, done, place) for place in places[1:])
+            others.extend(self._others.submit(work, table, taken, done, place) for place in places[1:])
             work(table, taken, done, places[0])
         finally:  # of a Ctrl-C, too: the memory that they work on may be gone afterwards
-            # Who has not begun has nothing left to do, and in a forked process never begins.
+            # Who has not begun, behind another caller's maybe, has nothing left to do.
             begun = [other for other in others if not other.cancel()]
             wait(begun)
         for other in begun:
@@ -289,8 +296,14 @@ def _sources() -> int:
     return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))
 
 
-@functools.cache
 def _entry() -> Any:
+    """The entry, which the first call of a process loads or compiles."""
+    with _compiling:
+        return _compiled()
+
+
+@functools.cache
+def _compiled() -> Any:
     """The entry as numba keeps it, or where it can keep nothing, one that every process compiles."""
     counters = np.zeros(0, np.int64)
     try:

@@ -538,6 +538,12 @@ def test_texture_and_its_saved_targets(pair, tmp_path):
         assert max(image.size) == 48
 
 
+def test_what_is_read_from_a_pipe_is_read_once(pair, monkeypatch):
+    content, style, out = pair
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(Path(content).read_bytes())))
+    assert stylize.main([content, style, "-o", out, *SMALL, "--freeze", "-"]) == 0
+
+
 def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
     content, style, out = pair
     seen = {}

@@ -233,6 +233,9 @@ def system(folder, limit=None, used=0):
 def test_what_is_left_of_the_memory(tmp_path, monkeypatch, limit, used, expected):
     monkeypatch.setattr("engine.forecast._SYSTEM", system(tmp_path, limit, used))
     assert available("cpu") == expected
+    for name, text in (("max", 2**28), ("current", 2**27), ("stat", "inactive_file 0")):  # of what the box is in
+        (tmp_path / f"sys/fs/cgroup/box/memory.{name}").write_text(f"{text}\n")
+    assert available("cpu") == min(expected, 2**27)
     (tmp_path / "proc/self/cgroup").unlink()
     assert available("cpu") == 6 * 2**30
     (tmp_path / "proc/meminfo").write_text("MemTotal: 1 kB\n")

@@ -13,8 +13,9 @@ import torch
 from conftest import SHALLOW
 from PIL import Image
 
+import engine
 from benchmarks import baseline, cases, controls, gpu, gpu_kernels, gpu_options, gpu_sections
-from engine import BackendError, Config
+from engine import BackendError, Config, replay
 
 ROOT = gpu.machine.ROOT
 CHECKS = ("environment", "kernels", "providers", "loop", "options", "going-on", "runs", "forecast", "pictures")
@@ -109,6 +110,10 @@ from benchmarks import cases, gpu, gpu_sections, machine
 print(gpu_sections.kernels.__file__, machine.commit())
 problem = cases.load(48)
 print(cases.build("eager", problem).loss_and_gradient(problem.point(0))[0])
+del sys.modules["threadpoolctl"]  # without it there is no painting
+from engine import stylize
+own = ["--size", "48", "--scales", "1", "--iterations", "1", "--weights", "embedded", "--device", "cpu", "--quiet"]
+sys.exit(stylize.main(["--demo", *own, "-o", "out.png"]))
 """
     command = [sys.executable, "-c", hidden]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -117,6 +122,7 @@ print(cases.build("eager", problem).loss_and_gradient(problem.point(0))[0])
     assert file == str(tmp_path / "kernels" / "__init__.py")
     assert commit == "unknown"
     assert float(loss) > 0
+    assert replay.read(tmp_path / "out.png")["versions"]["gatys-engine"] == engine.__version__
 
 
 def test_what_breaks_fails_its_row_and_the_section_goes_on(rows, monkeypatch):

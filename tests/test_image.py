@@ -494,6 +494,9 @@ def test_a_link_is_written_through(tmp_path):
         assert (tmp_path / "run").is_symlink()
         assert (tmp_path / "scratch" / "file").read_text() == text
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["file"]
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere" / "file.png")
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        image.check_output(str(tmp_path / "lost.png"), overwrite=True)
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -291,6 +291,16 @@ def test_a_mask_of_a_transparent_style_keeps_to_what_it_shows(stylizer):
             stylizer.steps(noise(48, 64, 1), each, CONFIG, masks=masks)
 
 
+def test_a_soft_alpha_counts_once(stylizer):
+    alpha, full = np.linspace(0, 1, 50, dtype=np.float32)[None].repeat(40, 0), np.ones((48, 64), np.float32)
+    style = images.Picture(noise(40, 50, 2), alpha)
+    by_word, by_itself = (
+        stylizer.evaluate(noise(48, 64, 1), None, style, CONFIG, masks=[(full, mask)]).loss
+        for mask in ("alpha", np.ones((40, 50), np.float32))
+    )
+    assert by_word == by_itself
+
+
 def test_alpha_that_hides_nothing_changes_nothing(stylizer):
     style = noise(40, 50, 2)
     plain, whole = (

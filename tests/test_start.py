@@ -130,13 +130,14 @@ def test_colours_need_pictures_of_the_styles():
 @pytest.mark.parametrize("wrap", [False, True])
 def test_the_next_scale_has_the_details_of_the_content(wrap):
     content = picture(96, 128, 0)
-    coarse, fine = (image.to_tensor(image.resize(content, size, wrap)) for size in ((64, 48), (96, 80)))
-    assert (enlarged(coarse, content, (96, 80), wrap) - fine).abs().max() < 1e-6  # nothing but the content was there
+    both = tuple(image.resize(content, size, wrap) for size in ((64, 48), (96, 80)))
+    coarse, fine = map(image.to_tensor, both)
+    assert (enlarged(coarse, both, (96, 80), wrap) - fine).abs().max() < 1e-6  # nothing but the content was there
     plain = enlarged(coarse, None, (96, 80), wrap)
     assert torch.equal(plain, resized(coarse, (80, 96), "bicubic", wrap))
     assert (plain - fine).abs().max() > 0.02
     flat = torch.full_like(coarse, 0.5)
-    added = enlarged(flat, content, (96, 80), wrap) - 0.5
+    added = enlarged(flat, both, (96, 80), wrap) - 0.5
     assert (added - (fine - plain)).abs().max() < 1e-6
 
 

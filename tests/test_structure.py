@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "config": {"export"},
     "presets": {"config", "export"},
-    "manifest": {"config"},
+    "manifest": {"config", "__version__"},
     "image": {"manifest"},
     "colour": {"image"},
     "jobs": set(),

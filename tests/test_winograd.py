@@ -346,7 +346,7 @@ def test_scratch_rows_cover_the_rows_that_multiply_takes():
 def test_without_a_folder_for_its_cache_the_program_is_compiled_anew(monkeypatch, caplog):
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
     with caplog.at_level("INFO", logger="engine"):
-        entry = program._entry.__wrapped__()
+        entry = program._compiled.__wrapped__()
     assert "$NUMBA_CACHE_DIR" in caplog.text
     assert isinstance(entry._cache, numba.core.caching.NullCache)
 
@@ -358,7 +358,7 @@ def test_a_damaged_or_full_cache_of_machine_code_stops_nobody(monkeypatch, caplo
 
     monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "load", broken)
     with caplog.at_level("INFO", logger="engine"):
-        entry = program._entry.__wrapped__()
+        entry = program._compiled.__wrapped__()
     assert str(error) in caplog.text
     assert isinstance(entry._cache, numba.core.caching.NullCache)
 
