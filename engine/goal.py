@@ -148,20 +148,24 @@ def _load_masks(
         if theirs is not None:
             if isinstance(style, Targets):
                 raise ValueError(f"mask {i}: style targets have their mask in them; give the mask of the content alone")
-            part = load_mask(theirs, style, f"style mask {i}")
+            part = load_part(theirs, style, f"style mask {i}")
         pairs.append((plane, part))
     if pairs:
         report_coverage([plane for plane, _ in pairs])
     return tuple(pairs)
 
 
+def load_part(source: Any, style: images.Picture, name: str) -> Mask | None:
+    """A mask of a style, as `load_mask` has it. None for the word alpha, which counts anyway."""
+    mask = load_mask(source, style, name)
+    return None if isinstance(source, str) and source == "alpha" else mask
+
+
 def visible(style: images.Picture, mask: Mask | None) -> Mask | None:
     """What counts of a style: what it shows, in its mask; None is all of it. Raises ValueError if nothing is left."""
     if style.alpha is None or style.alpha.min() == 1:
         return mask
-    seen: Mask = style.alpha
-    if mask is not None and not np.array_equal(mask, style.alpha):  # as the word alpha has it
-        seen = style.alpha * fitted(mask, style.size)[0, 0].numpy()
+    seen: Mask = style.alpha if mask is None else style.alpha * fitted(mask, style.size)[0, 0].numpy()
     if not seen.any():
         where = "everywhere" if mask is None else "wherever its mask is white"
         raise ValueError(f"{style.name or 'the style'} is transparent {where}: there is nothing to see of it")

@@ -249,13 +249,10 @@ def _warn_of_memory(given: argparse.Namespace, stylizer: Any, job: Job, configs:
         needed = max(forecast(stylizer, job.content, job.style, each, **sources).total for each in configs)
         left = available(stylizer.device)
         if left is not None and needed > left:
-            text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size%s"
-            smaller = (
-                ""
-                if all(each.optimizer == "adam" for each in configs)
-                else ", a --history of few pairs or --optimizer adam"
-            )
-            _LOGGER.warning(text, short(needed), short(left), smaller)
+            text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
+            if any(each.optimizer == "lbfgs" for each in configs):
+                text += ", a --history of few pairs or --optimizer adam"
+            _LOGGER.warning(text, short(needed), short(left))
 
 
 def _check(given: argparse.Namespace) -> None:

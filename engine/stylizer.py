@@ -26,11 +26,11 @@ from .export.weights import Weights
 from .export.weights import load as load_weights
 from .features import Features, Open, give_back_freed_memory, within
 from .features import network as open_network
-from .goal import Goal, canvas, final_size, style_size, visible
+from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
 from .optimize import Iterate, Stall, State, minimise
-from .regions import Mask, frozen, guide, load_mask, statistic_of
+from .regions import Mask, frozen, guide, statistic_of
 from .result import Result, Score, Step
 from .start import enlarged, first_pixels
 from .targets import Statistic, Statistics, Targets, blend
@@ -330,7 +330,7 @@ class Stylizer:
         if config.size == "original":
             raise ValueError("size original is that of a content, and there is none: give a number")
         picture = images.load(style)
-        plane = None if mask is None else load_mask(mask, picture, "mask of the style")
+        plane = None if mask is None else load_part(mask, picture, "mask of the style")
         sides = [side for side, _ in config.schedule(1.0)]
         statistics = self._fitting(
             lambda precision: {side: self._statistics(picture, side, config, plane, precision) for side in sides}

@@ -81,7 +81,7 @@ class Features:
         forward = self._forward_steps()
         parts: list[tuple[tuple[str, ...], list[Step]]] = []
         if not forward_only:
-            self.gradient = torch.zeros_like(self.image)
+            self.gradient = torch.zeros(self.image.shape, device=place)
             parts = self._vjp_parts()
         kept = spec.layers if forward_only else ()
         steps = [*forward, *(step for _, part in parts for step in part)]

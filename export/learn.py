@@ -208,8 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One entry only: safetensors writes several in an order of its own, another one each time.
     content = save({key: tensors[key].contiguous() for key in sorted(tensors)}, {"recipe": recipe_text(recipe)})
     partial = options.out.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(options.out)
+    try:
+        partial.write_bytes(content)
+        partial.replace(options.out)
+    finally:
+        partial.unlink(missing_ok=True)
     digest = hashlib.sha256(content).hexdigest()
     sys.stderr.write(f"{options.out}: {len(content) / 2**20:.2f} MiB, sha256 {digest}\n")
     return 0

@@ -177,6 +177,20 @@ def test_a_run_takes_what_was_forecast():
         assert list(side_by_side.map(holds, given)) == [True] * len(given)
 
 
+def test_a_forecast_is_no_wait():
+    """Every run begins with one: some functions of torch on shapes alone import sympy, half a second."""
+    code = """if True:
+        import sys, numpy as np
+        from engine import Config, Stylizer
+        from engine.forecast import forecast
+        picture = np.zeros((40, 40, 3), np.uint8)
+        forecast(Stylizer("embedded", "cpu"), picture, picture, Config(size=64))
+        assert "sympy" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_line(pictures, tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.png") for name in ("content", "style")]
     for path, name in zip(paths, ("content", "style"), strict=True):

@@ -1,5 +1,7 @@
 """Style statistics, masks, blends, textures and inversions, against float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
@@ -291,11 +293,13 @@ def test_a_mask_of_a_transparent_style_keeps_to_what_it_shows(stylizer):
             stylizer.steps(noise(48, 64, 1), each, CONFIG, masks=masks)
 
 
-def test_a_soft_alpha_counts_once(stylizer):
+@pytest.mark.parametrize("how", ["none", "match"])
+def test_a_soft_alpha_counts_once(stylizer, how):
+    """For its statistics and for its colours, whether the mask is the word or leaves all in."""
     alpha, full = np.linspace(0, 1, 50, dtype=np.float32)[None].repeat(40, 0), np.ones((48, 64), np.float32)
-    style = images.Picture(noise(40, 50, 2), alpha)
+    style, config = images.Picture(noise(40, 50, 2), alpha), replace(CONFIG, colour=how)
     by_word, by_itself = (
-        stylizer.evaluate(noise(48, 64, 1), None, style, CONFIG, masks=[(full, mask)]).loss
+        stylizer.evaluate(noise(48, 64, 1), noise(48, 64, 3), style, config, masks=[(full, mask)]).loss
         for mask in ("alpha", np.ones((40, 50), np.float32))
     )
     assert by_word == by_itself
