@@ -6,6 +6,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine import kernels
 from engine.export import vgg
 from engine.features import DTYPES
-from engine.kernels.lbfgs import GPU_HISTORY
+from engine.kernels import lbfgs
 from engine.kernels.pixels import FORMS, total_variation_reference
 from engine.optimize import State, minimise
 
@@ -176,7 +177,8 @@ def optimiser_errors(device: str, optimizer: str, boxed: bool, steps: int = 30) 
             torch.mul(curvature, away, out=gradient)
             return (away * gradient).sum() / 2
 
-        *run, last = minimise(evaluate, start, optimizer, steps, State(), history=GPU_HISTORY, clamp=boxed)
+        with mock.patch.object(lbfgs, "SCALING", 1.0):  # with more what is rounded otherwise grows past all bounds
+            *run, last = minimise(evaluate, start, optimizer, steps, State(), history=lbfgs.GPU_HISTORY, clamp=boxed)
         losses.append([each.loss for each in run[4:15]])
         ends.append(last.best.cpu())
     apart = worst(abs(one / other - 1) for one, other in zip(*losses, strict=True))
@@ -230,12 +232,12 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     trail = kernels.Trail(image)
     # And the vectors that a step reads and writes; those of the history are half as long.
     runners: dict[str, tuple[kernels.Lbfgs | kernels.Adam, int]] = {
-        "L-BFGS": (kernels.Lbfgs(image, gradient, loss, trail), 2 * GPU_HISTORY + 12),
+        "L-BFGS": (kernels.Lbfgs(image, gradient, loss, trail), 2 * lbfgs.GPU_HISTORY + 12),
         "Adam": (kernels.Adam(image, gradient, loss, trail), 9),
     }
     for name, (runner, vectors) in runners.items():
         with rows.attempt(name):
-            for _ in range(GPU_HISTORY + 2):  # a full history
+            for _ in range(lbfgs.GPU_HISTORY + 2):  # a full history
                 torch.mul(curvature, image, out=gradient)
                 runner.step()
             taken = seconds(recorded(runner.step, device), device)

@@ -272,8 +272,9 @@ class Features:
             assert pixels is None
             self._run_forward(lambda: _make(self._forward, self.image))
             return
+        fork = self._to_fork(pixels)
         with self._joined():
-            self._forward_read(read, pixels)
+            self._forward_read(read, fork)
 
     @contextlib.contextmanager
     def _joined(self) -> Iterator[None]:
@@ -283,10 +284,14 @@ class Features:
         finally:
             torch.cuda.current_stream(PLACE).wait_stream(self._beside)
 
-    def _forward_read(self, read: Callable[[tuple[str, ...]], None], pixels: Tensor | None) -> None:
-        *others, deepest = (name for name, _ in self._ready)
-        fork = dict(self._ready)[others[-1]] if others else 1
+    def _to_fork(self, pixels: Tensor | None) -> int:
+        """Make the steps of the forward pass before the second stream has something to read; how many they are."""
+        fork = self._ready[-2][1] if len(self._ready) > 1 else 1
         _make(self._forward[:fork], self.image if pixels is None else pixels)
+        return fork
+
+    def _forward_read(self, read: Callable[[tuple[str, ...]], None], fork: int) -> None:
+        *others, deepest = (name for name, _ in self._ready)
         self._queue_beside(lambda: read(tuple(others)) if others else None)
         _make(self._forward[fork:])
         read((deepest,))
@@ -326,8 +331,9 @@ class Features:
         """image, or pixels in its place -> features, gradient; see `features.Overlapping.both`."""
         convolution, steps = self._joint
         with self._lent(losses.terms, {convolution: losses.ratio}):
+            fork = self._to_fork(pixels)
             with self._joined():
-                self._forward_read(losses.read, pixels)
+                self._forward_read(losses.read, fork)
                 self._queue_beside(losses.go_on)
                 losses.begin()
                 _make(self._vjp[:steps])

@@ -158,10 +158,10 @@ class Objective:
 
     def evaluate(self, pixels: Tensor, with_gradient: bool = True) -> tuple[Terms, Tensor | None]:
         """Losses of pixels (1, 3, H, W) and, if asked for, the gradient of the total: tensors that the caller owns."""
-        if with_gradient and self._gradient is None:  # the same memory each time: the launches are replayed then
-            self._gradient = torch.empty_like(self.network.image)
-        gradient = self._gradient if with_gradient else None
         with self.network.use():
+            if with_gradient and self._gradient is None:  # the same memory each time: the launches are replayed then
+                self._gradient = torch.empty_like(self.network.image)
+            gradient = self._gradient if with_gradient else None
             self.network.image.copy_(pixels)
             self.write(self.network.image, gradient, measured=True)
             total, content, tv, *values = self._layers.terms.clone().unbind()
