@@ -47,7 +47,8 @@ def directions(conv: vgg.Conv, seed: int) -> Tensor:
     """Random filters (C_out, C_in, 3, 3) of zero sum: they see differences between channels, not their common level."""
     generator = torch.Generator().manual_seed(seed + vgg.CONVS.index(conv))
     weight = torch.randn(conv.out_channels, conv.in_channels, 3, 3, generator=generator)
-    return weight - weight.mean((1, 2, 3), keepdim=True)
+    # In fp64, as the order of a sum depends on the processor: manifests know the filters by their hash.
+    return weight - weight.double().mean((1, 2, 3), keepdim=True).float()
 
 
 def shrink(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

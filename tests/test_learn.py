@@ -1,3 +1,6 @@
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.export import embedded, vgg
-from engine.export.learn import RMS, Recipe, learn, main
+from engine.export import learn as module
+from engine.export.learn import RMS, Recipe, _calibration, learn, main
 
 pytest.importorskip("skimage", reason="scikit-image brings the photographs")
 
@@ -28,7 +32,7 @@ def tiny():
 
 
 @pytest.mark.slow
-def test_learning_is_deterministic_and_calibrated(tiny):
+def test_learning_is_deterministic(tiny):
     torch.set_num_threads(1)
     with torch.inference_mode():
         first, second = learn(tiny, progress=False), learn(tiny, progress=False)
@@ -37,6 +41,41 @@ def test_learning_is_deterministic_and_calibrated(tiny):
         assert torch.equal(tensor, second[name]), name
         assert torch.isfinite(tensor.float()).all(), name
     assert {name.split(".")[0] for name in first} == {conv.name for conv in vgg.CONVS}
+
+
+def test_filters_pass_their_share_at_their_size():
+    responses = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9)
+    length, bias = _calibration(responses, 0.45, 0.4)
+    passed = (responses * length + bias).relu()
+    assert ((passed > 0).float().mean(0) - 0.45).abs().max() < 0.01
+    assert (passed.square().mean(0).sqrt() - 0.4).abs().max() < 1e-3
+
+
+def test_the_same_seed_is_the_same_file_and_a_full_disk_leaves_the_old_one(monkeypatch, tmp_path, capsys):
+    own = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    tensors = {"b": torch.ones(2), "a": torch.ones(3)}
+    monkeypatch.setattr(module, "learn", lambda recipe, progress: tensors)
+    out = tmp_path / "learned.safetensors"
+    try:
+        for seed in ("1", "1", "2"):
+            assert main(["--out", str(out), "--seed", seed, "--quiet"]) == 0
+        told = capsys.readouterr().err.splitlines()
+        assert told[0] == told[1] != told[2]
+        assert hashlib.sha256(out.read_bytes()).hexdigest() in told[2]
+
+        def full(path, content):
+            path.touch()
+            raise OSError(28, "No space left on device")
+
+        before = out.read_bytes()
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            main(["--out", str(out), "--quiet"])
+    finally:
+        torch.set_num_threads(own[0])
+        torch.use_deterministic_algorithms(own[1])
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.read_bytes() == before
 
 
 def test_the_shipped_features_are_calibrated():

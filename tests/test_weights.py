@@ -44,6 +44,26 @@ def test_embedded_file_is_the_one_that_was_learned():
     assert {"seed", "data", "versions", "method"} <= set(recipe)
 
 
+def test_embedded_features_that_are_made_from_a_seed_stay_the_same():
+    """The file holds no filters of the deepest convolutions, which manifests and checkpoints know by their hash."""
+    from engine.export.validate import picture
+
+    layers = ("relu5_1", "relu5_2", "relu5_3", "relu5_4")
+    net = weights.load("embedded", layers)
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # others draw with other last bits
+        assert net.digest == "863392997902089c0248c2df7419c8f771339d89bb74d795177dd9469613164e"
+    with safe_open(embedded.FILE, framework="pt") as file:
+        made = [conv for conv in vgg.CONVS if f"{conv.name}.weight" not in file.keys()]  # noqa: SIM118
+    assert [conv.name for conv in made] == ["conv5_2", "conv5_3", "conv5_4"]
+    for conv in made:
+        kernel = net.parameters[f"{conv.name}.weight"]
+        assert (kernel.mean((1, 2, 3)).abs() < 1e-4 * kernel.std((1, 2, 3))).all()
+    with torch.no_grad():
+        features = net.module(layers, "avg")(picture(160, 160, seed=5).float())
+    for layer, value in features.items():
+        assert 0.1 < float(value.square().mean().sqrt() / features["relu5_1"].square().mean().sqrt()) < 10, layer
+
+
 def test_a_shallow_cut_is_the_head_of_a_deep_one():
     shallow, deep = weights.load("embedded", ("relu1_2",)), weights.load("embedded", ("relu4_1",))
     for key, value in shallow.parameters.items():
