@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found, pictures = timing.equal_loss(problem, "engine-cpu", args.iterations)
             report["pairs"][pair] = about | found
             _print(pair, found)
-            shown = [images.to_pil(images.to_tensor(each), None) for each in (problem.content, problem.style)]
+            shown = [images.to_pil(each) for each in (problem.content, problem.style)]
             labels = ("content", "style", "eager", "engine")
             cells += [([f"{pair}: {label}"], each) for label, each in zip(labels, (*shown, *pictures), strict=True)]
             report["median_ratio"] = statistics.median(each["ratio"] or 0.0 for each in report["pairs"].values())

@@ -108,7 +108,8 @@ class Trial:
         }
         if option == "freeze":
             held = frozen(self._across, self.problem.size)[0, 0].numpy()
-            levels = np.asarray(found.result, int) - np.asarray(images.to_pil(self.problem.start, None), int)
+            start = images.to_pil(images.from_tensor(self.problem.start))
+            levels = np.asarray(found.result, int) - np.asarray(start, int)
             errors["frozen_levels"] = float(np.abs(levels[held]).max())
         return errors
 

@@ -189,7 +189,7 @@ def equal_loss(
             traces[name].append((loss, clock[name]))
         if name == "baseline" and loss == min(traces[name])[0]:
             best = evaluated
-    return _reached(traces["baseline"], traces["engine"]), (images.to_pil(best.cpu(), None), *pictures)
+    return _reached(traces["baseline"], traces["engine"]), (images.to_pil(images.from_tensor(best)), *pictures)
 
 
 def _reached(baseline: Sequence[tuple[float, float]], engine: Sequence[tuple[float, float]]) -> dict[str, Any]:

@@ -69,20 +69,17 @@ class Painter:
         Where this worker can paint none the answer is an exception: ValueError if there is something wrong with what it
         was given, and so with every other worker.
         """
-        from . import manifest, painting, provider
+        from . import image, manifest, painting, provider
 
         if self._failed:
             return self._failed
         try:
             start, losses = time.perf_counter(), []
-            inputs = manifest.inputs(self._config, None, None)
             job = replace(task, content=_load(task.content), styles=tuple(map(_load, task.styles)))
             for step in painting.begin(self._stylizer, job, self._config):
                 losses.append((step.iteration, step.loss))
-            seconds = time.perf_counter() - start
-            record = painting.describe(self._stylizer, self._config, job, inputs, losses, seconds, step)
-            stream = io.BytesIO()
-            step.image.save(stream, "PNG", **manifest.embed("PNG", record))
+            record, stream = step.manifest(losses, time.perf_counter() - start), io.BytesIO()
+            image.write(step.image, stream, "PNG", **manifest.embed("PNG", record))
             _write(task.out, stream.getvalue())
         except Exception as error:  # one picture's failure is recorded, the others go on
             if not isinstance(error, ValueError | TypeError | OSError) and not provider.works(self._stylizer.device):

@@ -170,6 +170,9 @@ class Config:
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
         choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
+        for option in fields(self):
+            if isinstance(option.default, float):  # kernels take their arguments by type
+                object.__setattr__(self, option.name, float(getattr(self, option.name)))
 
     @property
     def content_layer_weights(self) -> dict[str, float]:
@@ -193,8 +196,8 @@ class Config:
         """The picture that `init` names, if it is no word."""
         return None if self.init in STARTS else self.init
 
-    def idle(self, *, content: bool, style: bool) -> dict[str, str]:
-        """The options that others, or a run without content or style, leave without effect, and the reason."""
+    def idle(self, *, content: bool, styles: int) -> dict[str, str]:
+        """The options that others, or a run without content or with so many styles, leave without effect, and why."""
         found: dict[str, str] = {}
 
         def leave(names: str, reason: str) -> None:
@@ -209,10 +212,16 @@ class Config:
             leave("tv_power tv_form", "tv_weight is 0")
         if not content:
             leave("content_weight content_layers content_loss", "there is no content")
-        if not style:
+        elif not self.content_weight:
+            leave("content_layers content_loss", "content_weight is 0")
+        if styles == 1:
+            leave("style_blend", "there is one style")
+        if not styles:
             leave("style_weight style_layers style_loss style_scale style_size style_blend", "there is no style")
             if self.tile:
                 leave("padding", "a picture that tiles has no border")
+        elif not self.style_weight:
+            leave("style_layers style_loss style_scale style_size style_blend", "style_weight is 0")
         if self.optimizer == "adam":
             leave("history clamp", "the optimizer is adam")
         else:

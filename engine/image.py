@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import struct
 import sys
 import tempfile
 import threading
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ MAX_PIXELS = 89_478_485  # of a picture, Pillow's own limit against decompressio
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF's tags: bits per sample; what zero means
 MAX_BYTES = 2**28  # of a file; $STYLIZE_MAX_BYTES
 _OPAQUE = ("JPEG", "BMP")  # formats without an alpha channel
+_DEEP = "TIFF"  # the format of 16 bits a channel
 _LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side
 _pillow_lock = threading.Lock()  # filters of warnings and Pillow's limit are process-wide
 
@@ -108,6 +110,7 @@ def load(source: Source) -> Picture:
     if isinstance(source, Image.Image):
         if not (source.width and source.height):
             raise ValueError(f"a picture has to have pixels, not {source.width} x {source.height}")
+        limit("STYLIZE_MAX_PIXELS", MAX_PIXELS)  # a wrong one is no damage of the picture
         with _told("picture"):
             source.load()
             return _from_pil(source)
@@ -259,7 +262,7 @@ def _from_deep_grey(image: Image.Image, bits: int, negative: bool) -> Picture:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if profile:
+    if profile and profile != _srgb():
         try:
             own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
@@ -317,13 +320,16 @@ def from_tensor(pixels: Tensor) -> Picture:
     return Picture(pixels[0].detach().clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
 
 
-def to_pil(pixels: Tensor, alpha: NDArray[np.float32] | None = None) -> Image.Image:
-    """A PIL image, RGB or RGBA, of pixels (1, 3, H, W); values outside [0, 1] are clamped."""
-    array = pixels[0].detach().clamp(0, 1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-    image = Image.fromarray(np.ascontiguousarray(array))
-    if alpha is not None:
-        image.putalpha(Image.fromarray(np.round(alpha * 255).astype(np.uint8)))
+def to_pil(picture: Picture) -> Image.Image:
+    """A PIL image of 8 bits a channel, RGB or RGBA."""
+    image = Image.fromarray(_levels(picture.rgb, np.uint8))
+    if picture.alpha is not None:
+        image.putalpha(Image.fromarray(_levels(picture.alpha, np.uint8)))
     return image
+
+
+def _levels(plane: NDArray[np.float32], kind: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
+    return np.rint(plane * np.float32(np.iinfo(kind).max)).astype(kind)
 
 
 def output_format(path: str) -> str:
@@ -377,30 +383,70 @@ def check_writable(path: str, overwrite: bool) -> None:
         pass
 
 
-def save(image: Image.Image, path: str, record: Mapping[str, Any] | None = None) -> None:
+def save(image: Image.Image | Picture, path: str, record: Mapping[str, Any] | None = None) -> None:
     """Write the picture under a temporary name and rename it; `-` is standard output (PNG).
 
-    JPEG is written at quality 95 without chroma subsampling; where a format has no alpha, it is left out. `record`, its
-    manifest, goes into the picture or, where the format cannot hold it, beside it.
+    It is written as `write` does it; where a format has no alpha, it is left out. `record`, its manifest, goes into the
+    picture or, where the format cannot hold it, beside it.
     """
     kind = output_format(path)
-    if kind in _OPAQUE and image.mode == "RGBA":
+    if isinstance(image, Picture) and kind != _DEEP:
+        image = to_pil(image)
+    if isinstance(image, Image.Image) and kind in _OPAQUE and image.mode == "RGBA":
         log.warning("%s holds no transparency: alpha left out", kind)
         image = image.convert("RGB")
-    options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
     embedded = manifest.embed(kind, record)
-    options |= embedded
     if path == "-":
         stream = io.BytesIO()
-        image.save(stream, kind, **options)
+        write(image, stream, kind, **embedded)
         sys.stdout.buffer.write(stream.getvalue())
         sys.stdout.buffer.flush()
         return
     with atomic(Path(path)) as temporary:
-        image.save(temporary, kind, **options)
+        write(image, temporary, kind, **embedded)
     if record is not None and not embedded:
         with atomic(manifest.beside(path)) as temporary:
             temporary.write_text(json.dumps(record, indent=1))
+
+
+def write(image: Image.Image | Picture, target: Path | BinaryIO, kind: str, **options: Any) -> None:
+    """Write the picture to a file in one of the FORMATS, with `options` of Pillow's `save`.
+
+    JPEG has quality 95 without chroma subsampling, WebP quality 95; TIFF holds a `Picture` in 16 bits a channel. What
+    can hold it carries an sRGB profile, so that no screen or press has to guess the colours.
+    """
+    if isinstance(image, Picture):
+        if kind == _DEEP:
+            _write_deep(image, target)
+            return
+        image = to_pil(image)
+    own: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    image.save(target, kind, **own | {"icc_profile": _srgb()} | options)
+
+
+def _write_deep(picture: Picture, target: Path | BinaryIO) -> None:
+    import tifffile
+
+    planes = picture.rgb if picture.alpha is None else np.dstack((picture.rgb, picture.alpha))
+    tifffile.imwrite(
+        target,
+        _levels(planes, np.uint16),
+        photometric="rgb",
+        extrasamples=() if picture.alpha is None else ("unassalpha",),
+        compression="zlib",
+        predictor=True,
+        iccprofile=_srgb(),
+        metadata=None,
+        software=False,
+    )
+
+
+@functools.cache
+def _srgb() -> bytes:
+    """The ICC profile of sRGB, without the time it was made at: the same picture is the same bytes."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    return bytes(profile)
 
 
 @contextlib.contextmanager

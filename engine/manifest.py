@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -42,18 +43,26 @@ _SHAPE = {  # of a manifest that can be replayed: types, keys of objects, [shape
 _LIBRARIES = ("torch", "numpy", "numba", "pillow")
 
 
-def inputs(config: Config, masks: list[str | tuple[str, str]] | None, freeze: str | None) -> dict[str, Any]:
+def inputs(config: Config, masks: Any, freeze: Any) -> dict[str, Any]:
     """The part of a manifest that is to be made when the run begins: options, masks, and the sha256 of files they name.
 
-    `masks` and `freeze` are as in a call, of file names.
+    `masks` and `freeze` are as in a call; what is no file of them cannot be replayed.
     """
     files: dict[str, str] = {}
+    if masks is not None:
+        pairs = masks if isinstance(masks, list | tuple) else [masks]
+        masks = [pair[0] if isinstance(pair, list | tuple) and pair[1] is None else pair for pair in pairs]
     return {
         "options": asdict(config) | {"init": _portable(config.init, files, STARTS)},
         "masks": _portable(masks, files, _ALPHA),
         "freeze": _portable(freeze, files, _ALPHA),
         "files": files,
     }
+
+
+def named(source: Any) -> tuple[str | None, str]:
+    """(name of its file, sha256) of a loaded picture or of style targets, which have no name."""
+    return getattr(source, "name", None), source.digest
 
 
 def describe(
@@ -178,10 +187,12 @@ def _portable(value: Any, files: dict[str, str], words: Sequence[str]) -> Any:
 
     Their sha256 goes into `files`, or nothing for a name that does not tell which file it was.
     """
-    if value is None or value in words:
-        return value
-    if not isinstance(value, str):
+    if isinstance(value, list | tuple):
         return [_portable(each, files, words) for each in value]
+    if value is None or (isinstance(value, str) and value in words):
+        return value
+    if not isinstance(value, str | os.PathLike):  # an array, say
+        return files.setdefault("", "")
     path = Path(value)
     name = f"./{path.name}" if path.name in words else path.name
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""  # a pipe is read only once
@@ -197,7 +208,8 @@ def _found(value: Any, files: Mapping[str, str], folder: Path, words: Sequence[s
     if not isinstance(value, str):
         return tuple(_found(each, files, folder, words) for each in value)
     if not files.get(value):
-        raise ValueError(f"{value!r} does not tell which file it was, a pipe or one of several: no replay is possible")
+        text = "does not tell which file it was, a pipe or one of several, or was none: no replay is possible"
+        raise ValueError(f"{value!r} {text}")
     path = f"{folder}/{Path(value).name}"  # a Path would make a word of ./alpha
     if hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[value]:
         raise ValueError(f"{path} is not the file of the manifest: its sha256 differs")

@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoint, image, manifest
+from . import checkpoint, image
 from .config import Config
 from .jobs import BREAKS, Job, brief, is_frame, numbered, place, same_file
 
@@ -116,7 +116,7 @@ def paint(
 
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
-    run, inputs = Run(job, config), manifest.inputs(config, job.masks, job.freeze)
+    run = Run(job, config)
     start = saved = time.perf_counter()
     status, message = 0, ""
     kept = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
@@ -135,7 +135,7 @@ def paint(
                 run.rows.append(row | {"seconds": round(now - start, 4), "stages": stages})
                 if given.save_every and step.iteration % given.save_every == 0:
                     with _spared(numbered(job.out, step.iteration)) as path:
-                        image.save(step.image, path)
+                        image.save(step.picture, path)
                 interrupted = asked() or (stop is not None and stop.is_set())
                 if step.iteration == step.total:
                     continue  # there is nothing left to interrupt
@@ -154,9 +154,7 @@ def paint(
             status, message = 1, brief(error)
     if run.last is not None and not (status and whole_only):
         losses = [(row["iteration"], row["loss"]) for row in run.rows]
-        seconds = time.perf_counter() - start
-        record = describe(stylizer, config, job, inputs, losses, seconds, run.last)
-        image.save(run.last.image, job.out, record)
+        image.save(run.last.picture, job.out, run.last.manifest(losses, time.perf_counter() - start))
         message = message and f"{message}; the picture so far is in {job.out}"
         if status and kept:
             message += f", and --resume {given.checkpoint} goes on"
@@ -223,32 +221,6 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str, clock: 
             bar.bar_format = _BAR.replace("{remaining}", "?" if left is None else tqdm.format_interval(left))
             bar.update()
             yield step
-
-
-def describe(
-    stylizer: Stylizer,
-    config: Config,
-    job: Job,
-    inputs: Mapping[str, Any],
-    losses: Sequence[tuple[int, float]],
-    seconds: float,
-    last: Step,
-) -> dict[str, Any]:
-    """The manifest of the run of a job whose sources are loaded, up to its step `last`; see `manifest.describe`."""
-    engine = {"device": stylizer.device, "precision": last.precision, "weights": stylizer.weights_name}
-    engine["sha256"] = stylizer.weights_digest(config.layers)
-    if last.precision != stylizer.precision:
-        engine["began"] = stylizer.precision  # and fell back
-    content, *styles = (named(source) for source in (job.content, *job.styles))
-    used = [each for each in styles if each is not None]
-    return manifest.describe(inputs, content, used, engine, losses, seconds, last.total)
-
-
-def named(source: Any) -> tuple[str | None, str] | None:
-    """(name of its file, sha256) of a picture or of style targets, which have no name; None for none."""
-    if source is None:
-        return None
-    return (source.name if isinstance(source, image.Picture) else None), source.digest
 
 
 def check_plot(path: str) -> None:

@@ -31,7 +31,8 @@ def _by_square(layers: Sequence[str], weight: float) -> dict[str, Any]:
     }
 
 
-CAFFE = ("gatys2016", "neural-style")  # made for files of the caffe networks; the others for `imagenet`
+# Made for files of the caffe networks; the others for `imagenet`.
+CAFFE = ("gatys2016", "gatys-pytorch", "neural-style", "neural-style-pt")
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Gatys, Ecker, Bethge, CVPR 2016: alpha 1/2 sum (F - P)^2 + beta sum_l w_l D_l / 4 with w_l = 1/5, alpha / beta =
     # 1e-3, from white noise. It does not say how many iterations; 500 are those of the first author's own release.
@@ -50,6 +51,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scales": 1,
         "iterations": 500,
     },
+    # Gatys' PytorchNeuralStyleTransfer: c + 1e3 sum_l D_l / C_l^2, 500 evaluations and then 200 at a larger size,
+    # as its notebook has it. Network: its `vgg_conv.pth`, or another file of the caffe VGG-19.
+    "gatys-pytorch": {
+        **_by_square(_BLOCKS, 1e3),
+        "content_weight": 1.0,
+        "content_layers": ("relu4_2",),
+        "padding": "zero",
+        "pooling": "max",
+        "init": "content",
+        "optimizer": "lbfgs",
+        "clamp": False,
+        "scales": 2,
+        "iterations": (500, 200, "..."),
+    },
     # neural-style (Johnson 2015): 5 c + 100 sum_l D_l / C_l^2, pixels in 0-256, and the gradient of
     # 1e-3 / 2 sum d^2 over the block of pixels with both neighbours (its printed loss leaves that term out).
     # Network: a file of the caffe VGG-19.
@@ -60,6 +75,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "tv_weight": 1e-3 / 2 * 256**2,
         "tv_form": "block",
         "pixel_range": "0-256",
+        "padding": "zero",
+        "pooling": "max",
+        "init": "noise",
+        "optimizer": "lbfgs",
+        "clamp": False,
+        "scales": 1,
+        "iterations": 1000,
+    },
+    # neural-style-pt: 5 c + 100 sum_l D_l / C_l^2 + 1e-3 sum |d|, pixels in 0-255. Network: a file of the caffe VGG-19.
+    "neural-style-pt": {
+        **_by_square(_BLOCKS, 100),
+        "content_weight": 5.0,
+        "content_layers": ("relu4_2",),
+        "tv_weight": 1e-3 * 255,
+        "tv_power": 1.0,
+        "tv_form": "sum",
+        "pixel_range": "0-255",
         "padding": "zero",
         "pooling": "max",
         "init": "noise",

@@ -11,7 +11,7 @@ from typing import Any
 from . import image, manifest
 from .config import Config
 from .jobs import Job
-from .painting import load, named
+from .painting import load
 from .stylizer import Stylizer
 
 log = logging.getLogger(__name__)
@@ -32,21 +32,29 @@ def read(path: str) -> dict[str, Any]:
     return manifest.parse(text, path)
 
 
+def sources(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Where content and styles of a manifest should be: by their names in `folder`. Raises ValueError without names."""
+    wanted = _pictures(record)
+    if any(each and each["name"] is None for each in wanted):
+        raise ValueError("the manifest's pictures came without names: give CONTENT and STYLE, or --demo")
+    return ["none" if each is None else str(folder / Path(each["name"]).name) for each in wanted]
+
+
+def _pictures(record: Mapping[str, Any]) -> list[Any]:
+    return [record["content"], *(record["styles"] or [None])]
+
+
 def inputs(record: Mapping[str, Any], folder: Path, sources: Sequence[Any], out: str) -> tuple[Config, Job]:
-    """Options and job of a manifest; pictures come from `sources`, or by their names from `folder`.
+    """Options and job of a manifest, with the pictures from `sources`; other files by their names from `folder`.
 
     Raises ValueError if a picture or another file is not that of the manifest, OSError if it is not there.
     """
-    wanted = [record["content"], *(record["styles"] or [None])]
-    if not sources:
-        if any(each and each["name"] is None for each in wanted):
-            raise ValueError("the manifest's pictures came without names: give CONTENT and STYLE, or --demo")
-        sources = ["none" if each is None else str(folder / Path(each["name"]).name) for each in wanted]
+    wanted = _pictures(record)
     if len(sources) != len(wanted):
         raise ValueError(f"the manifest has {len(wanted) - 1} styles, {len(sources) - 1} are given")
     loaded = [load(source) for source in sources]
     for i, (each, own) in enumerate(zip(loaded, wanted, strict=True)):
-        name, digest = named(each) or (None, None)
+        name, digest = (None, None) if each is None else manifest.named(each)
         if digest != (own and own["sha256"]):
             kind = f"style {i}" if i else "the content"
             raise ValueError(f"{name or 'the picture'} is not {kind} of the manifest: its sha256 differs")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +27,9 @@ class Step:
 
     `scale` is the long side in pixels; `iteration` counts from 1 over the whole run, `total` is the last one as far as
     is known: a scale that stops early makes it smaller. `precision` is that of the network, which may fall back once in
-    a run. `loss`, that of this iteration, and `image`, the best picture of this scale so far (the average of its
-    pictures with `Config.average`), are converted when they are asked for, by the thread that takes the steps: a GPU
-    works ahead, and asking waits for it.
+    a run. `loss`, that of this iteration, and `picture` and `image`, the best picture of this scale so far (the average
+    of its pictures with `Config.average`), are converted when they are asked for, by the thread that takes the steps: a
+    GPU works ahead, and asking waits for it.
     """
 
     scale: int
@@ -40,6 +41,7 @@ class Step:
     _config: Config = field(repr=False)
     _freeze: Mask | None = field(repr=False)
     _checkpoint: Callable[[], Checkpoint] = field(repr=False)
+    _describe: Callable[..., dict[str, Any]] = field(repr=False)
 
     @property
     def loss(self) -> float:
@@ -52,8 +54,8 @@ class Step:
         return self._iterate.stages
 
     @property
-    def image(self) -> Image.Image:
-        """The best (or the average) picture of this scale so far, RGB or (if the content has alpha) RGBA."""
+    def picture(self) -> images.Picture:
+        """The best (or the average) picture of this scale so far in float32, with the content's alpha if it has one."""
         alpha, pixels = self._content.alpha, self._iterate.best
         own = self._config
         if alpha is not None:
@@ -62,10 +64,22 @@ class Step:
         shown = colour.finish(own.colour, images.from_tensor(pixels), self._content, own.tile)
         if self._freeze is not None:
             shown = restored(shown, self._content, self._freeze, own.tile)
-        return images.to_pil(images.to_tensor(shown), alpha)
+        return replace(shown, alpha=alpha, name=None)
+
+    @property
+    def image(self) -> Image.Image:
+        """The `picture` in 8 bits, RGB or (if the content has alpha) RGBA."""
+        return images.to_pil(self.picture)
+
+    def manifest(self, losses: Sequence[tuple[int, float]], seconds: float) -> dict[str, Any]:
+        """What the picture so far was made of, as JSON: see `engine.manifest`.
+
+        `losses` are the (iteration, loss) of the run up to here, of which some are kept, `seconds` what it took.
+        """
+        return self._describe(losses, seconds, self.precision, self.total)
 
     def checkpoint(self, note: Any = None) -> bytes:
-        """The run so far, for `Stylizer.steps(.., resume=..)`: 1.2 kB a pixel with L-BFGS (GPU: 0.3), else 60 bytes.
+        """The run so far, for `Stylizer.steps(.., resume=..)`: 1.2 kB a pixel with L-BFGS (GPU: 0.3), else 48 bytes.
 
         To be called before the next step is asked for, or after the iterator was closed at this step; raises
         RuntimeError later, when the optimiser has moved on. On a GPU it waits for the iterations under way. `note`, of
@@ -76,11 +90,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: the picture, the last step, and (scale, loss, seconds since the start) of each iteration."""
+    """A finished run.
+
+    `image` is the picture in 8 bits (`last.picture` has it in float32), `last` the last step, `trace` holds scale, loss
+    and seconds since the start of each iteration, `manifest` what the picture was made of: see `engine.manifest`.
+    """
 
     image: Image.Image
     last: Step
     trace: tuple[tuple[int, float, float], ...]
+    manifest: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the picture with its manifest, as `python -m engine.stylize` does: see `engine.image.save`.
+
+        Raises ValueError for a suffix or a size that no format has, or a file that is there (unless `overwrite`),
+        OSError where none can be written.
+        """
+        images.check_output(str(path), overwrite)
+        images.check_size(str(path), self.image.size)
+        images.save(self.last.picture, str(path), self.manifest)
 
 
 @dataclass(frozen=True)

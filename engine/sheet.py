@@ -16,7 +16,7 @@ from . import image, manifest
 from .config import Config, options
 from .export.commands import choice
 from .jobs import BREAKS, Job, brief
-from .painting import Clock, begin, describe, progress, size
+from .painting import Clock, begin, progress, size
 from .stylizer import Stylizer
 
 _CELL, _GAP, _LINE = 384, 8, 18  # pixels: longest side of a cell, gap, height of a line of text
@@ -76,10 +76,9 @@ def make(
         for i, (labels, config) in enumerate(cells):
             start, losses, name = time.perf_counter(), [], ", ".join(labels)
             try:
-                inputs = manifest.inputs(config, job.masks, job.freeze)
                 for step in progress(begin(stylizer, job, config), given, name, Clock(job, config)):
                     losses.append((step.iteration, step.loss))
-                record = describe(stylizer, config, job, inputs, losses[-1:], time.perf_counter() - start, step)
+                record = step.manifest(losses[-1:], time.perf_counter() - start)
                 picture = step.image
             except (*BREAKS, ValueError, TypeError) as error:
                 if not made and isinstance(error, ValueError | TypeError):

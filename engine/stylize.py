@@ -24,6 +24,7 @@ from .export.commands import Parser, choice, install_line, wrong_file
 from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
 from .presets import PRESETS, check_weights
 
+_CHECKPOINT_EVERY = 60.0  # seconds
 _NAME = "engine.stylize"
 _LOGGER = logging.getLogger("engine")
 
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--overwrite", action="store_true", help="replace OUT and what is written beside it")
     group.add_argument("--checkpoint", metavar="FILE", help="keep the run here, to be resumed; removed when it is done")
     group.add_argument(
-        "--checkpoint-every", metavar="S", type=float, default=60.0, help="seconds between checkpoints (default 60)"
+        "--checkpoint-every", metavar="S", type=float, help=f"seconds between checkpoints (default {_CHECKPOINT_EVERY})"
     )
     group.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same pictures and options")
     group.add_argument(
@@ -186,28 +187,32 @@ def _run(given: argparse.Namespace) -> int:
         from . import batches
 
         jobs = product(given.contents, given.style_list, given.out)
-        _warn_of_idle(given, [config], content=True, style=True)
+        _warn_of_idle(given, [config], content=True, styles=1)
         status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
         return fail(_NAME, status, message) if status else 0
-    if not given.forecast:
-        _check_files(given, sources)
+    record = None
     if given.replay:
         from . import replay
 
         record, folder = replay.read(given.replay), Path(given.replay).parent
+        sources = sources or replay.sources(record, folder)
         config, job = replay.inputs(record, folder, sources, given.out)
         replay.take_engine(record, folder, given)
     else:
-        job = painting.loaded(Job(sources[0], tuple(sources[1:]), given.out, _masks(given.mask), given.freeze))
-        record = None
+        job = Job(sources[0], tuple(sources[1:]), given.out, _masks(given.mask), given.freeze)
+    besides = _files(job.masks, job.freeze, config.start_file)
+    if not given.forecast:
+        _check_files(given, [*_files(*sources), *besides])
+    if not given.replay:
+        job = painting.loaded(job)
 
     from . import sheet
     from .stylizer import Stylizer
 
     grid = sheet.axes(given.grid, _parse) if given.grid else []
     cells = sheet.configs(config, grid)  # before the weights are read: mistakes in the values are told now
-    kinds = {"content": job.content is not None, "style": job.style is not None}
-    _warn_of_idle(given, [each for _, each in cells], [name for name, _ in grid], **kinds)
+    content, styles, axes = job.content is not None, len(job.style or ()), [name for name, _ in grid]
+    _warn_of_idle(given, [each for _, each in cells], axes, content=content, styles=styles)
     stylizer = Stylizer(given.weights, given.device, given.precision, keep_networks=len(cells) > 1)
     if given.preset:
         check_weights(given.preset, stylizer.weights_kind)
@@ -218,7 +223,8 @@ def _run(given: argparse.Namespace) -> int:
 
         print(forecast(stylizer, job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
-    _warn_of_memory(given, stylizer, job, [each for _, each in cells])
+    if not any(each == "-" or (Path(each).exists() and not Path(each).is_file()) for each in besides):  # pipes
+        _warn_of_memory(stylizer, job, [each for _, each in cells])
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if grid:
@@ -229,22 +235,20 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _warn_of_idle(
-    given: argparse.Namespace, configs: Sequence[Config], axes: Sequence[str] = (), *, content: bool, style: bool
+    given: argparse.Namespace, configs: Sequence[Config], axes: Sequence[str] = (), *, content: bool, styles: int
 ) -> None:
     """Name the options that were given, or are `axes` of a grid, and have no effect in any of the `configs`."""
-    first, *others = (config.idle(content=content, style=style) for config in configs)
+    first, *others = (config.idle(content=content, styles=styles) for config in configs)
     for name, reason in first.items():
         if (name in axes or hasattr(given, name)) and all(name in other for other in others):
             _LOGGER.warning("%s has no effect: %s", _flag(name), reason)
 
 
-def _warn_of_memory(given: argparse.Namespace, stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
+def _warn_of_memory(stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
     """Say so where a run is forecast to take more memory than there is."""
     from .forecast import DEVICES, available, forecast, short
 
-    read = _pictures(given, ())
-    once = any(each == "-" or (Path(each).exists() and not Path(each).is_file()) for each in read)  # pipes
-    if stylizer.device in DEVICES and not once:
+    if stylizer.device in DEVICES:
         sources = {"masks": job.masks, "freeze": job.freeze}
         needed = max(forecast(stylizer, job.content, job.style, each, **sources).total for each in configs)
         left = available(stylizer.device)
@@ -271,6 +275,10 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError("--shard and --jobs are for --contents")
     if given.jobs < 1:
         raise ValueError(f"--jobs {given.jobs}: give a number from 1")
+    if given.checkpoint_every is None:
+        given.checkpoint_every = _CHECKPOINT_EVERY
+    elif not given.checkpoint:
+        raise ValueError("--checkpoint-every is for --checkpoint: give that too")
     if not given.checkpoint_every >= 0:
         raise ValueError(f"--checkpoint-every {given.checkpoint_every}: give seconds, from 0")
     choice("--progress", given.progress, ("auto", "none", "json"))
@@ -296,13 +304,15 @@ def _masks(given: list[str] | None) -> list[Any] | None:
     return found
 
 
-def _pictures(given: argparse.Namespace, sources: Sequence[Any]) -> list[str]:
-    """All that a run of `sources` reads as pictures."""
-    masks = [part for mask in _masks(given.mask) or () for part in ([mask] if isinstance(mask, str) else mask)]
-    return [each for each in (*sources, *masks, given.freeze, getattr(given, "init", None)) if isinstance(each, str)]
+def _files(*sources: Any) -> list[str]:
+    """The names of files among what a run reads as pictures, and in lists of it."""
+    found = []
+    for each in sources:
+        found += [each] if isinstance(each, str) else _files(*each) if isinstance(each, list | tuple) else []
+    return found
 
 
-def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
+def _check_files(given: argparse.Namespace, pictures_read: Sequence[str]) -> None:
     """Raise ValueError or OSError if a file that is to be written cannot be, or is there or needed already."""
     from . import image, painting
 
@@ -310,7 +320,7 @@ def _check_files(given: argparse.Namespace, sources: Sequence[Any]) -> None:
     resumed = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     names = ("trace", "plot", "save_targets", "checkpoint")
     own = {_flag(name): getattr(given, name) for name in names if getattr(given, name)}
-    needed = [*_pictures(given, sources), *([given.replay] if given.replay else [])]
+    needed = [*pictures_read, *([given.replay] if given.replay else [])]
     replaced = needed
     if given.overwrite:  # they are read before OUT takes their place
         replaced = [each for each in replaced if not any(same_file(each, path) for path in pictures)]
@@ -397,7 +407,7 @@ def _sources(given: argparse.Namespace) -> list[Any]:
             raise ValueError("none stands for all styles: give it alone")
         if Path(given.content).suffix == ".safetensors":
             raise ValueError(f"{given.content} is no picture: style targets take the place of a STYLE")
-    if _pictures(given, sources).count("-") > 1:
+    if _files(*sources, _masks(given.mask), given.freeze, getattr(given, "init", None)).count("-") > 1:
         raise ValueError("only one picture can come from standard input")
     if given.out is None and not given.forecast:
         raise ValueError("give the picture to write with -o OUT")

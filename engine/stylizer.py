@@ -5,30 +5,27 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import colour, kernels, provider
+from . import colour, kernels, manifest, provider
 from . import image as images
 from .cache import Cache
 from .checkpoint import Checkpoint
 from .checkpoint import load as load_checkpoint
 from .config import Config
 from .export import vgg
-from .export.weights import Weights
-from .export.weights import load as load_weights
-from .features import Features, Open, give_back_freed_memory, within
-from .features import network as open_network
+from .features import Features, within
 from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
+from .networks import Networks
 from .optimize import Iterate, Stall, State, minimise
 from .regions import Mask, frozen, guide, statistic_of
 from .result import Result, Score, Step
@@ -41,18 +38,6 @@ _T = TypeVar("_T")
 # Bytes kept for later runs, $STYLIZE_CACHE_BYTES: style targets, 2.4 MB a scale with the default layers; and networks,
 # 0.8 kB a pixel in fp16, but on `cpu`.
 _CACHE, _NETWORK_CACHE = 2**28, 2**32
-
-
-@dataclass(frozen=True)
-class _Network:
-    """An open network: its convolutions, whether it pools by maximum, its weights' name, kind and digests by depth."""
-
-    depth: int
-    with_max: bool
-    name: str
-    kind: str
-    digests: tuple[str, ...]
-    open: Open
 
 
 class Stylizer:
@@ -83,10 +68,7 @@ class Stylizer:
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()
-        self._source = weights
-        self._lock = threading.RLock()
-        self._opened: _Network | None = None
-        self._digests: tuple[str, ...] = ()
+        self._network = Networks(weights, self.device, self._threads)
         # On a CPU they open in milliseconds: better to give the memory back.
         self.keeps_networks = keep_networks and self.device != "cpu"
         self._cache = Cache(images.limit("STYLIZE_CACHE_BYTES", _CACHE if self.device == "cpu" else _NETWORK_CACHE))
@@ -126,7 +108,8 @@ class Stylizer:
         trace = []
         for step in self.steps(content, style, config, masks=masks, freeze=freeze):
             trace.append((step.scale, step.loss, time.perf_counter() - start))
-        return Result(step.image, step, tuple(trace))
+        losses = [(iteration, loss) for iteration, (_, loss, _) in enumerate(trace, 1)]
+        return Result(step.image, step, tuple(trace), step.manifest(losses, time.perf_counter() - start))
 
     def steps(
         self,
@@ -145,7 +128,8 @@ class Stylizer:
         iterator advances. Raises ValueError for a checkpoint that is damaged or of other pictures, options, weights,
         device or precision.
         """
-        given = load_goal(content, style, config or Config(), masks, freeze)
+        asked = config or Config()
+        given = load_goal(content, style, asked, masks, freeze)
         config = given.config
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
@@ -159,7 +143,8 @@ class Stylizer:
         resumed = None if resume is None else self._resumed(resume, identity)
         if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
             raise ValueError("the run of the checkpoint is finished")
-        return self._run(picture, given.coloured(), start, schedule, identity, resumed)
+        describe = functools.partial(self._manifest, given, manifest.inputs(asked, masks, freeze))
+        return self._run(picture, given.coloured(), start, schedule, identity, resumed, describe)
 
     def evaluate(
         self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
@@ -212,6 +197,7 @@ class Stylizer:
         schedule: list[tuple[int, int]],
         identity: Callable[[], dict[str, Any]],
         resumed: Checkpoint | None,
+        describe: Callable[..., dict[str, Any]],
     ) -> Iterator[Step]:
         """The run; `content` is what was given, `goal` what the objective sees."""
         config = goal.config
@@ -248,7 +234,7 @@ class Stylizer:
                         behind = index, iteration, iterate, counts, stall
                         save = functools.partial(_checkpoint, identity, precision, *behind)
                         shown = content, config, goal.freeze
-                        yield Step(scale, iteration, sum(counts), precision, iterate, *shown, save)
+                        yield Step(scale, iteration, sum(counts), precision, iterate, *shown, save, describe)
                         if stops:
                             iterate.release()
                             break
@@ -264,6 +250,24 @@ class Stylizer:
         options = asdict(config) | {"init": config.init if start is None else start.digest}
         own = {"weights": self.weights_digest(given.layers), "device": self.device}
         return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
+
+    def _manifest(
+        self,
+        given: Goal,
+        inputs: Mapping[str, Any],
+        losses: Sequence[tuple[int, float]],
+        seconds: float,
+        precision: str,
+        total: int,
+    ) -> dict[str, Any]:
+        """The manifest of a run of these pictures as far as it came, at this precision: see `manifest.describe`."""
+        engine = {"device": self.device, "precision": precision, "weights": self.weights_name}
+        engine["sha256"] = self.weights_digest(given.config.layers)
+        if precision != self.precision:
+            engine["began"] = self.precision  # and fell back
+        content = None if given.content is None else manifest.named(given.content)
+        styles = [manifest.named(style) for style in given.styles]
+        return manifest.describe(inputs, content, styles, engine, losses, seconds, total)
 
     def _resumed(self, data: bytes, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
         """The checkpoint, checked; it may be of a run that fell back to fp32."""
@@ -453,32 +457,6 @@ class Stylizer:
     ) -> Features:
         spec, network = self._spec(size, layers, config, padding, precision), self._network(layers, config.pooling)
         return network.open(spec, forward_only=forward_only, pixel_range=config.pixel_range)
-
-    def _network(self, layers: tuple[str, ...], pooling: str = "avg") -> _Network:
-        """The network down to the deepest of `layers`, made anew only for what it cannot do yet."""
-        depth, with_max = len(vgg.cut(layers)), pooling == "max"
-        with self._lock:
-            had = (self._opened.depth, self._opened.with_max) if self._opened else (0, False)
-            if had[0] < depth or had[1] < with_max:
-                self._opened = None  # before the new one is made: they need not stand side by side
-                depth, with_max = max(had[0], depth), had[1] or with_max
-                layers = vgg.LAYERS[:depth]
-                weights = load_weights(self._source, layers)
-                self._check_same(weights, depth)
-                opener = open_network(weights, layers, self.device, self._threads, with_max=with_max)
-                self._opened = _Network(depth, with_max, weights.name, weights.kind, weights.digests, opener)
-                del weights
-                give_back_freed_memory()
-            assert self._opened
-            return self._opened
-
-    def _check_same(self, weights: Weights, depth: int) -> None:
-        """Raise ValueError if the weights are not those that were loaded before, which made what is cached."""
-        self._source = weights.name if self._source == "auto" else self._source
-        digests = weights.digests[:depth]
-        if any(ours != theirs for ours, theirs in zip(self._digests, digests, strict=False)):
-            raise ValueError(f"weights {weights.name} have changed since they were loaded: start afresh")
-        self._digests = max(self._digests, digests, key=len)
 
 
 def _checkpoint(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .image import atomic
 
-_FORMAT = "style targets 2"
+_FORMAT = "style targets 3"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Targets:
                 tensors[f"{side}.{layer}.matrix"] = each.matrix.cpu()[rows, columns].contiguous()
                 tensors[f"{side}.{layer}.mean"] = each.mean.cpu().contiguous()
         with atomic(Path(path)) as temporary:
-            about = {"format": _FORMAT, "made_for": json.dumps(dict(self.made_for))}
+            about = {"format": _FORMAT, "made_for": json.dumps(dict(self.made_for)), "sha256": self.digest}
             temporary.write_bytes(save(tensors, about))
 
     @staticmethod
@@ -97,11 +97,13 @@ class Targets:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a file of style targets")
+                    raise ValueError(f"its format is not {_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            made_for = json.loads(metadata["made_for"])
-            return Targets(made_for, _unpack(tensors))
-        except (SafetensorError, KeyError, json.JSONDecodeError, IndexError, RuntimeError) as error:
+            found = Targets(dict(json.loads(metadata["made_for"])), _unpack(tensors))
+            if found.digest != metadata["sha256"]:
+                raise ValueError("its sha256 differs")
+            return found
+        except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a file of style targets, or damaged ({error})") from error
 
     def at(self, side: int, layers: Sequence[str], made_for: Mapping[str, str]) -> Statistics:

@@ -185,6 +185,16 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--mask", "{content}:{missing}"], "No such file"),
     (["{content}", "{missing}.safetensors", "-o", "{out}"], "No such file"),
     (["{content}", "{style}", "--demo"], "leave CONTENT"),
+    (["{content}.safetensors", "{style}", "-o", "{out}"], "style targets take the place of a STYLE"),
+    (
+        ["--contents", "{content}", "--styles", "{style}", "-o", "{out}s", "--demo"],
+        "leave CONTENT, STYLE and --demo out",
+    ),
+    (["{content}", "{style}", "-o", "-", "--save-every", "5"], "not a pipe"),
+    (["{content}", "{style}", "-o", "{out}", "--checkpoint-every", "5"], "--checkpoint-every is for --checkpoint"),
+    (["{content}", "{style}", "-o", "{out}", "--style-scale", "64"], "give less"),
+    (["{content}", "{style}", "-o", "{out}", "--grid", "seed=1,2", "seed=3"], "names seed twice"),
+    (["{content}", "{style}", "-o", "{out}", "--grid", "seed=" + ",".join(map(str, range(401)))], "more than 400"),
 ]
 
 
@@ -292,6 +302,12 @@ def refuse(*given, **options):
         (["--grid", "seed=1,2", "tv-power=1,2"], ["--seed", "--tv-power"]),
         (["--grid", "init=content,noise", "seed=1,2", "tv-weight=0,1", "--tv-power", "1"], []),
         (["--preset", "pystiche"], []),
+        (["--content-weight", "0", "--content-layers", "relu1_1", "--content-loss", "sum"],
+         ["--content-layers", "--content-loss"]),
+        (["--style-weight", "0", "--style-layers", "relu1_1", "--style-size", "64"],
+         ["--style-layers", "--style-size"]),
+        (["--style-blend", "3"], ["--style-blend"]),
+        (["--tile", "--padding", "reflect"], []),
     ],
 )  # fmt: skip
 def test_options_without_effect_are_named(pair, caplog, monkeypatch, arguments, told):
@@ -304,13 +320,14 @@ def test_options_without_effect_are_named(pair, caplog, monkeypatch, arguments, 
     ("sources", "told"),
     [
         (("none", "style"), ["--content-weight", "--content-layers"]),
-        (("content", "none"), ["--style-weight", "--style-layers", "--style-size", "--style-blend"]),
+        (("content", "none"), ["--style-weight", "--style-layers", "--style-size", "--style-blend", "--padding"]),
     ],
 )
 def test_weights_of_what_is_not_there_are_named(pair, caplog, monkeypatch, sources, told):
     monkeypatch.setattr("engine.stylizer.Stylizer", refuse)
     own = [each if each == "none" else pair[each == "style"] for each in sources]
     own += ["--style-blend", "1"] if sources[1] == "none" else []
+    own += ["--tile", "--padding", "zero"]
     own += ["--content-weight", "2", "--content-layers", "relu1_1", "--style-weight", "2", "--style-layers", "relu1_1"]
     assert stylize.main([*own, "--style-size", "64", "--init", "noise", "--seed", "1", "-o", pair[2]]) == 1
     assert [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message] == told

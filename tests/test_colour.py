@@ -244,6 +244,17 @@ def test_match_optimises_with_the_matched_style(stylizer, pictures, name):
     assert score.loss == stylizer.evaluate(content, content, match(style, content)).loss
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_targets_stay_in_their_place_beside_pictures(stylizer, pictures, first):
+    config = dataclasses.replace(TINY, colour="keep-after")
+    content, one, other = pictures["content"], pictures["style"], pictures["style"][::-1] // 2
+    mixed = [stylizer.targets(one, config), other] if first else [one, stylizer.targets(other, config)]
+    config = dataclasses.replace(config, style_blend=(3, 1))
+    expected = stylizer(content, [one, other], config).image.tobytes()
+    assert stylizer(content, mixed, config).image.tobytes() == expected
+    assert stylizer(content, mixed[::-1], config).image.tobytes() != expected
+
+
 def test_alpha_comes_back_and_an_invisible_content_is_a_mistake(stylizer, pictures):
     alpha = np.full((40, 56), 200, np.uint8)
     content = Image.fromarray(np.dstack([pictures["content"], alpha]))

@@ -21,6 +21,12 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
     ("options", "error", "words"),
     [
         ({"size": 31}, ValueError, "from 32"),
+        ({"size": (64, 64, 3)}, ValueError, "width and height"),
+        ({"size": (64, 31)}, ValueError, "from 32"),
+        ({"style_scale": 2, "style_size": 64}, ValueError, "exclude each other"),
+        ({"style_scale": 0.001}, ValueError, "from 1/64 to 64"),
+        ({"style_scale": 65}, ValueError, "from 1/64 to 64"),
+        ({"style_blend": 3}, TypeError, "tuple of numbers"),
         ({"size": "orignal"}, ValueError, "original or a number"),
         ({"size": 2.5}, TypeError, "whole number"),
         ({"size": True}, TypeError, "whole number"),
@@ -64,6 +70,15 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
 def test_mistakes_are_named(options, error, words):
     with pytest.raises(error, match=words):
         Config(**options)
+
+
+def test_whole_numbers_are_taken_for_real_ones():
+    numbers = [option.name for option in dataclasses.fields(Config) if isinstance(option.default, float)]
+    assert {"learning_rate", "content_weight", "tv_power"} <= set(numbers)
+    config = Config(
+        **{name: np.float64(1) if name == "tv_weight" else 1 for name in numbers if name != "average"}, average=0
+    )
+    assert {type(getattr(config, name)) for name in numbers} == {float}
 
 
 def test_layers_in_every_form_have_one_normal_form():

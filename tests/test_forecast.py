@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,19 @@ def test_what_takes_more_is_forecast_to_take_more(stylizer, pictures):
     assert total(style_loss="wasserstein") > usual
     assert total(pooling="max") > usual
     assert 3.5 < forecast(stylizer, pictures["content"], pictures["style"], Config(size=512)).total / usual < 4.5
+    width, height = forecast(stylizer, pictures["content"], pictures["style"], Config(size=256)).size
+    assert total(pixel_range="0-255") == usual + 20 * 3 * width * height
+    few = Config(size=64, style_size=1024, iterations=1, scales=1)
+    content, style, plane = pictures["content"], pictures["style"], np.ones((40, 56), np.float32)
+    saved = stylizer.targets(style, replace(few, style_size=64)), replace(few, style_size=64)
+    assert "network of the style" in forecast(stylizer, content, style, few).parts
+    assert "network" in forecast(stylizer, content, *saved).parts
+    regions = forecast(stylizer, content, [style, style], Config(size=256), masks=[plane, 1 - plane / 2])
+    assert regions.total > forecast(stylizer, content, [style, style], Config(size=256)).total
+    large = np.zeros((1500, 2000, 3), np.uint8)
+    assert forecast(stylizer, large, style, Config(size=48, colour="match", scales=1)).parts == {
+        "colours": 96 * 3_000_000
+    }
 
 
 def test_on_a_gpu_it_is_what_was_measured_there(on_a_gpu, monkeypatch):

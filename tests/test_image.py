@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,13 @@ def test_icc_profile_is_brought_to_srgb(caplog):
     assert gamma in srgb
     steep = srgb.replace(gamma, struct.pack(">i", 65536))
     assert image.load(png(array, icc_profile=steep)).rgb.mean() > 0.6
+    for mode in ("RGBA", "P"):  # so it is beside alpha and in a palette
+        stream = io.BytesIO()
+        source = Image.fromarray(colour()).quantize(8) if mode == "P" else Image.fromarray(colour()).convert(mode)
+        source.save(stream, "PNG", icc_profile=steep)
+        expected = image.load(png(np.asarray(source.convert("RGB")), icc_profile=steep)).rgb
+        assert np.abs(expected - np.asarray(source.convert("RGB")) / 255).max() > 0.1
+        np.testing.assert_array_equal(image.load(stream.getvalue()).rgb, expected)
     assert not caplog.text
     np.testing.assert_allclose(image.load(png(array, icc_profile=b"broken")).rgb, array / 255, atol=1e-6)
     assert "ICC profile" in caplog.text
@@ -310,6 +318,34 @@ def test_missing_files_and_other_types(tmp_path):
             image.load(np.full((4, 4, 3), bad))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "apart"),
+    [("PPM", {}, 0), ("JPEG2000", {"irreversible": False}, 0), ("AVIF", {"quality": 100, "subsampling": "4:4:4"}, 6)],
+)
+def test_formats_without_a_suffix_to_write(kind, options, apart):
+    smooth = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 1, 3))
+    stream = io.BytesIO()
+    Image.fromarray(smooth).save(stream, kind, **options)
+    np.testing.assert_allclose(image.load(stream.getvalue()).rgb, smooth / 255, atol=(apart + 0.01) / 255)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_moving_pictures_the_first_frame_counts(kind):
+    red, blue = (Image.new("RGB", (20, 20), name) for name in ("red", "blue"))
+    stream = io.BytesIO()
+    red.save(stream, kind, save_all=True, append_images=[blue, blue])
+    found = image.load(stream.getvalue()).rgb
+    assert found[..., 0].min() > 0.97
+    assert found[..., 2].max() < 0.03
+
+
+def test_a_wrong_limit_is_no_damage_of_a_picture(monkeypatch):
+    monkeypatch.setenv("STYLIZE_MAX_PIXELS", "many")
+    for source in (Image.new("RGB", (9, 9)), png(colour())):
+        with pytest.raises(ValueError, match=r"^STYLIZE_MAX_PIXELS 'many'"):
+            image.load(source)
+
+
 def loads_or_is_refused(content):
     try:
         picture = image.load(content)
@@ -398,11 +434,12 @@ def test_tensor_and_back():
     array = colour()
     pixels = image.to_tensor(image.load(array))
     assert pixels.shape == (1, 3, 6, 8)
-    np.testing.assert_array_equal(np.asarray(image.to_pil(pixels)), array)
+    picture = image.from_tensor(pixels)
+    np.testing.assert_array_equal(np.asarray(image.to_pil(picture)), array)
     outside = torch.tensor([-0.5, 0.5, 1.7]).reshape(1, 3, 1, 1)
-    np.testing.assert_array_equal(np.asarray(image.to_pil(outside)), [[[0, 128, 255]]])
+    np.testing.assert_array_equal(np.asarray(image.to_pil(image.from_tensor(outside))), [[[0, 128, 255]]])
     alpha = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
-    back = np.asarray(image.to_pil(pixels, alpha))
+    back = np.asarray(image.to_pil(replace(picture, alpha=alpha)))
     np.testing.assert_allclose(back[..., 3] / 255, alpha, atol=0.5 / 255)
 
 
@@ -413,6 +450,42 @@ def test_save_by_suffix(tmp_path, suffix):
     image.save(Image.fromarray(smooth), str(path))
     np.testing.assert_allclose(np.asarray(Image.open(path).convert("RGB")).astype(int), smooth, atol=6)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("with_alpha", [False, True])
+def test_a_tiff_has_16_bits_a_channel(tmp_path, with_alpha):
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng(0)
+    rgb = rng.random((37, 53, 3)).astype(np.float32)
+    rgb[0, :2] = [[0, 1, 0.5], [1 / 65535, 1 / 255, 0.25]]
+    alpha = rng.random((37, 53)).astype(np.float32) if with_alpha else None
+    for name in ("one.tif", "two.tif"):
+        image.save(image.Picture(rgb, alpha), str(tmp_path / name))
+    assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()
+    found = tifffile.imread(tmp_path / "one.tif")
+    planes = rgb if alpha is None else np.dstack((rgb, alpha))
+    assert found.dtype == np.uint16
+    np.testing.assert_allclose(found / 65535, planes.astype(np.float64), atol=0.501 / 65535)
+    back = image.load(tmp_path / "one.tif")  # another reader, which keeps 8 bits of colour
+    np.testing.assert_allclose(back.rgb, rgb, atol=1.01 / 255)
+    assert (back.alpha is None) == (alpha is None)
+    if alpha is not None:
+        np.testing.assert_allclose(back.alpha, alpha, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_pictures_carry_the_profile_of_srgb(tmp_path, suffix):
+    path = tmp_path / f"out.{suffix}"
+    image.save(image.load(colour()), str(path))
+    with Image.open(path) as picture:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+        assert profile.profile.profile_description.startswith("sRGB")
+        chromaticities = np.array(profile.profile.chromaticity)[:, :2]
+        primaries = [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)]  # IEC 61966-2-1
+        np.testing.assert_allclose(chromaticities, primaries, atol=2e-3)
+        picture.load()
+        if suffix == "png":  # no conversion takes place when it is read
+            np.testing.assert_array_equal(image.load(path).rgb, np.asarray(picture, np.float32) / np.float32(255))
 
 
 def test_jpeg_is_95_without_chroma_subsampling(tmp_path):

@@ -45,6 +45,32 @@ def neural_style(x, content, style, see):
     }
 
 
+def gatys_pytorch(x, content, style, see):
+    """Criteria are means; Gram matrices are divided by the number of positions; weights 1e3 / n^2 by layer."""
+    f, p, a = (see(picture, "max", {"relu4_2", *BLOCKS}) for picture in (x, content, style))
+    total = 0
+    for layer, n in zip(BLOCKS, (64, 128, 256, 512, 512), strict=True):
+        own, wanted = (gram(each[layer], each[layer].shape[1]) for each in (f, a))
+        total = total + 1e3 / n**2 * functional.mse_loss(own, wanted)
+    return {"content": functional.mse_loss(f["relu4_2"], p["relu4_2"]), "style": total}
+
+
+def neural_style_pt(x, content, style, see):
+    """As neural-style, with pixels in 0-255 and the sum of absolute differences."""
+    f, p, a = (see(picture, "max", {"relu4_2", *BLOCKS}) for picture in (x, content, style))
+    total = 0
+    for layer in BLOCKS:
+        own, wanted = (gram(each[layer], each[layer].numel()) for each in (f, a))
+        total = total + 100 * functional.mse_loss(own, wanted)
+    fed = 255 * x
+    across, down = (fed[:, 1:] - fed[:, :-1]).abs().sum(), (fed[1:] - fed[:-1]).abs().sum()
+    return {
+        "content": 5 * functional.mse_loss(f["relu4_2"], p["relu4_2"]),
+        "style": total,
+        "tv": 1e-3 * (across + down),
+    }
+
+
 def pytorch_tutorial(x, content, style, see):
     """Losses stand behind convolutions: conv_4, the fourth, for content, the first five for style."""
     layers = ["conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1"]
@@ -115,7 +141,9 @@ def pystiche(x, content, style, see):
 # Formula, and the naming of the weights that the program takes.
 FORMULAS = {
     "gatys2016": (gatys2016, "caffe"),
+    "gatys-pytorch": (gatys_pytorch, "caffe"),
     "neural-style": (neural_style, "caffe"),
+    "neural-style-pt": (neural_style_pt, "caffe"),
     "pytorch-tutorial": (pytorch_tutorial, "torchvision"),
     "gordicaleksa": (gordicaleksa, "torchvision"),
     "crowsonkb": (crowsonkb, "torchvision"),
@@ -123,8 +151,34 @@ FORMULAS = {
 }
 
 
-def test_every_preset_has_its_formula():
-    assert set(FORMULAS) == set(PRESETS)
+# Start, optimiser, clamp, scales, iterations: of README's table, and of the programs.
+SCHEDULES = {
+    "gatys2016": ("noise", "lbfgs", False, 1, 500),
+    "gatys-pytorch": ("content", "lbfgs", False, 2, (500, 200, "...")),
+    "neural-style": ("noise", "lbfgs", False, 1, 1000),
+    "neural-style-pt": ("noise", "lbfgs", False, 1, 1000),
+    "pytorch-tutorial": ("content", "lbfgs", True, 1, 300),
+    "gordicaleksa": ("content", "lbfgs", False, 1, 1000),
+    "crowsonkb": ("content", "adam", True, "auto", (1000, 500, "...")),
+    "pystiche": ("content", "lbfgs", False, 1, 500),
+}
+
+
+def test_every_preset_has_its_formula_and_its_schedule():
+    assert set(FORMULAS) == set(SCHEDULES) == set(PRESETS)
+    for name, schedule in SCHEDULES.items():
+        own = preset(name)
+        assert (own.init, own.optimizer, own.clamp, own.scales, own.iterations) == schedule
+        assert (own.learning_rate, own.average) == ((0.02, 0.99) if name == "crowsonkb" else (0.03, 0.0))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("options", [{"size": 48}, {"size": 64}, {"scales": 1}, {"scales": "auto"}])
+def test_presets_fit_any_number_of_scales(name, options):
+    schedule = preset(name, **options).schedule(1.4)
+    assert all(count > 0 for _, count in schedule)
+    if name == "gatys-pytorch":
+        assert [count for _, count in schedule] == [500, 200, 200, 200, 200][: len(schedule)]
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))

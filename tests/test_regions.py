@@ -173,6 +173,19 @@ def test_frozen_pixels_are_the_contents_own(stylizer, optimizer):
         stylizer(None, content, config, freeze=freeze)
 
 
+def test_the_word_alpha_freezes_what_the_content_shows(stylizer):
+    alpha = np.zeros((40, 64), np.uint8)
+    alpha[5:20, 8:30] = 255
+    content = Image.fromarray(np.dstack([(255 * noise(40, 64, 1)).astype(np.uint8), alpha]))
+    config = Config(size=64, iterations=3, scales=1, init="noise")
+    one, other = (
+        stylizer(content, noise(40, 40, 2), config, freeze=freeze).image.tobytes() for freeze in ("alpha", alpha / 255)
+    )
+    assert one == other
+    with pytest.raises(ValueError, match="no alpha"):
+        stylizer(content.convert("RGB"), noise(40, 40, 2), config, freeze="alpha")
+
+
 def test_what_is_frozen_fades_into_the_pixels_around_it():
     """By thirds, diagonals too; and is the content's own to the bit."""
     picture, content = (images.load(noise(20, 30, seed)) for seed in (1, 2))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import BackendError, Config, batches, image, manifest, painting, replay, sheet, stylize
+from engine import BackendError, Config, Stylizer, batches, image, manifest, painting, replay, sheet, stylize
 from engine import stylizer as module
 from engine.jobs import Job, product
 
@@ -41,27 +41,27 @@ def pixels(path):
         return np.asarray(picture).copy()
 
 
-def interrupt_at(monkeypatch, iteration):
-    """Ctrl-C while this iteration is handed to the command line."""
+def interrupt_at(monkeypatch, iteration, number=signal.SIGINT):
+    """Ctrl-C, or another signal, while this iteration is handed to the command line."""
     progress = painting.progress
 
     def interrupted(*arguments):
         for step in progress(*arguments):
             if step.iteration == iteration:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             yield step
 
     monkeypatch.setattr(painting, "progress", interrupted)
 
 
-@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, capsys, tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "number"), [("lbfgs", signal.SIGINT), ("adam", signal.SIGTERM)])
+def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, capsys, tmp_path, optimizer, number):
     options = ["c.png", "s.png", *SMALL, "--optimizer", optimizer, "--trace", "trace.json"]
     assert main(*options, "-o", "whole.png") == 0
     whole = json.loads(Path("trace.json").read_text())["steps"]
     Path("trace.json").unlink()
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
+        interrupt_at(patch, 2, number)
         assert main(*options, "-o", "out.png", "--checkpoint", "run.ckpt") == 130
     assert "the picture so far is in out.png, and --resume run.ckpt goes on" in capsys.readouterr().err
     assert replay.read("out.png")["iterations"] == {"done": 2, "total": 4}
@@ -341,11 +341,11 @@ def test_a_replay_takes_the_precision_only_with_its_device(device, found):
 
 
 def test_a_replay_of_a_run_that_fell_back_does_so_again(stylizer, caplog):
-    job, config = painting.loaded(Job(None, ("none",), "out.png")), Config()
-    last = SimpleNamespace(precision="fp32", total=1)
+    config = Config()
+    goal = SimpleNamespace(content=None, styles=(), config=config)
     half = SimpleNamespace(device="cudnn", precision="fp16", weights_name="embedded")
     half.weights_digest = stylizer.weights_digest
-    record = painting.describe(half, config, job, manifest.inputs(config, None, None), [(1, 2.0)], 0, last)
+    record = Stylizer._manifest(half, goal, manifest.inputs(config, None, None), [(1, 2.0)], 0, "fp32", 1)
     given = argparse.Namespace(device="auto", precision="auto", weights="auto")
     replay.take_engine(record, Path(), given)
     assert (given.device, given.precision) == ("cudnn", "auto")
@@ -368,6 +368,98 @@ def test_a_picture_from_a_pipe_is_replayed_from_a_pipe(main, monkeypatch, capsys
     feed()
     assert main("--replay", "out.png", "-", "s.png", "-o", "again.png") == 0
     assert np.array_equal(pixels("out.png"), pixels("again.png"))
+
+
+def test_a_replay_writes_over_nothing_that_it_finds_itself(main, capsys):
+    shutil.copy("d.png", "m.png")
+    assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--freeze", "m.png", "--init", "d.png") == 0
+    before = {name: Path(name).read_bytes() for name in ("c.png", "s.png", "m.png", "d.png", "out.png")}
+    for name in before:
+        for flag in ("--trace", "--checkpoint"):
+            assert main("--replay", "out.png", "-o", "again.png", flag, name, "--overwrite") == 2
+            assert f"{name} is both a picture to read and {flag}" in capsys.readouterr().err
+    assert {name: Path(name).read_bytes() for name in before} == before
+    assert main("--replay", "out.png", "-o", "c.png", "--overwrite") == 0  # read before it is written
+
+
+@pytest.mark.parametrize(
+    ("sources", "options"), [(["none", "s.png"], ["--size", "64x48"]), (["c.png", "none"], ["--init", "noise"])]
+)
+def test_textures_and_inversions_are_replayed(main, sources, options):
+    assert main(*sources, "-o", "out.png", *SMALL, *options) == 0
+    assert main("--replay", "out.png", "-o", "again.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+
+
+def test_targets_are_given_again_to_a_replay(main, capsys):
+    assert main("c.png", "s.png", "-o", "first.png", *SMALL, "--save-targets", "t.safetensors") == 0
+    assert main("c.png", "t.safetensors", "-o", "out.png", *SMALL) == 0
+    assert main("--replay", "out.png", "-o", "again.png") == 2
+    assert "came without names" in capsys.readouterr().err
+    assert main("--replay", "out.png", "c.png", "t.safetensors", "-o", "again.png") == 0
+    assert np.array_equal(pixels("first.png"), pixels("again.png"))
+
+
+def test_a_cell_of_a_contact_sheet_is_replayed(main, capsys, tmp_path):
+    assert main("c.png", "s.png", "-o", "sheet.png", *SMALL, "--grid", "style-weight=10,1000") == 0
+    assert main("--replay", "sheet.png", "-o", "again.png") == 2
+    assert "replay a manifest of its list" in capsys.readouterr().err
+    with Image.open("sheet.png") as picture:
+        cells = json.loads(manifest.extract(picture))["sheet"]
+    (tmp_path / "cell.json").write_text(json.dumps(cells[1]))
+    assert main("--replay", "cell.json", "-o", "again.png") == 0
+    assert main("c.png", "s.png", "-o", "single.png", *SMALL, "--style-weight", "1000") == 0
+    assert np.array_equal(pixels("again.png"), pixels("single.png"))
+
+
+def test_a_replay_finds_weights_beside_the_manifest(states, tmp_path):
+    record = {"engine": {"device": "cpu", "precision": "fp32", "weights": states["caffe"][0].name}}
+    given = argparse.Namespace(device="auto", precision="auto", weights="auto")
+    replay.take_engine(record, states["caffe"][0].parent, given)
+    assert Path(given.weights) == states["caffe"][0]
+    given.weights = "embedded"
+    replay.take_engine(record, tmp_path, given)
+    assert given.weights == "embedded"
+
+
+def test_a_result_of_the_library_is_saved_with_its_manifest_and_replayed(main, stylizer, tmp_path, capsys):
+    mask = np.zeros((40, 56), np.float32)
+    mask[:, :28] = 1
+    Image.fromarray((mask * 255).astype(np.uint8)).save("m.png")
+    config = Config(size=48, scales=1, iterations=4)
+    result = stylizer("c.png", ["s.png", "d.png"], config, masks=[Path("m.png"), ("m.png", None)], freeze="m.png")
+    result.save(tmp_path / "out.png")
+    record = replay.read("out.png")
+    assert record == json.loads(json.dumps(result.manifest))
+    assert (record["masks"], record["freeze"]) == (["m.png", "m.png"], "m.png")
+    assert record["files"] == {"m.png": hashlib.sha256(Path("m.png").read_bytes()).hexdigest()}
+    assert [(i + 1, loss) for i, (_, loss, _) in enumerate(result.trace)] == [tuple(each) for each in record["losses"]]
+    assert 0 < result.trace[-1][2] <= record["timings"]["seconds"] + 1e-3
+    assert np.array_equal(pixels("out.png"), np.asarray(result.image))
+    assert main("--replay", "out.png", "-o", "again.png") == 0
+    assert np.array_equal(pixels("out.png"), pixels("again.png"))
+    with pytest.raises(ValueError, match="exists already"):
+        result.save("out.png")
+    result.save("out.png", overwrite=True)
+    with pytest.raises(ValueError, match="unknown picture format"):
+        result.save("out.xyz")
+    stylizer(np.asarray(Image.open("c.png")), "s.png", config, masks=mask).save("arrays.png")
+    assert replay.read("arrays.png")["content"]["name"] is None
+    assert main("--replay", "arrays.png", "c.png", "s.png", "-o", "third.png") == 2
+    assert "or was none: no replay is possible" in capsys.readouterr().err
+
+
+def test_a_tiff_of_the_command_line_has_the_levels_between_the_256(main, stylizer):
+    tifffile = pytest.importorskip("tifffile")
+    assert main("c.png", "s.png", "-o", "out.tif", *SMALL) == 0
+    found = tifffile.imread("out.tif")
+    config = Config(size=48, scales=1, iterations=4)
+    result = stylizer("c.png", "s.png", config)
+    exact = np.rint(result.last.picture.rgb.astype(np.float64) * 65535)
+    assert found.dtype == np.uint16
+    np.testing.assert_allclose(found, exact, atol=1)
+    assert len(np.unique(found)) > 1000
+    assert replay.read("out.tif")["options"] == json.loads(json.dumps(result.manifest["options"]))
 
 
 BATCH = ["--contents", "c.png", "d.png", "--styles", "s.png", "-o", "out"]
@@ -682,7 +774,7 @@ MISTAKES = [
     (["c.png", "s.png", "-o", "out.webp", "--size", "16384"], "out.webp: WEBP holds 16383 pixels a side"),
     (["c.png", "s.png", "-o", "out.png", "--jobs", "2"], "are for --contents"),
     (["c.png", "s.png", "-o", "out.png", "--progress", "jsno"], "did you mean json"),
-    (["c.png", "s.png", "-o", "out.png", "--checkpoint-every", "-1"], "give seconds"),
+    (["c.png", "s.png", "-o", "out.png", "--checkpoint", "r.ckpt", "--checkpoint-every", "-1"], "give seconds"),
     (["c.png", "s.png", "-o", "out.png", "--grid", "szie=1,2"], "did you mean size"),
     (["c.png", "s.png", "-o", "out.png", "--grid", "size=big"], "--grid size=big"),
     (["c.png", "s.png", "-o", "out.png", "--grid", "size=8,64"], "from 32"),

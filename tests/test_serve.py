@@ -380,6 +380,52 @@ def test_a_worker_that_was_dead_before_the_server_stops_has_crashed(client, file
     assert (row["state"], row["crashes"] > 0) == ("queued", True)
 
 
+def test_a_worker_that_does_not_checkpoint_in_time_is_killed_and_has_not_crashed(client, files, monkeypatch):
+    job = post(client[0], files).json()["id"]
+    client[1].claim(0)
+    killed, asked = [], []
+
+    def wait(seconds=None):
+        if not killed:
+            asked.append(seconds)
+            raise subprocess.TimeoutExpired("worker", seconds)
+
+    watch = supervisor.Supervisor(client[1], Settings())
+    monkeypatch.setattr(watch, "_look", lambda number: None)
+    pipe = io.BytesIO()
+    process = SimpleNamespace(poll=lambda: None, stdin=pipe, wait=wait, kill=lambda: killed.append(pipe.closed))
+    watch._workers[0] = process
+    watch.start()
+    watch.stop()
+    assert killed == [True]  # after it was asked to stop
+    assert asked == [pytest.approx(supervisor.PATIENCE, abs=1)]
+    row = client[1].job(job)
+    assert (row["state"], row["crashes"]) == ("queued", 0)
+
+
+def test_what_takes_long_to_write_is_written_less_often(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))
+    every = worker._Every(5.0, first=False)
+
+    def due(at, takes=0.0):
+        nonlocal now
+        now = at
+        turns = 0
+        for _ in every.due():
+            now += takes
+            turns += 1
+        return bool(turns)
+
+    assert not due(4.9)
+    assert due(5.0, takes=2.0)
+    assert not due(46.9)  # 7 and 20 times 2
+    assert due(47.1, takes=0.01)
+    assert not due(52.0)
+    assert due(52.2)
+    assert worker._Every(5.0, first=True)._next <= 0
+
+
 def test_a_worker_that_hangs_is_killed(client, files, monkeypatch):
     now, killed = 0.0, []
     clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
@@ -459,6 +505,33 @@ def test_a_token_is_what_comes_through_a_header(monkeypatch):
         monkeypatch.setenv("STYLIZE_TOKEN", token)
         with pytest.raises(ValueError, match="printable ASCII"):
             Settings().token()
+
+
+def test_a_file_with_the_token_counts_more_than_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("STYLIZE_TOKEN", "other")
+    file = tmp_path / "token"
+    settings = Settings(host="0.0.0.0", token_file=str(file))
+    file.write_text(" secret \nsecond\n")
+    assert settings.token() == "secret"
+    for empty in ("", "\n", " \nsecond"):
+        file.write_text(empty)
+        with pytest.raises(ValueError, match="holds no token"):
+            settings.token()
+
+
+def test_neither_tokens_nor_pictures_are_logged(tmp_path, files, stylizer, caplog):
+    caplog.set_level("DEBUG")
+    both = service(tmp_path, token="s3cret-token")
+    for token, status in (("s3cret-token", 202), ("wr0ng-token", 401)):
+        headers = {"authorization": f"Bearer {token}"}
+        assert post(both[0], files, headers=headers).status_code == status
+        both[0].get(f"/v1/styles?token={token}", headers=headers)
+    run(both, stylizer)
+    records = [each for each in caplog.records if each.name.startswith("engine")]
+    shown = [logs._Lines(as_json).format(each) for as_json in (True, False) for each in records]
+    assert len(shown) > 8
+    for hidden in ("s3cret", "wr0ng", "IDAT", "content.png", "style.png"):
+        assert not [line for line in shown if hidden in line]
 
 
 def test_a_loopback_address_is_one_for_the_server_and_its_guard(tmp_path, monkeypatch):

@@ -73,6 +73,19 @@ def test_style_draws_the_mean_and_the_covariance_of_all_styles():
     assert covariance[0, 1] > 0.1 * covariance.max()  # the test would see independent channels
 
 
+def test_style_draws_by_the_shares_of_the_styles():
+    styles = [picture(60, 50, 1), picture(30, 20, 2, low=0.4, high=0.9)]
+    config = Config(init="style", style_blend=(3, 1))
+    drawn = first_pixels(picture(300, 300, 0), styles, None, config)[0].flatten(1).double().numpy()
+    colours = [each.rgb.reshape(-1, 3).astype(np.float64) for each in styles]
+    mean = np.average([each.mean(0) for each in colours], axis=0, weights=(0.75, 0.25))
+    second = np.average([each.T @ each / len(each) for each in colours], axis=0, weights=(0.75, 0.25))
+    np.testing.assert_allclose(drawn.mean(1), mean, atol=2e-3)
+    np.testing.assert_allclose(np.cov(drawn), second - np.outer(mean, mean), atol=0.03 * second.max())
+    even = np.mean([each.mean(0) for each in colours], axis=0)
+    assert np.abs(mean - even).max() > 0.01  # the test would see equal shares
+
+
 def test_style_draws_no_colours_that_are_hidden():
     style = picture(60, 50, 1)
     style.rgb[:, :25] = [0.2, 0.4, 0.6]
@@ -100,7 +113,7 @@ def test_the_share_of_noise(share):
 
 def test_a_run_starts_there(stylizer, pictures, tmp_path):
     """The first evaluation is that of the start: its loss tells it."""
-    image.save(image.to_pil(image.to_tensor(picture(40, 40, 7))), str(tmp_path / "start.png"))
+    image.save(image.to_pil(picture(40, 40, 7)), str(tmp_path / "start.png"))
     losses = {}
     for options in (
         {},

@@ -8,6 +8,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,20 @@ def test_half_precision_gradient_does_not_depend_on_the_weights_scale(stylizers,
     np.testing.assert_allclose(other.gradient / weight, one.gradient, rtol=1e-2, atol=1e-3 * np.abs(one.gradient).max())
 
 
+def test_a_run_in_half_precision_ends_at_the_loss_of_single_precision():
+    """Evaluated again in fp32, within the 1 % that the numerics allow."""
+    config = Config(size=64, scales=1, iterations=60)
+    samples = resources.files("engine.samples")
+    content, style = ((samples / f"{name}.jpg").read_bytes() for name in ("content", "style"))
+    own = {precision: Stylizer("embedded", "onnxruntime", precision) for precision in ("fp32", "fp16")}
+    objective, ends = own["fp32"].objective(content, style, config), {}
+    for precision, each in own.items():
+        result = each(content, style, config)
+        ends[precision] = float(objective.evaluate(image.to_tensor(result.last.picture))[0].total)
+        assert ends[precision] < 0.1 * result.trace[0][1]
+    assert ends["fp16"] == pytest.approx(ends["fp32"], rel=0.01)
+
+
 def test_evaluate_resizes_content_and_style(stylizer):
     """The content is resized to the image, the style so that its long side equals the image's."""
     picture, content, style = noise(40, 60, 1), noise(80, 120, 2), noise(60, 30, 3)
@@ -337,7 +352,7 @@ def test_a_run_that_falls_back_in_its_middle_goes_on_from_its_last_picture(pictu
         return write(self, *arguments) * (float("nan") if broken else 1)
 
     def noted(self, content, goal, precision, start, left, *others):
-        begun.append((precision, left, image.to_pil(start).tobytes()))
+        begun.append((precision, left, image.to_pil(image.from_tensor(start)).tobytes()))
         return minimise(self, content, goal, precision, start, left, *others)
 
     monkeypatch.setattr(losses.Objective, "write", breaks)

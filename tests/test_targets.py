@@ -3,8 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from engine import Config, Stylizer, Targets
+from engine import Config, Stylizer, Targets, targets
 from engine.targets import Statistic, blend
 
 TWO_SCALES = Config(size=64, scales=2, iterations=2, style_layers=("relu1_1", "relu2_1", "relu3_1"))
@@ -89,10 +91,62 @@ def test_a_file_that_is_none_is_named(tmp_path):
             Targets.load(path)
     with pytest.raises(FileNotFoundError):
         Targets.load(tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match=r"good.safetensors is not a file of style targets.* sha256 differs"):
+        damaged = bytearray(good.read_bytes())
+        damaged[-5] ^= 1
+        good.write_bytes(damaged)
+        Targets.load(good)
+    damaged[-5] ^= 1
+    good.write_bytes(damaged)
     found = Targets.load(good)
     assert found.layers == ("relu1_1",)
     assert torch.equal(found.sides[64]["relu1_1"].matrix, statistic.matrix)
     assert torch.equal(found.sides[64]["relu1_1"].mean, statistic.mean)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "made_for"),
+    [
+        ({"x": torch.zeros(3)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(3)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(3)}, "{}"),
+        ({"64.relu1_1.mean": torch.tensor(3.0), "64.relu1_1.matrix": torch.zeros(6)}, "{}"),
+        ({"x.relu1_1.mean": torch.zeros(3), "x.relu1_1.matrix": torch.zeros(6)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(6)}, "5"),
+        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(6)}, '["a"]'),
+        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(6)}, "{"),
+    ],
+)
+def test_a_file_of_other_tensors_is_named(tmp_path, tensors, made_for):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "odd.safetensors"
+    save_file(tensors, path, {"format": targets._FORMAT, "made_for": made_for, "sha256": "0" * 64})
+    with pytest.raises(ValueError, match=r"odd.safetensors is not a file of style targets"):
+        Targets.load(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("targets") / "whole.safetensors"
+    Targets({"weights": "w"}, {64: {"relu1_1": Statistic(torch.eye(4), torch.arange(4.0))}}).save(path)
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_damage_of_a_file_goes_unseen(whole, data):
+    content = bytearray(whole.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    damaged = whole.with_name("damaged.safetensors")
+    damaged.write_bytes(content)
+    try:
+        found = Targets.load(damaged)
+    except ValueError as error:
+        assert str(damaged) in str(error)  # noqa: PT017
+    else:  # white space or the order of the header
+        assert found.digest == Targets.load(whole).digest
 
 
 def test_blended_covariances_are_those_of_the_mixture():

@@ -478,10 +478,11 @@ def _convert(file: BinaryIO, form: str) -> BinaryIO:
     """A PNG file in another format."""
     stream = io.BytesIO()
     image = Image.open(file)
+    options = {"quality": 95, "icc_profile": image.info.get("icc_profile")}
     if form == "JPEG":
-        image.convert("RGB").save(stream, form, quality=95, subsampling=0)
+        image.convert("RGB").save(stream, form, subsampling=0, **options)
     else:
-        image.save(stream, form, quality=95)
+        image.save(stream, form, **options)
     return stream
 
 

@@ -129,7 +129,6 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     losses: list[tuple[int, int, float]] = []
     number, start = row["preview"], time.monotonic()
     clock = painting.Clock(task, config)
-    inputs = manifest.inputs(config, task.masks, task.freeze)
     step: Step | None = None
     painted: float | None = None  # when it was: waiting for room is no running
 
@@ -175,8 +174,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     painted = time.monotonic()
     tell(step)
     known = {iteration: loss for iteration, _, loss in (*store.losses(job), *losses)}
-    record = painting.describe(stylizer, config, task, inputs, sorted(known.items()), seconds(), step)
-    result = png(step.image, record=record)
+    result = png(step.image, record=step.manifest(sorted(known.items()), seconds()))
     while not _kept(folder, result):  # a painted picture waits for room, instead of being lost
         if store.cancelled(job):
             return "cancelled", None
@@ -227,7 +225,7 @@ def _save(step: Step, path: Path) -> None:
 def png(picture: Image.Image, fast: bool = False, record: Mapping[str, Any] | None = None) -> bytes:
     """The picture as a PNG file, with its manifest if one is given."""
     stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=1 if fast else 6, **manifest.embed("PNG", record))
+    image.write(picture, stream, "PNG", compress_level=1 if fast else 6, **manifest.embed("PNG", record))
     return stream.getvalue()
 
 
