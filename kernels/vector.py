@@ -11,12 +11,17 @@ from typing import Any
 
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import codegen, config
 from numba.extending import intrinsic
 
 LANES = 16
 BLOCK = 64  # columns that the products work on at a time
 ROWS, SQUARE = 6, 4  # rows of one result of `multiply`; rows and columns of one of `multiply_transposed`
 _COLUMNS = BLOCK // LANES
+# Vectors of the columns that a product works on at once, and rows and columns of a part of `multiply_transposed`: as
+# many as keep all sums in registers, 32 of LANES floats with AVX-512, room for 8 with AVX2 and with ARM's NEON.
+_HAS_WIDE = "+avx512f" in (codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES)
+_STRIP, _PART = (_COLUMNS, SQUARE) if _HAS_WIDE else (1, 2)
 _CHUNK = 32  # products added up on their own: the rounding of long sums would come to more than that of the products
 _SHORT = 16  # the same where the sums are exact
 
@@ -175,20 +180,27 @@ def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[...,
 def _product(rows: int, adds: bool, streams: bool) -> Any:
     def emit(code: Code, v: Any, row: Any, column: Any, u: Any, line: Any, depth: Any, m: Any, m_row: Any) -> None:
         starts = [code.step(v, row, i) for i in range(rows)]
-        places = [[code.offset(code.step(m, m_row, i), LANES * j) for j in range(_COLUMNS)] for i in range(rows)]
-        places = [place for part in places for place in part]
+        for strip in range(0, _COLUMNS, _STRIP):
+            strip_of_u, strip_of_m = (code.offset(each, LANES * strip) for each in (u, m))
+            places = [
+                code.offset(code.step(strip_of_m, m_row, i), LANES * j) for i in range(rows) for j in range(_STRIP)
+            ]
+            emit_strip(code, starts, column, strip_of_u, line, depth, places)
 
+    def emit_strip(
+        code: Code, starts: list[Any], column: Any, u: Any, line: Any, depth: Any, places: list[Any]
+    ) -> None:
         def add(k: Any, sums: list[Any]) -> list[Any]:
             panel, across = code.offset(u, code.b.mul(k, line)), code.b.mul(k, column)
-            columns = [code.load(code.offset(panel, LANES * j)) for j in range(_COLUMNS)]
+            columns = [code.load(code.offset(panel, LANES * j)) for j in range(_STRIP)]
             if streams:
                 following = code.offset(panel, code.b.mul(depth, line))
-                for j in range(_COLUMNS):
+                for j in range(_STRIP):
                     code.prefetch(code.offset(following, LANES * j))
             result = []
             for i, start in enumerate(starts):
                 value = code.splat(code.load(code.offset(start, across), FLOAT))
-                result += [code.fma(value, each, sums[i * _COLUMNS + j]) for j, each in enumerate(columns)]
+                result += [code.fma(value, each, sums[i * _STRIP + j]) for j, each in enumerate(columns)]
             return result
 
         def chunk(index: Any, totals: list[Any]) -> list[Any]:
@@ -230,27 +242,32 @@ def multiply_add_exact(context, v, row, u, depth, m, rest):  # type: ignore[no-u
     def emit(code: Code, v: Any, row: Any, u: Any, depth: Any, m: Any, rest: Any) -> None:
         starts = [code.step(v, row, i) for i in range(ROWS)]
 
-        def chunk(index: Any, values: list[Any]) -> list[Any]:
-            sums = [ZERO] * (ROWS * _COLUMNS)
+        def chunk(strip: int, index: Any) -> None:
+            own = range(strip, strip + _STRIP)
+            sums = {(i, j): ZERO for i in range(ROWS) for j in own}
             for k in range(_SHORT):
                 at = code.b.add(code.times(index, _SHORT), ir.Constant(I64, k))
                 panel = code.offset(u, at, 4 * BLOCK)
-                columns = [code.load(code.offset(panel, LANES * j)) for j in range(_COLUMNS)]
+                columns = [code.load(code.offset(panel, LANES * j)) for j in own]
                 for i, start in enumerate(starts):
                     value = code.splat(code.load(code.offset(start, at), FLOAT))
-                    for j, each in enumerate(columns):
-                        sums[i * _COLUMNS + j] = code.fma(value, each, sums[i * _COLUMNS + j])
-            for i, part in enumerate(sums):
-                place, lost = code.offset(m, LANES * i), code.offset(rest, LANES * i)
+                    for j, each in zip(own, columns, strict=True):
+                        sums[i, j] = code.fma(value, each, sums[i, j])
+            for (i, j), part in sums.items():
+                place, lost = (code.offset(each, BLOCK * i + LANES * j) for each in (m, rest))
                 before = code.load(place)
                 after = code.add(before, part)
                 share = code.sub(after, before)
                 error = code.add(code.sub(before, code.sub(after, share)), code.sub(part, share))
                 code.store(after, place)
                 code.store(code.add(code.load(lost), error), lost)
-            return []
 
-        code.loop(code.b.sdiv(depth, ir.Constant(I64, _SHORT)), [], chunk)
+        def chunks(index: Any, values: list[Any]) -> list[Any]:
+            for strip in range(0, _COLUMNS, _STRIP):
+                chunk(strip, index)
+            return values
+
+        code.loop(code.b.sdiv(depth, ir.Constant(I64, _SHORT)), [], chunks)
 
     return procedure(6, emit)
 
@@ -263,15 +280,24 @@ def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  #
     """
 
     def emit(code: Code, v: Any, v_stride: Any, u: Any, panel: Any, panels: Any, m: Any, m_stride: Any) -> None:
-        def body(k: Any, sums: list[Any]) -> list[Any]:
-            part, rows = code.offset(v, k, 4 * BLOCK), code.offset(u, code.b.mul(k, panel))
-            for j in range(0, BLOCK, LANES):
-                left = [code.load(code.offset(code.step(part, v_stride, i), j)) for i in range(SQUARE)]
-                right = [code.load(code.offset(rows, BLOCK * i + j)) for i in range(SQUARE)]
-                sums = [code.fma(x, y, sums[i]) for i, (x, y) in enumerate((x, y) for x in left for y in right)]
-            return sums
+        def part(row: int, column: int) -> list[Any]:
+            def body(k: Any, sums: list[Any]) -> list[Any]:
+                lines, rows = code.offset(v, k, 4 * BLOCK), code.offset(u, code.b.mul(k, panel))
+                for j in range(0, BLOCK, LANES):
+                    left = [code.load(code.offset(code.step(lines, v_stride, row + i), j)) for i in range(_PART)]
+                    right = [code.load(code.offset(rows, BLOCK * (column + i) + j)) for i in range(_PART)]
+                    sums = [code.fma(x, y, sums[i]) for i, (x, y) in enumerate((x, y) for x in left for y in right)]
+                return sums
 
-        sums = code.loop(panels, [ZERO] * SQUARE**2, body)
+            return code.loop(panels, [ZERO] * _PART**2, body)
+
+        places = range(0, SQUARE, _PART)
+        parts = {(row, column): part(row, column) for row in places for column in places}
+        sums = [
+            parts[i // _PART * _PART, j // _PART * _PART][i % _PART * _PART + j % _PART]
+            for i in range(SQUARE)
+            for j in range(SQUARE)
+        ]
         while len(sums) > 1:  # halve the lanes of two sums into one vector, until lane i holds the total of sum i
             sums = [code.add(code.every_second(x, y, 0), code.every_second(x, y, 1)) for x, y in _pairs(sums)]
         for i in range(SQUARE):

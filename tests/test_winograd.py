@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -461,3 +462,26 @@ def test_a_stylizer_that_is_let_go_ends_its_threads(pictures):
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not set(threading.enumerate()) - before
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for another x86-64")
+def test_a_processor_without_avx512_computes_the_same(tmp_path):
+    """In parts that fit into its registers, which changes no sum: bit for bit, with average and maximum pooling."""
+    code = (
+        "import sys, numpy as np\n"
+        "from engine import Config, Stylizer\n"
+        "from engine.kernels import vector\n"
+        "pictures = [np.random.default_rng(i).random((40, 56, 3)).astype(np.float32) for i in range(3)]\n"
+        "stylizer = Stylizer('embedded', 'cpu', threads=1)\n"
+        "found = [stylizer.evaluate(*pictures, Config(pooling=pooling)).gradient for pooling in ('avg', 'max')]\n"
+        "np.save(sys.argv[1], np.stack([*found, np.full_like(found[0], vector._STRIP)]))\n"
+    )
+    features = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"
+    other = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    results = []
+    for environment in ({}, other):
+        path = tmp_path / "found.npy"
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True, env={**os.environ, **environment})
+        results.append(np.load(path))
+    assert results[1][2].max() == 1
+    np.testing.assert_array_equal(results[0][:2], results[1][:2])
