@@ -3,7 +3,7 @@
 from engine import Config, Stylizer
 
 stylizer = Stylizer()
-stylizer("content.jpg", "style.jpg", Config(size=512)).image.save("out.png")
+stylizer("content.jpg", "style.jpg", Config(size=512)).save("out.png")
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ class Config:
             if self.tile:
                 leave("padding", "a picture that tiles has no border")
         elif not self.style_weight:
-            leave("style_layers style_loss style_scale style_size style_blend", "style_weight is 0")
+            blend = "" if self.init == "style" else " style_blend"  # a start draws by it
+            leave("style_layers style_loss style_scale style_size" + blend, "style_weight is 0")
         if self.optimizer == "adam":
             leave("history clamp", "the optimizer is adam")
         else:

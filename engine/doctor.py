@@ -12,10 +12,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from .config import DEVICES, Config
 from .export.commands import Parser
 from .jobs import BREAKS, brief
+
+if TYPE_CHECKING:
+    from .stylizer import Stylizer
 
 _SMALL = Config(size=64, scales=1, iterations=5)
 
@@ -57,12 +61,12 @@ def _device(device: str) -> str:
 
     try:
         provider.check(device)
-        precision, seconds = _painted("embedded", device)
+        stylizer, seconds = _painter("embedded", device)
     except BackendError as error:
         return brief(error).removeprefix(f"device {device}: ")
-    except BREAKS as error:
+    except (ValueError, *BREAKS) as error:
         return f"breaks: {brief(error)}"
-    found = f"works: {precision}, a first small picture in {seconds:.1f} s"
+    found = f"works: {stylizer.precision}, a first small picture in {seconds:.1f} s"
     if device not in provider.GPUS:
         return found
     import torch
@@ -71,22 +75,21 @@ def _device(device: str) -> str:
     return f"{found}; {torch.cuda.get_device_name(0)}{'' if left is None else f', {short(left)} available'}"
 
 
-def _painted(weights: str, device: str) -> tuple[str, float]:
-    """The precision in which a small picture was painted, and the seconds that it took from the start."""
+def _painter(weights: str, device: str) -> tuple[Stylizer, float]:
+    """A Stylizer that has painted a small picture, and the seconds that it took from the start."""
     from .stylizer import Stylizer
 
     start, samples = time.perf_counter(), resources.files("engine.samples")
     content, style = ((samples / f"{name}.jpg").read_bytes() for name in ("content", "style"))
-    result = Stylizer(weights, device, keep_networks=False)(content, style, _SMALL)
-    return result.last.precision, time.perf_counter() - start
+    stylizer = Stylizer(weights, device, keep_networks=False)
+    stylizer(content, style, _SMALL)
+    return stylizer, time.perf_counter() - start
 
 
 def _defaults() -> tuple[bool, str]:
     """Whether a run without options works, and what it takes."""
-    from .stylizer import Stylizer
-
     try:
-        stylizer = Stylizer()
+        stylizer, _ = _painter("auto", "auto")
     except (ValueError, *BREAKS) as error:
         return False, brief(error)
     hint = "; --weights imagenet downloads better ones once" if stylizer.weights_name == "embedded" else ""
@@ -97,7 +100,7 @@ def _cache() -> str:
     from .export.weights import cache_folder
 
     folder = cache_folder()
-    whose = f"{folder} ({'STYLIZE_HOME' if os.environ.get('STYLIZE_HOME') else 'STYLIZE_HOME is another one'})"
+    whose = f"{folder} ({'STYLIZE_HOME' if os.environ.get('STYLIZE_HOME') else 'STYLIZE_HOME sets another one'})"
     try:
         made = next(each for each in (folder, *folder.parents) if each.exists())
         with tempfile.TemporaryFile(dir=made):

@@ -350,6 +350,8 @@ def check_output(path: str, overwrite: bool) -> None:
         raise ValueError("standard output is closed: no picture can be written to it")
     for each in written(path):
         check_writable(each, overwrite)
+    if output_format(path) == _DEEP:
+        import tifffile  # noqa: F401 (before the run, not behind it)
 
 
 def check_size(path: str, size: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,13 +94,18 @@ class Result:
     """A finished run.
 
     `image` is the picture in 8 bits (`last.picture` has it in float32), `last` the last step, `trace` holds scale, loss
-    and seconds since the start of each iteration, `manifest` what the picture was made of: see `engine.manifest`.
+    and seconds since the start of each iteration.
     """
 
     image: Image.Image
     last: Step
     trace: tuple[tuple[int, float, float], ...]
-    manifest: dict[str, Any] = field(repr=False)
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the picture was made of: see `engine.manifest`. Raises OSError or ValueError if the weights are gone."""
+        losses = [(iteration, loss) for iteration, (_, loss, _) in enumerate(self.trace, 1)]
+        return self.last.manifest(losses, self.trace[-1][2])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the picture with its manifest, as `python -m engine.stylize` does: see `engine.image.save`.

@@ -85,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--overwrite", action="store_true", help="replace OUT and what is written beside it")
     group.add_argument("--checkpoint", metavar="FILE", help="keep the run here, to be resumed; removed when it is done")
     group.add_argument(
-        "--checkpoint-every", metavar="S", type=float, help=f"seconds between checkpoints (default {_CHECKPOINT_EVERY})"
+        "--checkpoint-every",
+        metavar="S",
+        type=float,
+        help=f"seconds between checkpoints (default {_CHECKPOINT_EVERY:g})",
     )
     group.add_argument("--resume", metavar="FILE", help="go on from a checkpoint of the same pictures and options")
     group.add_argument(
@@ -200,7 +203,7 @@ def _run(given: argparse.Namespace) -> int:
         replay.take_engine(record, folder, given)
     else:
         job = Job(sources[0], tuple(sources[1:]), given.out, _masks(given.mask), given.freeze)
-    besides = _files(job.masks, job.freeze, config.start_file)
+    besides = [each for each in _files(job.masks, job.freeze) if each != "alpha"] + _files(config.start_file)
     if not given.forecast:
         _check_files(given, [*_files(*sources), *besides])
     if not given.replay:
@@ -240,7 +243,8 @@ def _warn_of_idle(
     """Name the options that were given, or are `axes` of a grid, and have no effect in any of the `configs`."""
     first, *others = (config.idle(content=content, styles=styles) for config in configs)
     for name, reason in first.items():
-        if (name in axes or hasattr(given, name)) and all(name in other for other in others):
+        kept = given.save_targets and name.startswith("style_")  # what is saved depends on it
+        if (name in axes or hasattr(given, name)) and not kept and all(name in other for other in others):
             _LOGGER.warning("%s has no effect: %s", _flag(name), reason)
 
 
@@ -267,8 +271,8 @@ def _check(given: argparse.Namespace) -> None:
     if listed and (given.content is not None or given.demo):
         raise ValueError("--contents and --styles name the pictures: leave CONTENT, STYLE and --demo out")
     if listed or given.grid:
-        single = ["trace", "plot", "checkpoint", "resume", "replay", "forecast", "mask", "freeze", "save_targets"]
-        for name in (*single, "grid" if listed else "save_every"):
+        single = ["trace", "plot", "checkpoint", "checkpoint_every", "resume", "replay", "forecast", "mask", "freeze"]
+        for name in (*single, "save_targets", "grid" if listed else "save_every"):
             if getattr(given, name):
                 raise ValueError(f"{_flag(name)} is for one picture, not for {'--contents' if listed else '--grid'}")
     if not listed and (given.shard or given.jobs != 1):
@@ -314,13 +318,13 @@ def _files(*sources: Any) -> list[str]:
 
 def _check_files(given: argparse.Namespace, pictures_read: Sequence[str]) -> None:
     """Raise ValueError or OSError if a file that is to be written cannot be, or is there or needed already."""
-    from . import image, painting
+    from . import image, manifest, painting
 
     pictures = image.written(given.out)
     resumed = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))
     names = ("trace", "plot", "save_targets", "checkpoint")
     own = {_flag(name): getattr(given, name) for name in names if getattr(given, name)}
-    needed = [*pictures_read, *([given.replay] if given.replay else [])]
+    needed = [*pictures_read, *([given.replay, str(manifest.beside(given.replay))] if given.replay else [])]
     replaced = needed
     if given.overwrite:  # they are read before OUT takes their place
         replaced = [each for each in replaced if not any(same_file(each, path) for path in pictures)]

@@ -108,8 +108,7 @@ class Stylizer:
         trace = []
         for step in self.steps(content, style, config, masks=masks, freeze=freeze):
             trace.append((step.scale, step.loss, time.perf_counter() - start))
-        losses = [(iteration, loss) for iteration, (_, loss, _) in enumerate(trace, 1)]
-        return Result(step.image, step, tuple(trace), step.manifest(losses, time.perf_counter() - start))
+        return Result(step.image, step, tuple(trace))
 
     def steps(
         self,

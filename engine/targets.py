@@ -69,10 +69,10 @@ class Targets:
     def digest(self) -> str:
         """sha256 of all that the targets hold."""
         state = hashlib.sha256(json.dumps(dict(self.made_for), sort_keys=True).encode())
-        for side, layers in self.sides.items():
-            for layer, each in layers.items():
+        for side, layers in sorted(self.sides.items()):  # a file has them in an order of its own
+            for layer, each in sorted(layers.items()):
                 state.update(f"{side} {layer}".encode())
-                for tensor in (each.matrix, each.mean):
+                for tensor in (_upper(each.matrix), each.mean):
                     state.update(tensor.cpu().contiguous().numpy().tobytes())
         return state.hexdigest()
 
@@ -81,8 +81,7 @@ class Targets:
         tensors = {}
         for side, layers in self.sides.items():
             for layer, each in layers.items():
-                rows, columns = torch.triu_indices(*each.matrix.shape)
-                tensors[f"{side}.{layer}.matrix"] = each.matrix.cpu()[rows, columns].contiguous()
+                tensors[f"{side}.{layer}.matrix"] = _upper(each.matrix.cpu()).contiguous()
                 tensors[f"{side}.{layer}.mean"] = each.mean.cpu().contiguous()
         with atomic(Path(path)) as temporary:
             about = {"format": _FORMAT, "made_for": json.dumps(dict(self.made_for)), "sha256": self.digest}
@@ -119,6 +118,11 @@ class Targets:
             if layer not in found:
                 raise ValueError(f"style targets: made for {', '.join(found)}, not for {layer}")
         return {layer: found[layer] for layer in layers}
+
+
+def _upper(matrix: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
 
 
 def _unpack(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Statistic]]:

@@ -307,13 +307,15 @@ def refuse(*given, **options):
         (["--style-weight", "0", "--style-layers", "relu1_1", "--style-size", "64"],
          ["--style-layers", "--style-size"]),
         (["--style-blend", "3"], ["--style-blend"]),
+        (["--style-weight", "0", "--style-size", "64", "--save-targets", "{out}.safetensors"], []),
         (["--tile", "--padding", "reflect"], []),
     ],
 )  # fmt: skip
 def test_options_without_effect_are_named(pair, caplog, monkeypatch, arguments, told):
     monkeypatch.setattr("engine.stylizer.Stylizer", refuse)
-    assert stylize.main([*pair[:2], "-o", pair[2], *arguments]) == 1
+    assert stylize.main([*pair[:2], "-o", pair[2], *(each.format(out=pair[2]) for each in arguments)]) == 1
     assert [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message] == told
+    assert "style_blend" not in Config(style_weight=0, init="style", style_blend=(3, 1)).idle(content=True, styles=2)
 
 
 @pytest.mark.parametrize(

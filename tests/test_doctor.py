@@ -53,6 +53,14 @@ def test_defaults_that_do_not_work_are_status_1(capsys, monkeypatch):
     assert (status, found["defaults"]) == (1, "weights: No space left on device")
 
 
+def test_a_wrong_environment_is_told_and_not_thrown(capsys, monkeypatch):
+    monkeypatch.setenv("STYLIZE_CACHE_BYTES", "1G")
+    status, found = report(capsys)
+    assert status == 1
+    assert found["cpu"].startswith("breaks: STYLIZE_CACHE_BYTES '1G'")
+    assert found["defaults"].startswith("STYLIZE_CACHE_BYTES '1G'")
+
+
 def test_a_cache_below_a_file_is_told(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("STYLIZE_HOME", str(tmp_path / "file" / "home"))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -454,7 +455,6 @@ def test_save_by_suffix(tmp_path, suffix):
 
 @pytest.mark.parametrize("with_alpha", [False, True])
 def test_a_tiff_has_16_bits_a_channel(tmp_path, with_alpha):
-    tifffile = pytest.importorskip("tifffile")
     rng = np.random.default_rng(0)
     rgb = rng.random((37, 53, 3)).astype(np.float32)
     rgb[0, :2] = [[0, 1, 0.5], [1 / 65535, 1 / 255, 0.25]]
@@ -594,7 +594,7 @@ def test_the_alpha_of_a_step_is_resized_as_its_picture_is(tile):
     random = np.random.default_rng(0).random
     content = image.Picture(random((48, 32, 3), np.float32), random((48, 32), np.float32))
     iterate = SimpleNamespace(best=torch.zeros(1, 3, 96, 64))
-    found = Step(96, 1, 1, "fp32", iterate, content, Config(tile=tile), None, None).image.getchannel("A")
+    found = Step(96, 1, 1, "fp32", iterate, content, Config(tile=tile), None, None, None).image.getchannel("A")
     truth = image.resize(content, (64, 96), wrap=tile).alpha
     np.testing.assert_allclose(np.asarray(found) / 255, truth, atol=0.51 / 255)
 

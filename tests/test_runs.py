@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from engine import BackendError, Config, Stylizer, batches, image, manifest, painting, replay, sheet, stylize
@@ -380,6 +381,8 @@ def test_a_replay_writes_over_nothing_that_it_finds_itself(main, capsys):
             assert f"{name} is both a picture to read and {flag}" in capsys.readouterr().err
     assert {name: Path(name).read_bytes() for name in before} == before
     assert main("--replay", "out.png", "-o", "c.png", "--overwrite") == 0  # read before it is written
+    assert main("d.png", "s.png", "-o", "out.tif", *SMALL) == 0
+    assert main("--replay", "out.tif", "-o", "again.tif", "--trace", "out.tif.json", "--overwrite") == 2
 
 
 @pytest.mark.parametrize(
@@ -450,7 +453,6 @@ def test_a_result_of_the_library_is_saved_with_its_manifest_and_replayed(main, s
 
 
 def test_a_tiff_of_the_command_line_has_the_levels_between_the_256(main, stylizer):
-    tifffile = pytest.importorskip("tifffile")
     assert main("c.png", "s.png", "-o", "out.tif", *SMALL) == 0
     found = tifffile.imread("out.tif")
     config = Config(size=48, scales=1, iterations=4)

@@ -78,6 +78,24 @@ def test_targets_of_other_weights_are_refused(stylizer, states):
         stylizer(noise(48, 64, 1), targets, TWO_SCALES)
 
 
+def test_sides_and_layers_in_any_order_come_back(tmp_path):
+    """Not by their names as text, by which a file has them; what a matrix holds below its diagonal is left out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def statistic():
+        return Statistic(torch.randn(4, 4, generator=generator), torch.randn(4, generator=generator))
+
+    layers = ("relu5_1", "conv2_1", "relu1_1")
+    own = Targets({"weights": "w"}, {side: {layer: statistic() for layer in layers} for side in (64, 128, 1024)})
+    own.save(tmp_path / "own.safetensors")
+    found = Targets.load(tmp_path / "own.safetensors")
+    assert found.digest == own.digest
+    for side, by_layer in own.sides.items():
+        for layer, each in by_layer.items():
+            assert torch.equal(found.sides[side][layer].matrix.triu(), each.matrix.triu())
+            assert torch.equal(found.sides[side][layer].mean, each.mean)
+
+
 def test_a_file_that_is_none_is_named(tmp_path):
     from safetensors.torch import save_file
 
