@@ -129,6 +129,7 @@ class Processes:
 
 def _serve(connection: Connection, *make: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver ends its workers
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # half-written files are removed
     painter = Painter(*make)
     while True:
         try:

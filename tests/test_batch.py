@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -367,3 +368,28 @@ def on_a_cluster(arguments):
 
 if __name__ == "__main__":
     sys.exit(on_a_cluster(sys.argv[1:]))
+
+
+def test_a_worker_that_is_ended_leaves_no_half_written_file(tmp_path):
+    code = (
+        "import multiprocessing, sys, time\n"
+        "from pathlib import Path\n"
+        "from engine import batch, image\n"
+        "class Slow:\n"
+        "    def paint(self, task):\n"
+        "        with image.atomic(Path(task)) as temporary:\n"
+        "            temporary.touch()\n"
+        "            print('half', flush=True)\n"
+        "            time.sleep(60)\n"
+        "batch.Painter = Slow\n"
+        "ours, theirs = multiprocessing.Pipe()\n"
+        "ours.send(sys.argv[1])\n"
+        "batch._serve(theirs)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out.png")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"half\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
