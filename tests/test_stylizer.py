@@ -675,7 +675,7 @@ def test_weights_that_change_under_a_stylizer_are_refused(pictures, states, tmp_
 
 
 def test_weights_that_are_downloaded_meanwhile_wait_for_the_next_stylizer(pictures, own_cache, monkeypatch):
-    from engine import stylizer as module
+    from engine import networks as module
 
     asked, load = [], module.load_weights
     monkeypatch.setattr(module, "load_weights", lambda source, layers: (asked.append(source), load(source, layers))[1])
