@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import resources
 from typing import TYPE_CHECKING
 
+from . import samples
 from .config import DEVICES, Config
 from .export.commands import Parser
 from .jobs import BREAKS, brief
@@ -79,10 +79,9 @@ def _painter(weights: str, device: str) -> tuple[Stylizer, float]:
     """A Stylizer that has painted a small picture, and the seconds that it took from the start."""
     from .stylizer import Stylizer
 
-    start, samples = time.perf_counter(), resources.files("engine.samples")
-    content, style = ((samples / f"{name}.jpg").read_bytes() for name in ("content", "style"))
+    start = time.perf_counter()
     stylizer = Stylizer(weights, device, keep_networks=False)
-    stylizer(content, style, _SMALL)
+    stylizer(*samples.pair(), _SMALL)
     return stylizer, time.perf_counter() - start
 
 

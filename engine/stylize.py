@@ -14,11 +14,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, samples
 from .config import DEVICES, PRECISIONS, STARTS, Config, options
 from .export.commands import Parser, choice, install_line, wrong_file
 from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
@@ -400,8 +399,7 @@ def _sources(given: argparse.Namespace) -> list[Any]:
     if given.demo:
         if given.content is not None:
             raise ValueError("--demo brings its own pictures: leave CONTENT and STYLE out")
-        samples = resources.files("engine.samples")
-        sources = [(samples / name).read_bytes() for name in ("content.jpg", "style.jpg")]
+        sources = [*samples.pair()]
         given.out = given.out or "demo.png"
     elif not given.contents and (given.content is not None or not given.replay):
         if given.content is None or not given.styles:

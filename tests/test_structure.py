@@ -40,7 +40,7 @@ ALLOWED = {
     "optimize": {"config", "kernels", "stages"},
     "checkpoint": set(),
     "networks": {"features", "export"},
-    "doctor": {"config", "export", "forecast", "jobs", "manifest", "provider", "stylizer"},
+    "doctor": {"config", "export", "forecast", "jobs", "manifest", "provider", "samples", "stylizer"},
     "result": {"regions", "checkpoint", "colour", "config", "image", "optimize"},
     "start": {"config", "image", "optimize", "export"},
     "stylizer": (
@@ -75,7 +75,7 @@ ALLOWED = {
             "replay",
             "sheet",
         }
-        | {"stylizer", "export", "__version__"}
+        | {"samples", "stylizer", "export", "__version__"}
     ),
     "__init__": {"config", "presets", "result", "stylizer", "targets", "export"},
 }

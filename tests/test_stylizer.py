@@ -8,7 +8,6 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from conftest import SHALLOW, TINY, check_alone
 from PIL import Image
 
-from engine import BackendError, Config, Stylizer, features, image, provider
+from engine import BackendError, Config, Stylizer, features, image, provider, samples
 from engine.cache import Cache
 
 ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
@@ -195,8 +194,7 @@ def test_half_precision_gradient_does_not_depend_on_the_weights_scale(stylizers,
 def test_a_run_in_half_precision_ends_at_the_loss_of_single_precision():
     """Evaluated again in fp32, within the 1 % that the numerics allow."""
     config = Config(size=64, scales=1, iterations=60)
-    samples = resources.files("engine.samples")
-    content, style = ((samples / f"{name}.jpg").read_bytes() for name in ("content", "style"))
+    content, style = samples.pair()
     own = {precision: Stylizer("embedded", "onnxruntime", precision) for precision in ("fp32", "fp16")}
     objective, ends = own["fp32"].objective(content, style, config), {}
     for precision, each in own.items():

@@ -18,13 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
-from engine import image, manifest, painting, provider
+from engine import image, manifest, painting, provider, samples
 from engine.config import Config
 from engine.export.commands import wrong_file
 from engine.jobs import Job, brief
@@ -231,9 +230,7 @@ def png(picture: Image.Image, fast: bool = False, record: Mapping[str, Any] | No
 
 def warm_up(stylizer: Stylizer) -> None:
     """Compile and load what a first job would wait for."""
-    samples = resources.files("engine.samples")
-    content, style = ((samples / name).read_bytes() for name in ("content.jpg", "style.jpg"))
-    stylizer(content, style, Config(size=256, iterations=1))
+    stylizer(*samples.pair(), Config(size=256, iterations=1))
 
 
 def main(data: str, number: str, workers: str, weights: str, device: str, precision: str, form: str) -> int:
