@@ -12,6 +12,8 @@ from .export.vgg import LOSS_LAYERS, MIN_SIDE, WHOLE
 
 COARSEST = 128  # pixels; about the long side of the first scale
 COARSE = 0.4  # iterations of each coarse scale over those of the last one
+FRAME_ITERATIONS = 30  # of a frame of a video that begins as the one before it
+TEMPORAL_WEIGHT = 3.0  # of the loss that holds it to that
 TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
 STARTS = ("content", "noise", "style")

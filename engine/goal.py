@@ -13,6 +13,7 @@ from . import colour
 from . import image as images
 from .config import MAX_SIZE, Config, least_side
 from .export.vgg import LOSS_LAYERS
+from .motion import Carried
 from .regions import Mask, fitted, load_freeze, load_mask, report_coverage
 from .targets import Targets, is_targets
 
@@ -23,7 +24,7 @@ class Goal:
 
     `config` has a size and a start that suit the pictures. `content` is None for a texture; `styles` holds pictures and
     targets, none for an inversion. `masks` has a pair for each style, in the content and in the style (None: all of
-    it), or is empty; `freeze` is a mask of the content.
+    it), or is empty; `freeze` is a mask of the content; `carried` is the frame before, for a frame of a video.
     """
 
     config: Config
@@ -31,6 +32,7 @@ class Goal:
     styles: tuple[images.Picture | Targets, ...]
     masks: tuple[tuple[Mask, Mask | None], ...]
     freeze: Mask | None
+    carried: Carried | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -67,12 +69,13 @@ class Goal:
 
     def digests(self) -> dict[str, Any]:
         """sha256 of each picture, target and mask, by what it is for; None for what there is not."""
-        return {
+        found = {
             "content": None if self.content is None else self.content.digest,
             "style": [each.digest for each in self.styles],
             "mask": [[_digest(plane) for plane in pair] for pair in self.masks],
             "freeze": _digest(self.freeze),
         }
+        return found if self.carried is None else found | {"carried": self.carried.digest}
 
 
 def _fitted(mask: Mask | None, picture: images.Picture) -> Mask | None:
@@ -100,10 +103,7 @@ def load(
     sources = [] if style is None else list(style) if isinstance(style, list | tuple) else [style]
     if style is not None and not sources:
         raise ValueError("give at least one style")
-    styles = tuple(
-        (each if isinstance(each, Targets) else Targets.load(each)) if is_targets(each) else images.load(each)
-        for each in sources
-    )
+    styles = tuple(load_style(each) for each in sources)
     if styles:
         config.style_shares(len(styles))
     if config.init == "style" and not (styles and all(isinstance(each, images.Picture) for each in styles)):
@@ -133,6 +133,13 @@ def load(
             visible(each, part)
             style_size(each, side, config)
     return Goal(config, picture, styles, pairs, held)
+
+
+def load_style(source: Any) -> images.Picture | Targets:
+    """A style: a picture as `image.load` takes it, or targets or their file."""
+    if not is_targets(source):
+        return images.load(source)
+    return source if isinstance(source, Targets) else Targets.load(source)
 
 
 def _load_masks(

@@ -18,12 +18,18 @@ SUFFIXES = (  # what is taken from a folder: all that can be read
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm",
     ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs",
 )  # fmt: skip
+VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}  # by suffix
 BREAKS = (ArithmeticError, MemoryError, OSError, RuntimeError)  # what may end a run that had begun well
 
 
 def is_picture(name: str) -> bool:
     """Whether a file of a folder is taken: not if it is hidden, as what macOS leaves beside pictures."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def is_video(name: str) -> bool:
+    """Whether a name is that of a video."""
+    return Path(name).suffix.lower() in VIDEOS
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Objective:
     `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
     features P (1, C, H, W) of the content image at the content layers; empty, there is no content loss, and without
     regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
-    (1, 1, H, W), is zero. If `write` makes the same launches on a GPU each time, it leaves the loss in `recorded`,
-    which is None else.
+    (1, 1, H, W), is zero. `temporal` is a further term. If `write` makes the same launches on a GPU each time, it
+    leaves the loss in `recorded`, which is None else.
     """
 
     def __init__(
@@ -57,9 +57,11 @@ class Objective:
         regions: Sequence[Region],
         config: Config,
         frozen: Tensor | None = None,
+        temporal: kernels.Temporal | None = None,
     ) -> None:
         self.network = network
         self.frozen = None if frozen is None else frozen.to(network.image.device)
+        self._temporal = temporal
         self._views: dict[str, tuple[View, kernels.Layer]] = {}  # by term
         self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
         self._styles = tuple(config.style_layer_weights) if regions else ()
@@ -135,6 +137,8 @@ class Objective:
                     network.vjp(self._write_cotangents, self._chained)
         with self.stages.stage("losses"):
             self._pixels.finish(pixels, gradient, measured=measured)
+            if self._temporal is not None:
+                self._temporal.add(pixels, gradient, self._total)
         if gradient is not None and self.frozen is not None:
             gradient.masked_fill_(self.frozen, 0)
 

@@ -20,6 +20,7 @@ from .regions import Mask, restored
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Step:
         if self._freeze is not None:
             shown = restored(shown, self._content, self._freeze, own.tile)
         return replace(shown, alpha=alpha, name=None)
+
+    @property
+    def pixels(self) -> Tensor:
+        """What is optimised (1, 3, H, W), without what the content gives back in the end; later steps write over it."""
+        return self._iterate.best
 
     @property
     def image(self) -> Image.Image:

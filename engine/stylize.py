@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, samples
-from .config import DEVICES, PRECISIONS, STARTS, Config, options
+from .config import DEVICES, FRAME_ITERATIONS, PRECISIONS, STARTS, TEMPORAL_WEIGHT, Config, options
 from .export.commands import Parser, choice, install_line, wrong_file
-from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, place, product, same_file, shard
+from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, is_video, place, product, same_file, shard
 from .presets import PRESETS, check_weights
 
 _CHECKPOINT_EVERY = 60.0  # seconds
@@ -31,7 +31,10 @@ _LOGGER = logging.getLogger("engine")
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(_NAME, "Paint the content picture in the style of the others (Gatys, Ecker, Bethge 2015).")
     parser.add_argument(
-        "content", nargs="?", metavar="CONTENT", help="picture to paint; - reads a pipe; none: a texture"
+        "content",
+        nargs="?",
+        metavar="CONTENT",
+        help="picture to paint, a video, or a folder of its frames; - reads a pipe; none: a texture",
     )
     parser.add_argument(
         "styles",
@@ -103,6 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--styles", dest="style_list", metavar="X", nargs="+", help="the same of styles")
     many.add_argument("--shard", metavar="I/N", help="make part I of N only, for N machines")
     many.add_argument("--jobs", metavar="N", type=int, default=1, help="pictures at a time (default 1)")
+    moving = parser.add_argument_group("a video, or a folder of frames, as CONTENT; OUT is a video or a folder")
+    moving.add_argument(
+        "--frame-iterations",
+        metavar="N",
+        type=int,
+        help=f"evaluations of a frame behind another (default {FRAME_ITERATIONS})",
+    )
+    moving.add_argument(
+        "--temporal-weight",
+        metavar="W",
+        type=float,
+        help=f"weight of the loss that holds a frame to the one before (default {TEMPORAL_WEIGHT:g})",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress, and no messages but warnings and errors")
     group.add_argument("--version", action="store_true", help="print the version and stop")
     return parser
@@ -192,6 +208,12 @@ def _run(given: argparse.Namespace) -> int:
         _warn_of_idle(given, [config], content=True, styles=1)
         status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
         return fail(_NAME, status, message) if status else 0
+    if _is_moving(given):
+        from . import video
+
+        _warn_of_idle(given, [config], content=True, styles=len(sources) - 1)
+        status, message = video.make(given, sources[1:], config)
+        return fail(_NAME, status, message) if status else 0
     record = None
     if given.replay:
         from . import replay
@@ -264,16 +286,25 @@ def _warn_of_memory(stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
-    listed = bool(given.contents or given.style_list)
+    listed, moving = bool(given.contents or given.style_list), _is_moving(given)
+    many = "--contents" if listed else "a video" if moving else "--grid"
     if listed and not (given.contents and given.style_list):
         raise ValueError("--contents and --styles belong together")
     if listed and (given.content is not None or given.demo):
         raise ValueError("--contents and --styles name the pictures: leave CONTENT, STYLE and --demo out")
-    if listed or given.grid:
+    if listed or moving or given.grid:
         single = ["trace", "plot", "checkpoint", "checkpoint_every", "resume", "replay", "forecast", "mask", "freeze"]
-        for name in (*single, "save_targets", "grid" if listed else "save_every"):
+        others = ("grid",) if listed else ("grid", "save_every") if moving else ("save_every",)
+        for name in (*single, "save_targets", *others):
             if getattr(given, name):
-                raise ValueError(f"{_flag(name)} is for one picture, not for {'--contents' if listed else '--grid'}")
+                raise ValueError(f"{_flag(name)} is for one picture, not for {many}")
+    for name, default in (("frame_iterations", FRAME_ITERATIONS), ("temporal_weight", TEMPORAL_WEIGHT)):
+        if getattr(given, name) is None:
+            setattr(given, name, default)
+        elif not moving:
+            raise ValueError(f"{_flag(name)} is for a video: give one as CONTENT, or a folder of its frames")
+    if given.frame_iterations < 1:
+        raise ValueError(f"--frame-iterations {given.frame_iterations}: give a number from 1")
     if not listed and (given.shard or given.jobs != 1):
         raise ValueError("--shard and --jobs are for --contents")
     if given.jobs < 1:
@@ -293,6 +324,11 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(f"--save-targets {given.save_targets}: give a name that ends in .safetensors")
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError(f"--plot: matplotlib is missing: {install_line('plot')}")
+
+
+def _is_moving(given: argparse.Namespace) -> bool:
+    """Whether CONTENT is a video, or a folder of frames."""
+    return given.content is not None and (is_video(given.content) or Path(given.content).is_dir())
 
 
 def _masks(given: list[str] | None) -> list[Any] | None:

@@ -25,6 +25,7 @@ from .features import Features, within
 from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
+from .motion import Carried
 from .networks import Networks
 from .optimize import Iterate, Stall, State, minimise
 from .regions import Mask, frozen, guide, statistic_of
@@ -119,6 +120,7 @@ class Stylizer:
         masks: Any = None,
         freeze: Any = None,
         resume: bytes | None = None,
+        carried: Carried | None = None,
     ) -> Iterator[Step]:
         """The same run as an iterator over its iterations: leave it, and it stops.
 
@@ -126,9 +128,11 @@ class Stylizer:
         that of the uninterrupted run, bit for bit. Pictures and options are checked now, the work is done as the
         iterator advances. Raises ValueError for a checkpoint that is damaged or of other pictures, options, weights,
         device or precision.
+
+        `carried`, of the size of the result, is what a frame of a video begins with and is held to: see `engine.video`.
         """
         asked = config or Config()
-        given = load_goal(content, style, asked, masks, freeze)
+        given = replace(load_goal(content, style, asked, masks, freeze), carried=carried)
         config = given.config
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
@@ -138,6 +142,8 @@ class Stylizer:
             for side, _ in schedule:
                 self._saved(targets, side, config)
         start = None if config.start_file is None else images.load(config.start_file)
+        if carried is not None:
+            start = carried.picture
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
         if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
@@ -359,9 +365,9 @@ class Stylizer:
                 network.image.copy_(images.to_tensor(content))
                 network.forward()
                 targets = {layer: network.features[layer].clone() for layer in config.content_layer_weights}
-        return Objective(
-            network, targets, regions, config, None if goal.freeze is None else frozen(goal.freeze, content.size)
-        )
+        held = None if goal.freeze is None else frozen(goal.freeze, content.size)
+        temporal = None if goal.carried is None else goal.carried.loss(network.image.device)
+        return Objective(network, targets, regions, config, held, temporal)
 
     def _regions(self, goal: Goal, side: int, precision: str) -> list[Region]:
         """What the parts of an image with this long side are compared with."""

@@ -11,6 +11,7 @@ from .adam import RATE, Adam
 from .layers import Layer, Layers, Products, Term, gram, memory_of_products
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
+from .temporal import Temporal
 from .trail import Trail
 from .wasserstein import Wasserstein
 
@@ -25,6 +26,7 @@ __all__ = [
     "Pixels",
     "Products",
     "Recorded",
+    "Temporal",
     "Term",
     "Trail",
     "Wasserstein",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("gram", "losses", "gradients", "pixels", "adam", "lbfgs", "network")
+NAMES = ("gram", "losses", "gradients", "pixels", "temporal", "adam", "lbfgs", "network")
 THREADS = 256  # of every block
 MAX_BLOCKS = 1024  # of a kernel that strides over its input
 _OVERLAPPING = 9, 0  # compute capability from which on a kernel can be brought to the device ahead of its turn

@@ -154,7 +154,7 @@ MISTAKES = [
     (["{text}", "{style}", "-o", "{out}"], "not a picture"),
     (["{content}", "{cut}", "-o", "{out}"], "damaged"),
     (["{thin}", "{style}", "-o", "{out}"], "crop it"),
-    (["{folder}", "{style}", "-o", "{out}"], "Is a directory"),
+    (["{folder}", "{style}", "-o", "{out}"], "is one picture: give a folder"),
     (["{content}", "{style}", "-o", "{text}"], "--overwrite"),
     (["{content}", "{style}", "-o", "{content}"], "both a picture to read and OUT"),
     (["{content}", "{style}", "-o", "{out}", "--checkpoint", "{out}"], "both OUT and --checkpoint"),

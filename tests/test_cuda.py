@@ -31,6 +31,7 @@ from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers, Term
 from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.temporal import Temporal, temporal_reference
 from engine.kernels.trail import Trail
 from engine.kernels.wasserstein import Wasserstein
 
@@ -650,10 +651,32 @@ def test_pixels(host, size, power, wrap, form):
     check_pixels(size, power, wrap, form)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (17, 31), (8, 256)])
+def test_temporal(host, size):
+    check_temporal(size)
+
+
+def check_temporal(size):
+    pixels, carried, before = (random(1, 3, *size, seed=seed) for seed in range(3))
+    certain = random(1, 1, *size, seed=3).abs()
+    truth, slope = temporal_reference(*(numbers(each[0]) for each in (pixels, carried)), numbers(certain[0, 0]))
+    total, gradient = torch.tensor(5.0), before.clone()
+    term = Temporal(carried, certain, 7)
+    term.add(pixels, gradient, total)
+    assert float(total) == pytest.approx(5 + 7 * truth, rel=1e-6)
+    assert error(gradient[0], numbers(before[0]) + 7 * slope) < 1e-6
+    term.add(pixels, None, total)
+    assert float(total) == pytest.approx(5 + 14 * truth, rel=1e-6)
+    total.fill_(torch.nan)  # a gradient that is not finite
+    term.add(pixels, gradient, total)
+    assert total.isnan()
+
+
 def test_kernels_of_few_blocks_take_all_elements(host, monkeypatch):
     """One block, as if the picture were larger than the most of them."""
     monkeypatch.setattr(_cuda, "MAX_BLOCKS", 1)
     check_pixels((17, 31), 2, False, "mean")
+    check_temporal((17, 31))
     check_optimisers(kernels.Adam, 1e-6, FALL[:4])
 
 

@@ -14,6 +14,7 @@ from engine.kernels.gram import gram_reference
 from engine.kernels.layers import Layer, Layers
 from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.temporal import Temporal, temporal_reference
 from engine.kernels.wasserstein import Wasserstein, wasserstein_reference
 
 SHAPES = [(1, 1), (3, 7), (64, 100), (65, 63), (128, 1021)]
@@ -200,6 +201,22 @@ def test_pixels(size, power, wrap, form):
     free.finish(pixels, gradient, measured=False)
     assert error(gradient[0], vjp / 4) < 1e-6
     assert float(terms[2]) == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 17)])
+def test_temporal_loss(size):
+    x, y, before = random(3, *size), random(3, *size, seed=1), random(3, *size, seed=2)
+    certain = np.random.default_rng(3).random(size)
+    truth, slope = temporal_reference(x, y, certain)
+    assert error(slope, numeric_gradient(lambda pixels: temporal_reference(pixels, y, certain)[0], x)) < 1e-7
+    pixels, carried, gradient = (torch.from_numpy(each)[None].float() for each in (x, y, before))
+    total = torch.tensor(5.0)
+    term = Temporal(carried, torch.from_numpy(certain)[None, None].float(), 7)
+    term.add(pixels, gradient, total)
+    assert float(total) == pytest.approx(5 + 7 * truth, rel=1e-6)
+    assert error(gradient[0], before + 7 * slope) < 1e-6
+    term.add(pixels, None, total)
+    assert float(total) == pytest.approx(5 + 14 * truth, rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
