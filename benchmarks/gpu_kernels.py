@@ -17,6 +17,7 @@ from engine.export import vgg
 from engine.features import DTYPES
 from engine.kernels import lbfgs
 from engine.kernels.pixels import FORMS, total_variation_reference
+from engine.kernels.temporal import temporal_reference
 from engine.optimize import State, minimise
 
 from . import machine
@@ -112,6 +113,10 @@ def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)
             loss, gradient = variation_errors(form, device)
             passed = loss < LOSS_ROUNDING["fp32"] and gradient < ROUNDING["fp32"]
             rows.add(f"total variation, {form}", passed, loss_error=loss, gradient_error=gradient)
+    with rows.attempt("temporal loss"):
+        loss, gradient = temporal_errors(device)
+        passed = loss < LOSS_ROUNDING["fp32"] and gradient < ROUNDING["fp32"]
+        rows.add("temporal loss", passed, loss_error=loss, gradient_error=gradient)
     for name, (optimizer, boxed, most) in OPTIMISERS.items():
         with rows.attempt(f"{name} against the CPU's"):
             loss, image = optimiser_errors(device, optimizer, boxed)
@@ -161,6 +166,18 @@ def variation_errors(form: str, device: str) -> tuple[float, float]:
             losses += [abs(float(terms[2]) / value - 1), abs(float(terms[0]) / (weight * value) - 1)]
             gradients.append(float((gradient[0].cpu() - truth).norm() / truth.norm()))
     return worst(losses), worst(gradients)
+
+
+def temporal_errors(device: str) -> tuple[float, float]:
+    """Relative errors of the temporal loss and of the gradient to which it adds its own."""
+    generator = torch.Generator().manual_seed(3)
+    pixels, carried, rest = torch.rand(3, 1, 3, 45, 62, generator=generator)
+    certain, weight, total = torch.rand(1, 1, 45, 62, generator=generator), 3.0, torch.zeros((), device=device)
+    gradient = (rest / rest.numel()).to(device)
+    kernels.Temporal(carried.to(device), certain.to(device), weight).add(pixels.to(device), gradient, total)
+    value, slope = temporal_reference(*(each[0].double().numpy() for each in (pixels, carried)), certain[0, 0].numpy())
+    truth = rest[0].double() / rest.numel() + weight * torch.from_numpy(slope)
+    return abs(float(total) / (weight * value) - 1), float((gradient[0].cpu() - truth).norm() / truth.norm())
 
 
 def optimiser_errors(device: str, optimizer: str, boxed: bool, steps: int = 30) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from PIL import Image
 from engine import Config, Stylizer, sheet
 from engine import image as images
 from engine.kernels.lbfgs import GPU_HISTORY
+from engine.motion import Carried
 from engine.regions import frozen
 
 from . import cases, controls
@@ -154,7 +155,7 @@ def options(
 
 
 def going_on(rows: Rows, device: str, engines: Iterable[str] = ENGINES, size: int = 128, iterations: int = 30) -> None:
-    """A run that goes on from a checkpoint ends where it would have; and so do runs on several threads."""
+    """A run that goes on from a checkpoint ends where it would have, a frame of a video where a CPU has it; threads."""
     problem = cases.load(size)
     content, style = problem.content.rgb, problem.style.rgb
     for name in engines:
@@ -168,8 +169,25 @@ def going_on(rows: Rows, device: str, engines: Iterable[str] = ENGINES, size: in
                     whole = stylizer(content, style, config)
                     found, truth = (last.image, last.loss), (whole.image, whole.trace[-1][1])
                     _compare(rows, f"{name} {optimizer}, resumed", found, truth)
+            with rows.attempt(f"{name}, a frame of a video"):
+                _frame(rows, name, stylizer, problem, iterations)
             with rows.attempt(f"{name}, threads"):
                 _threads(rows, name, stylizer, problem, replace(problem.config, iterations=iterations))
+
+
+def _frame(rows: Rows, name: str, stylizer: Stylizer, problem: cases.Problem, iterations: int) -> None:
+    """A frame that begins as another picture, and is held to half of it, on the device and on the CPU."""
+    shape = problem.start[0].permute(1, 2, 0).numpy()
+    certain = np.zeros(shape.shape[:2], np.float32)
+    certain[:, : shape.shape[1] // 2] = 1
+    carried = Carried(images.Picture(shape[::-1].copy()), certain, 30.0)
+    config = replace(problem.config, scales=1, iterations=iterations, history=GPU_HISTORY)
+    given = problem.content.rgb, problem.style.rgb, config
+    ends = [list(each.steps(*given, carried=carried))[-1] for each in (stylizer, Stylizer(problem.weights, "cpu"))]
+    error = abs(ends[0].loss / ends[1].loss - 1)
+    held = [float((certain[..., None] * abs(end.picture.rgb - carried.picture.rgb)).mean()) for end in ends]
+    passed = error < END_ERROR[stylizer.precision] and abs(held[0] / held[1] - 1) < 0.1
+    rows.add(f"{name}, a frame of a video", passed, loss_error=error, moved=held[0], moved_on_cpu=held[1])
 
 
 def _threads(rows: Rows, name: str, stylizer: Stylizer, problem: cases.Problem, config: Config) -> None:

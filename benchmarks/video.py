@@ -1,9 +1,9 @@
 """`python -m benchmarks.video`: how much a video flickers, and what a frame takes, beside frames painted on their own.
 
-A window glides over a photograph and comes nearer, so the motion is known, and the engine has to find it. Flicker is the
-mean difference of a frame from the one before it moved by the known motion, in pixel values from 0 to 1, that of the
-content beside it; the loss is that of the last frame alone, without the temporal term. Frames on their own are default
-runs. Writes the figures and the frames.
+A window glides over a photograph and comes nearer, so the motion is known, and the engine has to find it. Flicker is
+the mean difference of a frame from the one before, moved by the known motion, in pixel values from 0 to 1; that of the
+content is the least there can be. The loss is that of the last frame, without the temporal term. Frames on their own
+are default runs. Writes the figures and the frames.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine import Config, Stylizer, samples, sheet
+from engine import Config, Stylizer, provider, samples, sheet
 from engine import image as images
 from engine.video import Video
 
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results", help="folder")
     args = parser.parse_args(argv)
     stylizer, config = Stylizer("embedded", args.device), Config(size=args.size)
-    report: dict[str, Any] = {"commit": machine.commit(), "device": machine.device_name("cpu")}
+    place = "cuda" if stylizer.device in provider.GPUS else "cpu"
+    report: dict[str, Any] = {"commit": machine.commit(), "device": machine.device_name(place)}
     report |= {"versions": machine.versions(), "engine_device": stylizer.device, "size": args.size, "pairs": {}}
     cells = []
     for name, (photograph, style) in pairs().items():
@@ -51,20 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "alone": lambda frame, style=style: stylizer(frame, style, config).last.picture.rgb,
             "video": lambda frame, painter=painter: painter(frame).picture.rgb,
         }
-        for way, paint in ways.items():
-            made, seconds = [], []
-            for frame in frames:
+        made: dict[str, list[NDArray[np.float32]]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for frame in frames:  # in turns
+            for way, paint in ways.items():
                 start = time.perf_counter()
-                made.append(paint(frame))
-                seconds.append(time.perf_counter() - start)
-            shown[way] = [np.rint(255 * each).astype(np.uint8) for each in made]
-            found[way] = {
+                made[way].append(paint(frame))
+                seconds[way].append(time.perf_counter() - start)
+        for way, pictures in made.items():
+            shown[way] = [np.rint(255 * each).astype(np.uint8) for each in pictures]
+            row = found[way] = {
                 "flicker": flicker(shown[way], photograph, window),
-                "loss": stylizer.evaluate(made[-1], frames[-1], style, config).loss,
-                "seconds_first": round(seconds[0], 2),
-                "seconds_later": round(statistics.median(seconds[1:]), 2),
+                "loss": stylizer.evaluate(pictures[-1], frames[-1], style, config).loss,
+                "seconds_first": round(seconds[way][0], 2),
+                "seconds_later": round(statistics.median(seconds[way][1:]), 2),
             }
-            row = found[way]
             print(f"{name}, {way}: flicker {row['flicker']:.4f}, loss {row['loss']:.4f}, ", end="")
             print(
                 f"{row['seconds_first']} s for the first frame, {row['seconds_later']} for each later one", flush=True
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         picked = (0, 1, FRAMES // 2, FRAMES - 1)
         cells += [([f"{way} {i + 1}"], Image.fromarray(each[i])) for way, each in shown.items() for i in picked]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{machine.slug('cpu')}-video-{args.size}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / f"{machine.slug(place)}-video-{args.size}.json").write_text(json.dumps(report, indent=1) + "\n")
     sheet.draw(cells, len(picked)).save(args.out / "video.jpg", quality=88)
     return 0
 

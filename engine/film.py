@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +25,37 @@ log = logging.getLogger(__name__)
 _CODECS = {"webm": ("libvpx-vp9", {"crf": "18", "b": "0", "row-mt": "1"})}
 _CODEC = ("libx264", {"crf": "14"})
 _RATE = 25  # frames a second of a video that does not say
-_BT709 = 1  # colour primaries, transfer and matrix by their number in ITU-T H.273
+_BT709, _UNKNOWN = 1, 2  # of colour primaries, transfer and matrix, in ITU-T H.273
+_HDR = (16, 18)  # transfers: PQ, HLG
+_HIGH = 720  # lines from which on players take a video for BT.709 that does not say
+_UNWRITTEN = "it cannot be written"
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A frame as it was read: `name` is that of its file, `time` the seconds since the start in a video."""
+    """A frame as it was read: `name` is that of its file; in a video it is shown from `time` to `until`, in seconds.
+
+    The last one has no end.
+    """
 
     picture: Picture
     name: str
-    time: float | None = None
+    time: float = 0.0
+    until: float = math.inf
 
 
 def check(path: str) -> None:
-    """Raise ValueError or OSError if there is no such video or no frame in the folder, RuntimeError without PyAV."""
+    """Raise ValueError or OSError if there is no such video, or no frame in the folder or two of one name, RuntimeError
+    without PyAV."""
     Path(path).stat()
     if not Path(path).is_dir():
         with _opened(path):
-            pass
-    elif not _frames(path):
+            return
+    names = [each.stem.lower() for each in _frames(path)]
+    if not names:
         raise ValueError(f"{path}: no pictures there")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"{path}: two frames are named {twice[0]}, and would be painted to one file")
 
 
 def count(path: str) -> int | None:
@@ -54,31 +67,58 @@ def count(path: str) -> int | None:
 
 
 def read(path: str) -> Iterator[Shot]:
-    """The frames of a video, turned upright, or of a folder by the numbers in their names, read as they are asked for.
+    """The frames of a video, upright and with square pixels, or of a folder by the numbers in their names.
 
-    Raises ValueError for a file that is damaged or holds no video, or whose frames are larger than STYLIZE_MAX_PIXELS.
+    They are read as they are asked for. Raises ValueError for a file that is damaged or holds no frame, or whose frames
+    are larger than STYLIZE_MAX_PIXELS.
     """
+    shots, before = _shots(path), None
+    while True:
+        try:
+            shot = next(shots, None)
+        except Exception:
+            if before is not None:
+                yield before
+            raise
+        if before is not None:
+            yield before if shot is None else replace(before, until=shot.time)
+        if shot is None:
+            break
+        before = shot
+    if before is None:
+        raise ValueError(f"{path}: there is no frame in it")
+
+
+def _shots(path: str) -> Iterator[Shot]:
     if Path(path).is_dir():
         for each in _frames(path):
             yield Shot(image.load(each), each.stem)
         return
     with _opened(path) as (container, stream), _told(path):
-        rate = stream.average_rate or _RATE
-        for number, frame in enumerate(container.decode(stream)):
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-            time = number / rate if frame.time is None else frame.time
-            yield Shot(image.load(np.ascontiguousarray(pixels)), f"{number + 1:06d}", float(time))
+        rate, time = float(stream.average_rate or _RATE), 0.0
+        for number, frame in enumerate(container.decode(stream), 1):
+            _check_pixels(path, frame.width, frame.height)
+            if number == 1 and frame.color_trc in _HDR:
+                log.warning("%s: its high dynamic range is left out of account, colours will be dull", path)
+            time = time + (number > 1) / rate if frame.time is None else float(frame.time)
+            given = "ITU709" if frame.colorspace == _UNKNOWN and frame.height >= _HIGH else None
+            levels = frame.to_ndarray(format="rgb24", src_colorspace=given)
+            picture, shape = image.load(np.ascontiguousarray(levels)), stream.sample_aspect_ratio
+            if shape and shape != 1:
+                picture = image.resize(picture, (max(1, round(frame.width * shape)), frame.height))
+            upright = np.rot90(picture.rgb, round(frame.rotation / 90))
+            yield Shot(Picture(np.ascontiguousarray(upright)), f"{number:06d}", time)
+
+
+def place(path: str, shot: Shot) -> Path:
+    """Where `folder` puts the picture that is made of a frame."""
+    return Path(path) / f"{shot.name}.png"
 
 
 @contextlib.contextmanager
 def folder(path: str) -> Iterator[Callable[[Shot, Picture], None]]:
     """Writes the frames as PNG, under the names of those that they were made of."""
     yield lambda shot, picture: image.save(picture, str(place(path, shot)))
-
-
-def place(path: str, shot: Shot) -> Path:
-    """Where `folder` puts the picture that is made of a frame."""
-    return Path(path) / f"{shot.name}.png"
 
 
 @contextlib.contextmanager
@@ -92,54 +132,59 @@ def video(path: str, source: str) -> Iterator[Callable[[Shot, Picture], None]]:
     kind = VIDEOS[Path(path).suffix.lower()]
     codec, options = _CODECS.get(kind, _CODEC)
     with (
-        _opened(source) as (_, original),
-        av.open(source) as heard,
+        _opened(source) as (heard, original),
         image.atomic(Path(path)) as temporary,
+        _told(path, RuntimeError, _UNWRITTEN),
         av.open(str(temporary), "w", format=kind) as out,
     ):
-        rate = original.average_rate or _RATE
-        stream: Any = out.add_stream(codec, rate, options)
-        context = stream.codec_context
+        stream: Any = out.add_stream(codec, original.average_rate or _RATE, options)
+        context, last = stream.codec_context, -1
         context.pix_fmt, context.time_base = "yuv420p", original.time_base
         context.color_primaries = context.color_trc = context.colorspace = _BT709
-        copy = _sound(heard, out)
+        copy = _sound(source, heard, out)
 
         def write(shot: Shot, picture: Picture) -> None:
+            nonlocal last
             width, height = (side // 2 * 2 for side in picture.size)
             if not context.is_open:
                 stream.width, stream.height = width, height
             levels = np.asarray(image.to_pil(picture).convert("RGB"))[:height, :width]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(levels), "rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-            assert shot.time is not None
-            frame.time_base, frame.pts = original.time_base, round(shot.time / original.time_base)
-            with _told(path, RuntimeError, "it cannot be written"):
+            last = max(last + 1, round(shot.time / original.time_base))
+            frame.time_base, frame.pts = original.time_base, last
+            with _told(path, RuntimeError, _UNWRITTEN):
                 out.mux(stream.encode(frame))
-                copy(shot.time + 1 / rate)
+            copy(shot.until)
 
         yield write
-        with _told(path, RuntimeError, "it cannot be written"):
-            out.mux(stream.encode(None))
+        out.mux(stream.encode(None))
 
 
-def _sound(source: Any, out: Any) -> Callable[[float], None]:
+def _sound(path: str, source: Any, out: Any) -> Callable[[float], None]:
     """A function that copies the sound of an open video up to a time, as it is."""
-    given = source.streams.audio[0] if source.streams.audio else None
-    if given is not None and given.codec_context.name not in out.supported_codecs:
-        log.warning("the sound (%s) is left out: %s cannot hold it", given.codec_context.name, out.format.name)
-        given = None
+    given = next(iter(source.streams.audio), None)
     if given is None:
-        return lambda time: None
+        return lambda until: None
+    codec = given.codec_context and given.codec_context.name
+    if codec not in out.supported_codecs:
+        log.warning("the sound (%s) is left out: %s cannot hold it", codec or "unknown", out.format.name)
+        return lambda until: None
     own, packets = out.add_stream_from_template(given), source.demux(given)
-    waiting = next(packets, None)
 
-    def copy(time: float) -> None:
+    def following() -> Any:
+        with _told(path):
+            return next((each for each in packets if each.dts is not None), None)  # the last one is empty
+
+    waiting = following()
+
+    def copy(until: float) -> None:
         nonlocal waiting
-        while waiting is not None and (waiting.dts is None or waiting.dts * waiting.time_base < time):
-            if waiting.dts is not None:  # the last one is none
-                waiting.stream = own
+        while waiting is not None and waiting.dts * waiting.time_base < until:
+            waiting.stream = own
+            with _told(path, RuntimeError, "its sound cannot be copied"):
                 out.mux(waiting)
-            waiting = next(packets, None)
+            waiting = following()
 
     return copy
 
@@ -153,22 +198,28 @@ def _frames(path: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[Any, Any]]:
-    """A video and its first stream of pictures."""
+    """A video and its stream of pictures."""
     try:
         import av
     except ImportError as error:
         raise RuntimeError(f"videos need PyAV: {install_line('video')}") from error
-    with _told(path):
-        container = av.open(path)
+    with _told(path):  # a name with a colon would be taken for a protocol's
+        container = av.open(str(Path(path).resolve()), metadata_errors="replace")
     with container:
-        if not container.streams.video:
+        stream: Any = container.streams.best("video")
+        if stream is None:
             raise ValueError(f"{path}: there is no video in it")
-        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{path}: nothing here decodes its video")
         stream.thread_type = "AUTO"
-        most = image.limit("STYLIZE_MAX_PIXELS", image.MAX_PIXELS)
-        if stream.width * stream.height > most:
-            raise ValueError(f"{path}: frames of {stream.width} x {stream.height} pixels, of {most} at most")
+        _check_pixels(path, stream.width, stream.height)
         yield container, stream
+
+
+def _check_pixels(path: str, width: int, height: int) -> None:
+    most = image.limit("STYLIZE_MAX_PIXELS", image.MAX_PIXELS)
+    if width * height > most:
+        raise ValueError(f"{path}: frames of {width} x {height} pixels, of {most} at most")
 
 
 @contextlib.contextmanager
@@ -179,6 +230,6 @@ def _told(path: str, kind: type[Exception] = ValueError, wrong: str = "damaged, 
     try:
         yield
     except av.FFmpegError as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | MemoryError):
             raise
         raise kind(f"{path}: {wrong}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .features import DTYPES
 from .goal import Goal, canvas, style_size, visible
 from .goal import load as load_goal
 from .stylizer import Stylizer
+
+log = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cudnn")  # where all memory is ours; what ONNX Runtime and TensorRT take is theirs to know
 _SYSTEM = Path("/")
@@ -85,6 +88,21 @@ def forecast(
         phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
     most = max(phases, key=lambda parts: sum(parts.values()))
     return Forecast(size, stylizer.device, stylizer.precision, {name: value for name, value in most.items() if value})
+
+
+def warn(
+    stylizer: Stylizer, content: Any, style: Any, configs: Sequence[Config], *, masks: Any = None, freeze: Any = None
+) -> None:
+    """Say so where one of such runs is forecast to take more memory than there is."""
+    if stylizer.device not in DEVICES:
+        return
+    needed = max(forecast(stylizer, content, style, each, masks=masks, freeze=freeze).total for each in configs)
+    left = available(stylizer.device)
+    if left is not None and needed > left:
+        text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
+        if any(each.optimizer == "lbfgs" for each in configs):
+            text += ", a --history of few pairs or --optimizer adam"
+        log.warning(text, short(needed), short(left))
 
 
 def available(device: str) -> int | None:

@@ -49,9 +49,16 @@ def carry(picture: Picture, before: Picture, now: Picture, weight: float) -> Car
     within the picture, off the edges of what moves (Ruder, Dosovitskiy, Brox 2016, eq. 5 and 6), and where it leads to
     like colours. Elsewhere the picture also gets what is new in the frame, or what comes into sight would have to be
     found in what it replaces.
-    Raises RuntimeError without OpenCV.
+    Raises RuntimeError without OpenCV, or where that fails.
     """
-    cv2 = _opencv()
+    cv2 = opencv()
+    try:
+        return _carry(cv2, picture, before, now, weight)
+    except cv2.error as error:
+        raise RuntimeError(f"OpenCV: {error}") from error
+
+
+def _carry(cv2: Any, picture: Picture, before: Picture, now: Picture, weight: float) -> Carried:
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [cv2.cvtColor(np.rint(255 * each.rgb).astype(np.uint8), cv2.COLOR_RGB2GRAY) for each in (before, now)]
     there, back = method.calc(grey[0], grey[1], None), method.calc(grey[1], grey[0], None)
@@ -78,7 +85,8 @@ def _agree(back: _Flow, there: _Flow) -> NDArray[np.bool_]:
     return undone & (slopes < 0.01 * own + 0.002)
 
 
-def _opencv() -> Any:
+def opencv() -> Any:
+    """OpenCV; RuntimeError where it is not installed."""
     try:
         import cv2
     except ImportError as error:

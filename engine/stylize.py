@@ -211,7 +211,7 @@ def _run(given: argparse.Namespace) -> int:
     if _is_moving(given):
         from . import video
 
-        _warn_of_idle(given, [config], content=True, styles=len(sources) - 1)
+        _warn_of_idle(given, [config], content=True, styles=0 if "none" in sources else len(sources) - 1)
         status, message = video.make(given, sources[1:], config)
         return fail(_NAME, status, message) if status else 0
     record = None
@@ -242,13 +242,13 @@ def _run(given: argparse.Namespace) -> int:
         check_weights(given.preset, stylizer.weights_kind)
     if record:
         replay.check_engine(record, stylizer, config)
-    if given.forecast:
-        from .forecast import forecast
+    from .forecast import forecast, warn
 
+    if given.forecast:
         print(forecast(stylizer, job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
     if not any(each == "-" or (Path(each).exists() and not Path(each).is_file()) for each in besides):  # pipes
-        _warn_of_memory(stylizer, job, [each for _, each in cells])
+        warn(stylizer, job.content, job.style, [each for _, each in cells], masks=job.masks, freeze=job.freeze)
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if grid:
@@ -267,21 +267,6 @@ def _warn_of_idle(
         kept = given.save_targets and name.startswith("style_")  # what is saved depends on it
         if (name in axes or hasattr(given, name)) and not kept and all(name in other for other in others):
             _LOGGER.warning("%s has no effect: %s", _flag(name), reason)
-
-
-def _warn_of_memory(stylizer: Any, job: Job, configs: Sequence[Config]) -> None:
-    """Say so where a run is forecast to take more memory than there is."""
-    from .forecast import DEVICES, available, forecast, short
-
-    if stylizer.device in DEVICES:
-        sources = {"masks": job.masks, "freeze": job.freeze}
-        needed = max(forecast(stylizer, job.content, job.style, each, **sources).total for each in configs)
-        left = available(stylizer.device)
-        if left is not None and needed > left:
-            text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
-            if any(each.optimizer == "lbfgs" for each in configs):
-                text += ", a --history of few pairs or --optimizer adam"
-            _LOGGER.warning(text, short(needed), short(left))
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -328,7 +313,8 @@ def _check(given: argparse.Namespace) -> None:
 
 def _is_moving(given: argparse.Namespace) -> bool:
     """Whether CONTENT is a video, or a folder of frames."""
-    return given.content is not None and (is_video(given.content) or Path(given.content).is_dir())
+    content = given.content
+    return content not in (None, "none", "-") and (is_video(content) or Path(content).is_dir())
 
 
 def _masks(given: list[str] | None) -> list[Any] | None:

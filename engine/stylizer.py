@@ -143,6 +143,8 @@ class Stylizer:
                 self._saved(targets, side, config)
         start = None if config.start_file is None else images.load(config.start_file)
         if carried is not None:
+            if len(schedule) > 1 or carried.picture.size != final_size(picture, config) or config.init != "content":
+                raise ValueError("a frame is carried to one scale, in the size of its result, and begins as content")
             start = carried.picture
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if resume is None else self._resumed(resume, identity)
@@ -266,6 +268,8 @@ class Stylizer:
         total: int,
     ) -> dict[str, Any]:
         """The manifest of a run of these pictures as far as it came, at this precision: see `manifest.describe`."""
+        if given.carried is not None:
+            raise ValueError("a frame of a video has no manifest: it is not made again without those before it")
         engine = {"device": self.device, "precision": precision, "weights": self.weights_name}
         engine["sha256"] = self.weights_digest(given.config.layers)
         if precision != self.precision:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import film, image
+from . import colour, film, image
 from .config import FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
+from .forecast import warn
 from .goal import final_size, load_style
 from .image import Picture
-from .jobs import BREAKS, brief, check_apart, is_picture, is_video
-from .motion import Carried, carry
+from .jobs import BREAKS, VIDEOS, brief, check_apart, is_video, same_file
+from .motion import Carried, carry, opencv
 from .presets import check_weights
 from .stylizer import Stylizer
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MATCHED = ("match", "histogram")
 _CUT = 0.25  # share of the pixels whose motion is certain under which a frame shows something else
 
 
@@ -56,7 +60,10 @@ class Video:
     """Paints the frames of a video in one style, one call after the other; see `Stylizer` for style and config.
 
     The first frame, and one after a cut, is a run with `config`; the others have `iterations` at the last scale, and
-    the temporal loss by `temporal_weight`. What is carried along is rounded to 8 bits, as files hold it.
+    the temporal loss by `temporal_weight`. What is carried along is rounded to 8 bits, as files hold it. With colour
+    `match` or `histogram` the style is brought to the colours of such a first frame.
+
+    Raises ValueError for options that cannot be used, RuntimeError without OpenCV.
     """
 
     def __init__(
@@ -68,48 +75,66 @@ class Video:
         iterations: int = FRAME_ITERATIONS,
         temporal_weight: float = TEMPORAL_WEIGHT,
     ) -> None:
-        self._stylizer, self._config = stylizer, config or Config()
-        sources = style if isinstance(style, list | tuple) else [style]
-        self._style = None if style is None else [load_style(each) for each in sources]
-        self._weight = temporal_weight
-        self._later = replace(self._config, scales=1, iterations=iterations, init="content", init_noise=0.0)
-        if not (isinstance(temporal_weight, int | float) and 0 <= temporal_weight < float("inf")):
+        if not (isinstance(temporal_weight, int | float) and 0 <= temporal_weight < math.inf):
             raise ValueError(f"temporal_weight {temporal_weight}: give a finite number that is not negative")
+        opencv()  # now, not at the second frame
+        self._stylizer, self._first, self._weight = stylizer, config or Config(), temporal_weight
+        self._colour = self._first.colour
+        sources = style if isinstance(style, list | tuple) else [style]
+        self._given = None if style is None else [load_style(each) for each in sources]
+        self._style = self._given
+        later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
+        self._later = replace(later, colour="none") if self._colour in _MATCHED else later
         self._before: tuple[Picture, Picture] | None = None  # the frame before, what was made of it
+        self._count = 0
 
     def __call__(self, content: Any) -> Frame:
         """Paint the next frame: a picture as `Stylizer` takes it, of the size of those before.
 
-        Raises as `Stylizer` does, and RuntimeError without OpenCV.
+        Raises as `Stylizer` does.
         """
+        self._count += 1
         frame = image.load(content)
         now = self._fitted(frame)
         carried = self._carried(now)
-        for step in self._stylizer.steps(frame, self._style, self._later if carried else self._config, carried=carried):
-            loss = step.loss
+        if carried is None:
+            self._match(frame)
+        config = self._first if carried is None else self._later
+        style = self._given if carried is None else self._style
+        (step,) = deque(self._stylizer.steps(frame, style, config, carried=carried), 1)
         made = image.load(image.to_pil(image.from_tensor(step.pixels)))
         self._before = now, made
         kept = flicker = 0.0
         if carried is not None:
             kept = float(carried.certain.mean())
             flicker = float((carried.certain[..., None] * abs(made.rgb - carried.picture.rgb)).mean()) / kept
-        return Frame(step.picture, loss, kept, flicker)
+        return Frame(step.picture, step.loss, kept, flicker)
 
     def take(self, content: Any, painted: Any) -> None:
         """Go on from a frame that was painted before; ValueError if its size is not that of the result.
 
-        The picture is what was optimised, so this is no way for runs that bring the content's colours back.
+        The picture has to be what was optimised, and to have had its style for all, so this is for colour `none` only.
         """
         now, picture = self._fitted(image.load(content)), image.load(painted)
-        if self._config.colour.startswith("keep"):
-            raise ValueError(f"a video with colour {self._config.colour} cannot go on from its pictures")
+        if self._colour != "none":
+            raise ValueError(f"with colour {self._colour} a video cannot go on from its pictures, only begin again")
         if picture.size != now.size:
             raise ValueError(f"the frame before was painted at {picture.size}, this one is {now.size}")
         self._before = now, picture
 
     def _fitted(self, frame: Picture) -> Picture:
-        """What a frame shows, at the size of its result."""
-        return image.shown(image.resize(frame, final_size(frame, self._config.sized(max(frame.size)))))
+        """What a frame shows to the objective, at the size of its result."""
+        fitted = image.resize(frame, final_size(frame, self._first.sized(max(frame.size))))
+        if fitted.alpha is not None and fitted.alpha.any():
+            fitted = image.shown(fitted)
+        return colour.grey(fitted) if self._colour == "keep-before" else fitted
+
+    def _match(self, frame: Picture) -> None:
+        """Bring the style to the colours of a first frame, for those after it."""
+        if self._given is not None and self._colour in _MATCHED:
+            if not all(isinstance(each, Picture) for each in self._given):
+                return  # the run says so
+            self._style = colour.prepare(self._colour, frame, self._given)[1]
 
     def _carried(self, now: Picture) -> Carried | None:
         if self._before is None:
@@ -119,27 +144,29 @@ class Video:
             raise ValueError(f"this frame gives {now.size} pixels, those before it {before.size}: crop them alike")
         carried = carry(made, before, now, self._weight)
         if carried.certain.mean() < _CUT:
-            log.info("a cut: this frame begins anew")
+            log.info("frame %d begins anew: a cut", self._count)
             return None
         return carried
 
 
-def _check(given: argparse.Namespace, styles: Sequence[str]) -> None:
+def _check(given: argparse.Namespace, styles: Sequence[str], config: Config) -> None:
     """Raise ValueError or OSError now if the video cannot be read, or what is made of it not be written."""
     source, out = given.content, given.out
     film.check(source)
-    if out == "-" or is_picture(Path(out).name):
-        raise ValueError(f"-o {out} is one picture: give a folder, or a name that ends in .mp4, for a video")
-    if not is_video(out):
-        if Path(out).exists() and not Path(out).is_dir():
-            raise ValueError(f"{out} is no folder: frames go to a folder, or give a name that ends in .mp4")
-        if Path(source).is_dir() and Path(out).resolve() == Path(source).resolve():
-            raise ValueError(f"{out} holds the frames to read: give another folder")
-        return
-    if Path(source).is_dir():
-        raise ValueError(f"{source} is a folder of frames, which have no times: give a folder with -o")
-    check_apart([("OUT", out)], [("CONTENT", source), *(("a style", each) for each in styles)])
-    image.check_writable(out, given.overwrite)
+    if config.start_file is not None and not Path(config.start_file).is_file():
+        raise ValueError(f"--init {config.start_file}: a video may begin anew, give a file that can be read again")
+    if is_video(out):
+        if Path(source).is_dir():
+            raise ValueError(f"{source} is a folder of frames, which have no times: give a folder with -o")
+        check_apart([("OUT", out)], [("CONTENT", source), *(("a style", each) for each in styles)])
+        image.check_writable(out, given.overwrite)
+    elif not Path(out).is_dir():
+        if Path(out).exists():
+            raise ValueError(f"{out} is no folder")
+        if out == "-" or Path(out).suffix:
+            raise ValueError(f"-o {out}: give a folder, or a name that ends in {', '.join(VIDEOS)}")
+    elif Path(source).is_dir() and same_file(out, source):
+        raise ValueError(f"{out} holds the frames to read: give another folder")
 
 
 def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tuple[int, str]:
@@ -149,35 +176,42 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
     or was interrupted, has painted so far is written.
     """
     source, out, done = given.content, given.out, 0
-    _check(given, styles)
+    _check(given, styles, config)
     loaded = None if list(styles) == ["none"] else [load_style(each) for each in styles]
     stylizer = Stylizer(given.weights, given.device, given.precision)
     if given.preset:
         check_weights(given.preset, stylizer.weights_kind)
-    if not is_video(out):
-        Path(out).mkdir(parents=True, exist_ok=True)
     painter = Video(stylizer, loaded, config, iterations=given.frame_iterations, temporal_weight=given.temporal_weight)
-    sink = film.video(out, source) if is_video(out) else film.folder(out)
-    status, message = 0, ""
+    if is_video(out):
+        sink = film.video(out, source)
+    else:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        image.check_writable(str(Path(out) / "frame.png"), overwrite=True)
+        sink = film.folder(out)
+    status, message, there = 0, "", list[film.Shot]()
     with sink as write, _Progress(given, film.count(source)) as progress:
         try:
             for shot in film.read(source):
-                if not is_video(out) and not given.overwrite and film.place(out, shot).exists():
-                    painter.take(shot.picture, str(film.place(out, shot)))
+                if not (is_video(out) or given.overwrite) and film.place(out, shot).exists():
+                    there = [shot]
                     progress.skip()
                     continue
+                if there:
+                    painter.take(there[0].picture, str(film.place(out, there.pop())))
+                if not done:
+                    warn(stylizer, shot.picture, loaded, [config])
                 frame = painter(shot.picture)
                 write(shot, frame.picture)
                 done += 1
                 progress.tick(frame)
         except KeyboardInterrupt:
+            if not done:
+                raise
             status, message = 130, "interrupted"
         except (*BREAKS, ValueError) as error:  # a frame that is damaged
             if not done:
                 raise
             status, message = 1, brief(error)
-        if status and not done:
-            raise KeyboardInterrupt
     return status, message and f"{message}; the {done} frames so far are in {out}"
 
 
@@ -198,6 +232,8 @@ class _Progress:
 
     def skip(self) -> None:
         """A frame was there already."""
+        if not self._done:
+            log.info("frames that are there already are left alone: --overwrite replaces them")
         self._done += 1
         self._bar.update()
 

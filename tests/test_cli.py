@@ -154,7 +154,7 @@ MISTAKES = [
     (["{text}", "{style}", "-o", "{out}"], "not a picture"),
     (["{content}", "{cut}", "-o", "{out}"], "damaged"),
     (["{thin}", "{style}", "-o", "{out}"], "crop it"),
-    (["{folder}", "{style}", "-o", "{out}"], "is one picture: give a folder"),
+    (["{folder}", "{style}", "-o", "{out}"], "give a folder, or a name that ends in .mp4"),
     (["{content}", "{style}", "-o", "{text}"], "--overwrite"),
     (["{content}", "{style}", "-o", "{content}"], "both a picture to read and OUT"),
     (["{content}", "{style}", "-o", "{out}", "--checkpoint", "{out}"], "both OUT and --checkpoint"),
@@ -572,7 +572,7 @@ def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
         return iter(())
 
     monkeypatch.setattr("engine.stylizer.Stylizer.steps", steps)
-    monkeypatch.setattr(stylize, "_warn_of_memory", lambda *given: None)
+    monkeypatch.setattr("engine.forecast.warn", lambda *given, **named: None)
     masks = ["--mask", f"{content}:{style}", "--mask", "alpha", "--freeze", content, "--style-blend", "3,1"]
     assert stylize.main([content, style, style, "-o", out, *masks]) == 0
     assert seen == {"masks": [(content, style), "alpha"], "freeze": content, "blend": (3.0, 1.0)}

@@ -23,7 +23,7 @@ ALLOWED = {
         {"checkpoint", "config", "goal", "image", "jobs", "manifest", "result", "stylizer", "targets", "__version__"}
     ),
     "film": {"image", "jobs", "export"},
-    "video": {"config", "film", "goal", "image", "jobs", "motion", "presets", "stylizer"},
+    "video": {"colour", "config", "film", "forecast", "goal", "image", "jobs", "motion", "presets", "stylizer"},
     "batches": {"config", "manifest", "image", "jobs", "painting", "presets", "replay", "stylizer"},
     "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer", "export"},
     "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import SHALLOW, TINY
 from PIL import Image
 from test_film import make
 
-from engine import Config, colour, film, image, samples, stylize
+from engine import Config, Stylizer, colour, film, image, samples, stylize, video
 from engine.goal import load as load_goal
 from engine.image import Picture
 from engine.kernels.temporal import temporal_reference
@@ -102,12 +103,36 @@ def test_a_video_goes_on_from_a_painted_frame(stylizer):
 
 def test_the_contents_colours_come_back_frame_by_frame(stylizer):
     """What is carried along is what was optimised, not what is shown."""
-    given = frames(3)
     plain, kept = (Video(stylizer, STYLE, replace(TINY, colour=each)) for each in ("none", "keep-after"))
-    for frame in given:
+    for frame in frames(3):
         shown = colour.finish("keep-after", plain(frame).picture, image.load(frame), False)
-        # What is shown without colours has 8 bits less rounding than what comes next.
         assert np.allclose(kept(frame).picture.rgb, shown.rgb, atol=1e-5)
+
+
+def test_what_is_new_is_grey_where_frames_are(stylizer, monkeypatch):
+    seen = []
+
+    def noted(picture, before, now, weight):
+        seen.extend((before, now))
+        return carry(picture, before, now, weight)
+
+    monkeypatch.setattr(video, "carry", noted)
+    painter = Video(stylizer, STYLE, replace(TINY, colour="keep-before"))
+    for frame in frames(3):
+        painter(frame)
+    assert len(seen) == 4
+    assert max(np.ptp(each.rgb, axis=2).max() for each in seen) < 1e-3
+
+
+@pytest.mark.parametrize("way", ["match", "histogram"])
+def test_a_style_is_matched_to_the_first_frame_alone(stylizer, way):
+    """Or its targets would change with each frame; later ones are those of a plain video in that style."""
+    given = frames(3)
+    painter = Video(stylizer, STYLE, replace(TINY, colour=way))
+    (matched,) = colour.prepare(way, image.load(given[0]), [image.load(STYLE)])[1]
+    plain = Video(stylizer, matched, TINY)
+    for frame in given:
+        assert np.array_equal(painter(frame).picture.rgb, plain(frame).picture.rgb)
 
 
 def test_frames_keep_their_alpha(stylizer):
@@ -118,6 +143,8 @@ def test_frames_keep_their_alpha(stylizer):
         made = painter(Image.fromarray(np.dstack([frame, seen])))
         assert made.image.mode == "RGBA"
         assert made.picture.alpha[0, 0] == 0
+    faded = painter(Image.fromarray(np.dstack([frames(1)[0], 0 * seen])))  # nothing to see
+    assert np.isfinite(faded.picture.rgb).all()
 
 
 def test_a_frame_without_style_or_of_several(stylizer):
@@ -139,8 +166,33 @@ def test_mistakes_are_told(stylizer):
         painter(frames(1, width=48)[0])
     with pytest.raises(ValueError, match="painted at"):
         painter.take(*frames(2))
-    with pytest.raises(ValueError, match="cannot go on from its pictures"):
-        Video(stylizer, STYLE, replace(TINY, colour="keep-after")).take(*frames(2))
+    for way in ("keep-after", "match"):
+        with pytest.raises(ValueError, match="cannot go on from its pictures"):
+            Video(stylizer, STYLE, replace(TINY, colour=way)).take(*frames(2))
+
+
+def test_steps_take_what_fits_and_is_carried_to_one_scale(stylizer):
+    content, before = (Picture(each.astype(np.float32) / 255) for each in frames(2)[::-1])
+    carried = carry(before, before, content, 3.0)
+    for wrong in ({"size": 48}, {"scales": 2, "size": 64}, {"init": "noise", "size": 64}):
+        with pytest.raises(ValueError, match="a frame is carried to one scale"):
+            stylizer.steps(content, STYLE, replace(TINY, **wrong), carried=carried)
+    step = next(stylizer.steps(content, STYLE, replace(TINY, size=64), carried=carried))
+    with pytest.raises(ValueError, match="a frame of a video has no manifest"):
+        step.manifest([], 0.0)
+
+
+def test_what_opencv_cannot_do_is_no_traceback(stylizer, monkeypatch):
+    import cv2
+
+    def broken(*_, **__):
+        raise cv2.error("out of memory")
+
+    monkeypatch.setattr(cv2, "remap", broken)
+    painter = Video(stylizer, STYLE, TINY)
+    painter(frames(1)[0])
+    with pytest.raises(RuntimeError, match="OpenCV: out of memory"):
+        painter(frames(2)[1])
 
 
 def test_a_checkpoint_of_a_frame_is_of_what_it_began_with(stylizer):
@@ -158,7 +210,7 @@ def test_a_checkpoint_of_a_frame_is_of_what_it_began_with(stylizer):
             stylizer.steps(content, STYLE, config, carried=wrong, resume=data)
 
 
-def test_the_start_is_what_was_carried(stylizer, monkeypatch):
+def test_the_start_is_what_was_carried(stylizer):
     """Certain nowhere and with no iteration to speak of, it is the picture that was handed over."""
     picture = Picture(np.random.default_rng(0).random((36, 48, 3), np.float32))
     carried = Carried(picture, np.zeros((36, 48), np.float32), 3.0)
@@ -208,10 +260,16 @@ def run(*words):
 
 
 def test_a_video_becomes_a_video(tmp_path, style, clip, capsys):
-    assert run(clip, style, "-o", tmp_path / "out.mp4") == 0
+    assert run(clip, style, "-o", tmp_path / "out.mp4", "--temporal-weight", "50") == 0
     given, made = list(film.read(clip)), list(film.read(str(tmp_path / "out.mp4")))
     assert [shot.time for shot in made] == pytest.approx([shot.time for shot in given], abs=1e-3)
-    assert {shot.picture.size for shot in made} == {(48, 36)}
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        assert [stream.type for stream in file.streams] == ["video", "audio"]
+    own = Config(size=48, scales=1, iterations=3, style_layers=SHALLOW)
+    painter = Video(Stylizer("auto", "cpu"), STYLE, own, iterations=2, temporal_weight=50.0)
+    for shot, frame in zip(made, given, strict=True):
+        away = (shot.picture.rgb - painter(frame.picture).picture.rgb) @ [0.2126, 0.7152, 0.0722]
+        assert abs(away).mean() < 0.015, "H.264 has half the colours"
     assert run(clip, style, "-o", tmp_path / "out.mp4") == 2
     assert "exists already; pass --overwrite" in capsys.readouterr().err
     assert run(clip, style, "-o", tmp_path / "out.mp4", "--overwrite") == 0
@@ -222,12 +280,29 @@ def test_a_video_becomes_a_folder_and_a_rerun_goes_on(tmp_path, style, clip):
     names = [f"{i:06d}.png" for i in range(1, 5)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     whole = [(tmp_path / "out" / name).read_bytes() for name in names]
+    assert run(clip, style, "-o", tmp_path / "out", "--colour", "keep-after") == 0  # all are there
     for name in names[2:]:
         (tmp_path / "out" / name).unlink()
+    assert run(clip, style, "-o", tmp_path / "out", "--colour", "keep-after") == 2
     before = (tmp_path / "out" / names[0]).stat().st_mtime_ns
     assert run(clip, style, "-o", tmp_path / "out") == 0
     assert [(tmp_path / "out" / name).read_bytes() for name in names] == whole
     assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == before
+
+
+def test_options_reach_the_frames(tmp_path, style, clip, monkeypatch):
+    seen = {}
+
+    class Told(Video):
+        def __init__(self, stylizer, style, config, **given):
+            seen.update(given, config=config, styles=len(style))
+            super().__init__(stylizer, style, config, **given)
+
+    monkeypatch.setattr(video, "Video", Told)
+    words = ["--temporal-weight", "7", "--tv-weight", "2", "--preset", "pystiche", "--overwrite"]
+    assert run(clip, style, style, "-o", tmp_path / "out.mp4", *words) == 0
+    assert (seen["iterations"], seen["temporal_weight"], seen["styles"]) == (2, 7.0, 2)
+    assert (seen["config"].tv_weight, seen["config"].pooling) == (2.0, "max")
 
 
 def test_a_folder_becomes_a_folder(tmp_path, style, folder, capsys):
@@ -250,6 +325,9 @@ def test_mistakes_of_the_command_line(tmp_path, style, clip, folder, capsys):
         ((folder, style, "-o", folder), "holds the frames to read"),
         ((clip, style, "-o", clip, "--overwrite"), "is both CONTENT and OUT"),
         ((clip, style, "-o", tmp_path / "file"), "is no folder"),
+        ((clip, style, "-o", tmp_path / "out.avi"), "give a folder, or a name that ends in .mp4, .m4v, .mov"),
+        ((clip, style, "-o", "-"), "give a folder, or a name that ends in"),
+        ((clip, style, "-o", tmp_path / "x.mp4", "--init", "-"), "--init -: a video may begin anew"),
         ((clip, style, "-o", tmp_path / "none" / "out.mp4"), "is not a folder"),
         ((clip, style, "-o", tmp_path / "x.mp4", "--trace", "t.json"), "--trace is for one picture, not for a video"),
         ((clip, style, "-o", tmp_path / "x.mp4", "--mask", "m.png"), "--mask is for one picture, not for a video"),
@@ -281,7 +359,6 @@ def test_ctrl_c_leaves_the_frames_so_far(tmp_path, style, clip, monkeypatch, cap
     assert len(list(film.read(str(tmp_path / "out.mp4")))) == 2
     assert run(clip, style, "-o", tmp_path / "none.mp4") == 130  # none so far
     assert not (tmp_path / "none.mp4").exists()
-    made.clear()
 
 
 def test_a_damaged_frame_ends_a_video_with_those_before(tmp_path, style, folder, capsys):
