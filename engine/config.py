@@ -81,7 +81,9 @@ class Config:
         "10; shifted: gram of F - 1",
     )
     style_blend: tuple[float, ...] = _option((), "weights of the styles, divided by their sum; equal by default")
-    style_scale: float = _option(1.0, "long side of the styles over that of the image")
+    style_scale: float | tuple[float, ...] = _option(
+        1.0, "long side of the styles over that of the image; several: of each style"
+    )
     style_size: int | str = _option("auto", "long side of the styles in pixels at every scale; auto follows the image")
     pixel_range: str = _option(
         "auto", "pixels that the network sees: as its weights want them (auto), or in 0-255 or 0-256 less their mean"
@@ -130,9 +132,12 @@ class Config:
         _whole_or_auto("style_size", self.style_size, MIN_SIDE, MAX_SIZE)
         if self.style_size != "auto" and self.style_scale != 1:
             raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
-        _weight("style_scale", self.style_scale)
-        if not 1 / 64 <= self.style_scale <= 64:
-            raise ValueError(f"style_scale {self.style_scale}: give a number from 1/64 to 64")
+        if isinstance(self.style_scale, tuple | list):
+            if not self.style_scale:
+                raise ValueError("style_scale: give a number, or one for each style")
+            object.__setattr__(self, "style_scale", tuple(map(_scale, self.style_scale)))
+        else:
+            _scale(self.style_scale)
         if not isinstance(self.style_blend, tuple | list):
             raise TypeError(f"style_blend has to be a tuple of numbers, not {self.style_blend!r}")
         for weight in self.style_blend:
@@ -173,8 +178,9 @@ class Config:
         choice("colour", self.colour, COLOURS)
         object.__setattr__(self, "init", str(self.init))
         for option in fields(self):
-            if isinstance(option.default, float):  # kernels take their arguments by type
-                object.__setattr__(self, option.name, float(getattr(self, option.name)))
+            value = getattr(self, option.name)
+            if isinstance(option.default, float) and not isinstance(value, tuple):  # kernels take arguments by type
+                object.__setattr__(self, option.name, float(value))
 
     @property
     def content_layer_weights(self) -> dict[str, float]:
@@ -253,8 +259,16 @@ class Config:
             raise ValueError(f"style_blend has {len(blend)} weights, there are {count} styles")
         return [weight / sum(blend) for weight in blend]
 
+    def for_styles(self, count: int) -> list[Config]:
+        """These options for each of `count` styles, with its own style_scale. Raises ValueError for another number."""
+        scales = self.style_scale if isinstance(self.style_scale, tuple) else (self.style_scale,) * count
+        if len(scales) != count:
+            raise ValueError(f"style_scale has {len(scales)} numbers, there are {count} styles")
+        return [replace(self, style_scale=scale) for scale in scales]
+
     def style_side(self, side: int) -> int:
-        """Long side of the styles for an image with this long side."""
+        """Long side of a style for an image with this long side; of several, see `for_styles`."""
+        assert isinstance(self.style_scale, float)
         return max(1, round(self.style_scale * side)) if self.style_size == "auto" else int(self.style_size)
 
     def whole(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -314,6 +328,12 @@ def _weight(name: str, weight: object) -> None:
     number = _float(name, weight)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} {weight}: give a finite number that is not negative")
+
+
+def _scale(value: object) -> float:
+    if not 1 / 64 <= _float("style_scale", value) <= 64:
+        raise ValueError(f"style_scale {value}: give a number from 1/64 to 64")
+    return float(_float("style_scale", value))
 
 
 def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ...]:

@@ -137,9 +137,9 @@ def _numbers(file: Path) -> dict[str, int]:
 def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
     """While the statistics of a style are taken: the network at its size."""
     config, most, spec = goal.config, 0, None
-    for style, (_, mask) in zip(goal.styles, goal.parts, strict=True):
+    for style, (_, mask), own_config in zip(goal.styles, goal.parts, goal.own, strict=True):
         if isinstance(style, images.Picture):
-            size = style_size(style, side, config)
+            size = style_size(style, side, own_config)
             spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding, stylizer.precision)
             own = _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size)
             if stylizer.device == "cudnn":

@@ -44,6 +44,11 @@ class Goal:
         return tuple(layer for layer in LOSS_LAYERS if layer in used)
 
     @property
+    def own(self) -> tuple[Config, ...]:
+        """The options of each style."""
+        return tuple(self.config.for_styles(len(self.styles))) if self.styles else ()
+
+    @property
     def detailed(self) -> bool:
         """Whether finer scales begin with details of the content: not if a run is to find them, or to do without."""
         return self.content is not None and bool(self.styles) and self.config.content_weight > 0
@@ -128,10 +133,11 @@ def load(
     if freeze is not None and picture is not None:
         held = load_freeze(freeze, picture, final_size(picture, config))
     side = max(image.size if image else final_size(picture or canvas(config), config))
-    for each, (_, part) in zip(styles, pairs or ((None, None),) * len(styles), strict=True):
+    parts, own = pairs or ((None, None),) * len(styles), config.for_styles(len(styles)) if styles else ()
+    for each, (_, part), options in zip(styles, parts, own, strict=True):
         if isinstance(each, images.Picture):  # what cannot be used is told now
             visible(each, part)
-            style_size(each, side, config)
+            style_size(each, side, options)
     return Goal(config, picture, styles, pairs, held)
 
 

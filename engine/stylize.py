@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 _PROGRESS = "auto (a bar on a terminal), none, or json (a line for each iteration on stderr)"
 _METAVARS = {
     "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
-    "style_scale": "F", "style_size": "auto|N", "iterations": "N[,N...][,...]", "scales": "auto|N",
+    "style_scale": "F[,F...]", "style_size": "auto|N", "iterations": "N[,N...][,...]", "scales": "auto|N",
     "content_weight": "W", "style_weight": "W", "tv_weight": "W", "tv_power": "F",
     "tv_form": "mean|sum|block|nine-point", "content_loss": "mean|sum", "pixel_range": "auto|0-255|0-256",
     "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
@@ -406,8 +406,9 @@ def _parse(name: str, default: Any, text: Any) -> Any:
     if name == "size" and "x" in text:
         width, height = text.split("x")
         return int(width), int(height)
-    if name == "style_blend":
-        return tuple(float(part) for part in text.split(","))
+    if name in ("style_blend", "style_scale"):
+        numbers = tuple(float(part) for part in text.split(","))
+        return numbers if name == "style_blend" or len(numbers) > 1 else numbers[0]
     if name in ("scales", "size", "style_size", "history"):
         return text if text in ("auto", "original") else int(text)
     if isinstance(default, tuple):

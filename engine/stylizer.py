@@ -138,9 +138,9 @@ class Stylizer:
         schedule = config.schedule(picture.aspect)
         if config.optimizer == "lbfgs":
             kernels.pairs(config.history, self.device in provider.GPUS)  # too many are told now
-        for targets in (each for each in given.styles if isinstance(each, Targets)):  # so are those of other scales
-            for side, _ in schedule:
-                self._saved(targets, side, config)
+        for style, own in zip(given.styles, given.own, strict=True):  # so are targets of other scales
+            for side, _ in schedule if isinstance(style, Targets) else ():
+                self._saved(style, side, own)
         start = None if config.start_file is None else images.load(config.start_file)
         if carried is not None:
             if len(schedule) > 1 or carried.picture.size != final_size(picture, config) or config.init != "content":
@@ -339,7 +339,7 @@ class Stylizer:
 
         `mask` is a part of the style, as in a call. Raises ValueError, TypeError or OSError.
         """
-        config = replace(config or Config(), iterations=1)  # they need not be those of a square's scales
+        (config,) = replace(config or Config(), iterations=1).for_styles(1)  # a square's may have other scales
         if config.size == "original":
             raise ValueError("size original is that of a content, and there is none: give a number")
         picture = images.load(style)
@@ -379,10 +379,10 @@ class Stylizer:
             return []
         config = goal.config
         found = [
-            self._saved(style, side, config)
+            self._saved(style, side, own)
             if isinstance(style, Targets)
-            else self._statistics(style, side, config, mask, precision)
-            for style, (_, mask) in zip(goal.styles, goal.parts, strict=True)
+            else self._statistics(style, side, own, mask, precision)
+            for style, (_, mask), own in zip(goal.styles, goal.parts, goal.own, strict=True)
         ]
         device = provider.place(self.device)
         found = [

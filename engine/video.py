@@ -82,7 +82,7 @@ class Video:
         self._colour = self._first.colour
         sources = style if isinstance(style, list | tuple) else [style]
         self._given = None if style is None else [load_style(each) for each in sources]
-        self._style = self._given
+        self._style: list[Any] | None = self._given  # of the frames behind a first one
         later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
         self._later = replace(later, colour="none") if self._colour in _MATCHED else later
         self._before: tuple[Picture, Picture] | None = None  # the frame before, what was made of it
@@ -130,11 +130,10 @@ class Video:
         return colour.grey(fitted) if self._colour == "keep-before" else fitted
 
     def _match(self, frame: Picture) -> None:
-        """Bring the style to the colours of a first frame, for those after it."""
-        if self._given is not None and self._colour in _MATCHED:
-            if not all(isinstance(each, Picture) for each in self._given):
-                return  # the run says so
-            self._style = colour.prepare(self._colour, frame, self._given)[1]
+        """Bring the style to the colours of a first frame, for those after it; targets are refused by the run."""
+        pictures = [each for each in self._given or () if isinstance(each, Picture)]
+        if self._colour in _MATCHED:
+            self._style = [*colour.prepare(self._colour, frame, pictures)[1]]
 
     def _carried(self, now: Picture) -> Carried | None:
         if self._before is None:

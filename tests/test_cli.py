@@ -82,7 +82,7 @@ OPTIONS = {
     "content_loss": ("sum", "sum"),
     "style_loss": ("shifted", "shifted"),
     "style_blend": ("3,1", (3.0, 1.0)),
-    "style_scale": ("1.5", 1.5),
+    "style_scale": ("1.5,2", (1.5, 2.0)),
     "style_size": ("300", 300),
     "pixel_range": ("0-255", "0-255"),
     "pooling": ("max", "max"),

@@ -130,6 +130,23 @@ def test_style_scale_and_style_size_set_the_side_of_the_style(stylizer, monkeypa
     assert len(set(losses)) == 3
 
 
+def test_each_style_has_its_own_scale(stylizer, pictures):
+    """Two styles at two scales are what targets of each at its scale are."""
+    content, styles = pictures["content"], (pictures["style"], noise(80, 100, 1))
+    both = Config(size=64, scales=1, iterations=3, style_scale=(1.5, 0.75), style_layers=SHALLOW["style_layers"])
+    own = [stylizer.targets(style, each) for style, each in zip(styles, both.for_styles(2), strict=True)]
+    assert [each.style_scale for each in both.for_styles(2)] == [1.5, 0.75]
+    result = stylizer(content, [*styles], both)
+    assert np.array_equal(np.asarray(result.image), np.asarray(stylizer(content, own, both).image))
+    for other in (1.0, (0.75, 1.5)):
+        assert stylizer(content, [*styles], replace(both, style_scale=other)).last.loss != result.last.loss
+    with pytest.raises(ValueError, match="style_scale has 2 numbers, there are 1 styles"):
+        stylizer(content, styles[0], both)
+    with pytest.raises(ValueError, match=r"made for style scale 0\.75, this run has 1\.5"):
+        stylizer(content, own[::-1], both)
+    assert stylizer(content, None, both).image.size == (64, 46)  # there is no style whose scale it could be
+
+
 def test_a_texture_has_the_size_that_was_asked_for(stylizer):
     style = noise(40, 40, 1)
     config = Config(size=(64, 40), iterations=4, scales=1)

@@ -803,6 +803,7 @@ def test_a_picture_with_something_behind_it_is_only_a_picture(client, files):
         ({"size": 4096}, 422, "size 4096: this server paints up to 2048"),
         ({"style_size": 4096}, 422, "style size 4096: this server paints up to 2048"),
         ({"style_scale": 64}, 422, "style size 3"),
+        ({"style_scale": [1, 2]}, 422, "style_scale has 2 numbers, there are 1 styles"),
         ({"style_weight": -1}, 422, "negative"),
         ('{"style_weight": NaN}', 422, "finite"),
         ('{"style_weight": 1e999}', 422, "finite"),

@@ -111,7 +111,8 @@ def check_options(text: str, size: tuple[int, int], styles: int, settings: Setti
             raise ValueError(f"init {config.init!r}: choose from {', '.join(STARTS)}")
         if isinstance(config.size, tuple):
             raise ValueError("size: give one number, the content has the shape")
-        for name, side in (("size", config.long_side), ("style size", config.style_side(config.long_side))):
+        largest = max(each.style_side(config.long_side) for each in config.for_styles(styles))
+        for name, side in (("size", config.long_side), ("style size", largest)):
             if side > settings.max_size:
                 raise ValueError(f"{name} {side}: this server paints up to {settings.max_size}")
         config.schedule(max(size) / min(size))
