@@ -343,7 +343,7 @@ def test_a_replay_takes_the_precision_only_with_its_device(device, found):
 
 def test_a_replay_of_a_run_that_fell_back_does_so_again(stylizer, caplog):
     config = Config()
-    goal = SimpleNamespace(content=None, styles=(), config=config)
+    goal = SimpleNamespace(content=None, styles=(), config=config, carried=None)
     half = SimpleNamespace(device="cudnn", precision="fp16", weights_name="embedded")
     half.weights_digest = stylizer.weights_digest
     record = Stylizer._manifest(half, goal, manifest.inputs(config, None, None), [(1, 2.0)], 0, "fp32", 1)
