@@ -132,7 +132,7 @@ class Video:
     def _match(self, frame: Picture) -> None:
         """Bring the style to the colours of a first frame, for those after it; targets are refused by the run."""
         pictures = [each for each in self._given or () if isinstance(each, Picture)]
-        if self._colour in _MATCHED:
+        if self._given is not None and self._colour in _MATCHED:
             self._style = [*colour.prepare(self._colour, frame, pictures)[1]]
 
     def _carried(self, now: Picture) -> Carried | None:

@@ -81,3 +81,15 @@ __device__ inline bool last_block(unsigned* arrived) {
     __syncthreads();
     return last;
 }
+
+// Sums the value over all blocks, in an order that never changes; true in the one thread that has the sum. sums
+// (gridDim.x,) are scratch.
+__device__ inline bool grid_sum(double& value, double* sums, unsigned* arrived) {
+    value = block_sum(value);
+    if (threadIdx.x == 0) sums[blockIdx.x] = value;
+    if (!last_block(arrived)) return false;
+    value = 0;
+    for (unsigned b = threadIdx.x; b < gridDim.x; b += THREADS) value += __ldcg(sums + b);
+    value = block_sum(value);
+    return threadIdx.x == 0;
+}

@@ -86,13 +86,7 @@ __global__ void pixel_gradient(const float* pixels, const float* vjp, float* gra
             }
         }
     }
-    value = block_sum(value);
-    if (threadIdx.x == 0) sums[blockIdx.x] = value;
-    if (!last_block(arrived)) return;
-    value = 0;
-    for (unsigned b = threadIdx.x; b < gridDim.x; b += THREADS) value += __ldcg(sums + b);
-    value = block_sum(value);
-    if (threadIdx.x > 0) return;
+    if (!grid_sum(value, sums, arrived)) return;
     terms[2] = value;
     terms[0] += weight * static_cast<float>(value);
 }

@@ -15,11 +15,5 @@ __global__ void temporal(const float* pixels, const float* carried, const float*
         value += part * d;
         if (gradient) gradient[i] += slope * part;
     }
-    value = block_sum(value);
-    if (threadIdx.x == 0) sums[blockIdx.x] = value;
-    if (!last_block(arrived)) return;
-    value = 0;
-    for (unsigned b = threadIdx.x; b < gridDim.x; b += THREADS) value += __ldcg(sums + b);
-    value = block_sum(value);
-    if (threadIdx.x == 0) *total += weight * value / (3 * count);
+    if (grid_sum(value, sums, arrived)) *total += weight * value / (3 * count);
 }
