@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import re
@@ -117,8 +118,13 @@ def place(path: str, shot: Shot) -> Path:
 
 @contextlib.contextmanager
 def folder(path: str) -> Iterator[Callable[[Shot, Picture], None]]:
-    """Writes the frames as PNG, under the names of those that they were made of."""
-    yield lambda shot, picture: image.save(picture, str(place(path, shot)))
+    """Writes the frames as PNG, under the names of those that they were made of; the folder is made with the first."""
+
+    def write(shot: Shot, picture: Picture) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        image.save(picture, str(place(path, shot)))
+
+    yield write
 
 
 @contextlib.contextmanager
@@ -167,7 +173,7 @@ def _sound(path: str, source: Any, out: Any) -> Callable[[float], None]:
     if given is None:
         return lambda until: None
     codec = given.codec_context and given.codec_context.name
-    if codec not in out.supported_codecs:
+    if not codec or not _holds(out.format.name, given):
         log.warning("the sound (%s) is left out: %s cannot hold it", codec or "unknown", out.format.name)
         return lambda until: None
     own, packets = out.add_stream_from_template(given), source.demux(given)
@@ -187,6 +193,19 @@ def _sound(path: str, source: Any, out: Any) -> Callable[[float], None]:
             waiting = following()
 
     return copy
+
+
+def _holds(kind: str, stream: Any) -> bool:
+    """Whether a file of this format can hold a stream as it is: what it says of codecs is not all."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(), "w", format=kind) as trial:
+            trial.add_stream_from_template(stream)
+            trial.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
 
 
 def _frames(path: str) -> list[Path]:

@@ -27,6 +27,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from . import manifest
+from .jobs import is_video
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -339,6 +340,8 @@ def output_format(path: str) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS and Path(path).is_dir():
         raise ValueError(f"{path} is a folder: give a file in it")
+    if is_video(path):
+        raise ValueError(f"{path}: only a video, or its frames, as CONTENT becomes a video")
     if suffix not in FORMATS:
         raise ValueError(f"{path}: unknown picture format {suffix!r}; choose from {', '.join(FORMATS)}")
     return FORMATS[suffix]

@@ -18,7 +18,8 @@ SUFFIXES = (  # what is taken from a folder: all that can be read
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm",
     ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs",
 )  # fmt: skip
-VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}  # by suffix
+VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}  # that are written
+_VIDEOS = (*VIDEOS, ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv")  # and read
 BREAKS = (ArithmeticError, MemoryError, OSError, RuntimeError)  # what may end a run that had begun well
 
 
@@ -27,9 +28,9 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def is_video(name: str) -> bool:
-    """Whether a name is that of a video."""
-    return Path(name).suffix.lower() in VIDEOS
+def is_video(name: str, written: bool = False) -> bool:
+    """Whether a name is that of a video that can be read, or `written`."""
+    return Path(name).suffix.lower() in (VIDEOS if written else _VIDEOS)
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
     """
     pattern = out
     if "{content}" not in out and "{style}" not in out:
-        if out == "-" or (Path(out).suffix.lower() in SUFFIXES and not Path(out).is_dir()):
-            raise ValueError(f"-o {out} is one picture: give a folder, or a pattern with {{content}} and {{style}}")
+        if out == "-" or ((is_video(out) or Path(out).suffix.lower() in SUFFIXES) and not Path(out).is_dir()):
+            raise ValueError(f"-o {out} is one file: give a folder, or a pattern with {{content}} and {{style}}")
         pattern = str(Path(out) / "{content}--{style}.png")
     where = functools.cache(place)
     asked = {where(each) for each in named}
@@ -167,6 +168,8 @@ def _files(sources: Sequence[str]) -> list[str]:
         path = Path(source)
         if path.is_dir():
             names = [str(each) for each in sorted(path.iterdir()) if is_picture(each.name) and each.is_file()]
+        elif is_video(source):
+            raise ValueError(f"{source} is a video: give it as CONTENT, one at a time")
         elif path.exists() or not glob.has_magic(source):
             path.stat()  # raises FileNotFoundError with the name
             names = [source]

@@ -66,7 +66,7 @@ def _carry(cv2: Any, picture: Picture, before: Picture, now: Picture, weight: fl
     x, y = columns + back[..., 0], rows + back[..., 1]  # where it was, for each pixel of now
 
     def at(source: Any, kind: int) -> Any:
-        return cv2.remap(source, x, y, kind, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.remap(source, x, y, kind, borderMode=cv2.BORDER_REFLECT_101)  # streaks would be painted
 
     height, width = x.shape
     known = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1) & _agree(back, at(there, cv2.INTER_LINEAR))

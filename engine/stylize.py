@@ -46,8 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         "-o",
         "--out",
         metavar="OUT",
-        help="picture to write: png, jpg, webp, tif, bmp; - writes a PNG pipe; with --contents a folder, or a pattern "
-        "with {content} and {style}; pictures that are there already are left alone",
+        help="picture to write: png, jpg, webp, tif, bmp; - writes a PNG pipe; of a video mp4, m4v, mov, mkv, webm, or "
+        "a folder; with --contents a folder, or a pattern with {content} and {style}; pictures that are there already "
+        "are left alone",
     )
     parser.add_argument("--demo", action="store_true", help="use the bundled sample pair")
     group = parser.add_argument_group("what is optimised")
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_PROGRESS = "auto (a bar on a terminal), none, or json (a line for each iteration on stderr)"
+_PROGRESS = "auto (a bar on a terminal), none, or json (a line for each iteration, or frame, on stderr)"
 _METAVARS = {
     "size": "N|original|WxH", "style_loss": "gram|wasserstein|shifted", "style_blend": "W,W[,...]",
     "style_scale": "F[,F...]", "style_size": "auto|N", "iterations": "N[,N...][,...]", "scales": "auto|N",
@@ -288,6 +289,8 @@ def _check(given: argparse.Namespace) -> None:
             setattr(given, name, default)
         elif not moving:
             raise ValueError(f"{_flag(name)} is for a video: give one as CONTENT, or a folder of its frames")
+    if not 0 <= given.temporal_weight < float("inf"):
+        raise ValueError(f"--temporal-weight {given.temporal_weight}: give a number from 0")
     if given.frame_iterations < 1:
         raise ValueError(f"--frame-iterations {given.frame_iterations}: give a number from 1")
     if not listed and (given.shard or given.jobs != 1):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import colour, film, image
+from . import colour, film, image, manifest
 from .config import FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
 from .forecast import warn
 from .goal import final_size, load_style
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MATCHED = ("match", "histogram")
+_RECORD = "video.json"  # in a folder of painted frames
 _CUT = 0.25  # share of the pixels whose motion is certain under which a frame shows something else
 
 
@@ -57,7 +58,7 @@ class Frame:
 
 
 class Video:
-    """Paints the frames of a video in one style, one call after the other; see `Stylizer` for style and config.
+    """Paints the frames of a video in one style, one call after the other, by one thread; see `Stylizer` for the rest.
 
     The first frame, and one after a cut, is a run with `config`; the others have `iterations` at the last scale, and
     the temporal loss by `temporal_weight`. What is carried along is rounded to 8 bits, as files hold it. With colour
@@ -75,28 +76,31 @@ class Video:
         iterations: int = FRAME_ITERATIONS,
         temporal_weight: float = TEMPORAL_WEIGHT,
     ) -> None:
-        if not (isinstance(temporal_weight, int | float) and 0 <= temporal_weight < math.inf):
+        if not 0 <= temporal_weight < math.inf:
             raise ValueError(f"temporal_weight {temporal_weight}: give a finite number that is not negative")
         opencv()  # now, not at the second frame
-        self._stylizer, self._first, self._weight = stylizer, config or Config(), temporal_weight
+        self._stylizer, self._first, self._weight = stylizer, config or Config(), float(temporal_weight)
         self._colour = self._first.colour
         sources = style if isinstance(style, list | tuple) else [style]
         self._given = None if style is None else [load_style(each) for each in sources]
+        if self._given is not None:
+            self._first.style_shares(len(self._given))
+            self._first.for_styles(len(self._given))
+        if isinstance(self._first.size, tuple):
+            raise ValueError("size WxH is for pictures without content: give the long side, frames have their shape")
         self._style: list[Any] | None = self._given  # of the frames behind a first one
         later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
         self._later = replace(later, colour="none") if self._colour in _MATCHED else later
         self._before: tuple[Picture, Picture] | None = None  # the frame before, what was made of it
-        self._count = 0
 
     def __call__(self, content: Any) -> Frame:
         """Paint the next frame: a picture as `Stylizer` takes it, of the size of those before.
 
         Raises as `Stylizer` does.
         """
-        self._count += 1
         frame = image.load(content)
         now = self._fitted(frame)
-        carried = self._carried(now)
+        carried = self._carried(now, frame.name or "a frame")
         if carried is None:
             self._match(frame)
         config = self._first if carried is None else self._later
@@ -117,9 +121,13 @@ class Video:
         """
         now, picture = self._fitted(image.load(content)), image.load(painted)
         if self._colour != "none":
-            raise ValueError(f"with colour {self._colour} a video cannot go on from its pictures, only begin again")
+            raise ValueError(
+                f"with colour {self._colour} a video cannot go on from its pictures, begin again (--overwrite)"
+            )
         if picture.size != now.size:
-            raise ValueError(f"the frame before was painted at {picture.size}, this one is {now.size}")
+            raise ValueError(
+                f"the frame before was painted at {picture.size}, this one is {now.size}: --overwrite begins again"
+            )
         self._before = now, picture
 
     def _fitted(self, frame: Picture) -> Picture:
@@ -135,15 +143,15 @@ class Video:
         if self._given is not None and self._colour in _MATCHED:
             self._style = [*colour.prepare(self._colour, frame, pictures)[1]]
 
-    def _carried(self, now: Picture) -> Carried | None:
+    def _carried(self, now: Picture, name: str) -> Carried | None:
         if self._before is None:
             return None
         before, made = self._before
         if before.size != now.size:
-            raise ValueError(f"this frame gives {now.size} pixels, those before it {before.size}: crop them alike")
+            raise ValueError(f"{name} gives {now.size} pixels, those before it {before.size}: crop them alike")
         carried = carry(made, before, now, self._weight)
         if carried.certain.mean() < _CUT:
-            log.info("frame %d begins anew: a cut", self._count)
+            log.info("%s begins anew: a cut", name)
             return None
         return carried
 
@@ -154,7 +162,7 @@ def _check(given: argparse.Namespace, styles: Sequence[str], config: Config) -> 
     film.check(source)
     if config.start_file is not None and not Path(config.start_file).is_file():
         raise ValueError(f"--init {config.start_file}: a video may begin anew, give a file that can be read again")
-    if is_video(out):
+    if is_video(out, written=True):
         if Path(source).is_dir():
             raise ValueError(f"{source} is a folder of frames, which have no times: give a folder with -o")
         check_apart([("OUT", out)], [("CONTENT", source), *(("a style", each) for each in styles)])
@@ -166,6 +174,8 @@ def _check(given: argparse.Namespace, styles: Sequence[str], config: Config) -> 
             raise ValueError(f"-o {out}: give a folder, or a name that ends in {', '.join(VIDEOS)}")
     elif Path(source).is_dir() and same_file(out, source):
         raise ValueError(f"{out} holds the frames to read: give another folder")
+    else:
+        image.check_writable(str(Path(out) / _RECORD), overwrite=True)
 
 
 def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tuple[int, str]:
@@ -181,37 +191,72 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
     if given.preset:
         check_weights(given.preset, stylizer.weights_kind)
     painter = Video(stylizer, loaded, config, iterations=given.frame_iterations, temporal_weight=given.temporal_weight)
-    if is_video(out):
-        sink = film.video(out, source)
-    else:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        image.check_writable(str(Path(out) / "frame.png"), overwrite=True)
-        sink = film.folder(out)
-    status, message, there = 0, "", list[film.Shot]()
+    to_file = is_video(out, written=True)
+    sink = film.video(out, source) if to_file else film.folder(out)
+    status, message = 0, ""
+    last: film.Shot | None = None
+    record: dict[str, Any] | None = None
     with sink as write, _Progress(given, film.count(source)) as progress:
         try:
             for shot in film.read(source):
-                if not (is_video(out) or given.overwrite) and film.place(out, shot).exists():
-                    there = [shot]
+                if record is None:  # the first one
+                    warn(stylizer, shot.picture, loaded, [config])
+                    record = _record(given, config, stylizer, shot, loaded or [])
+                    if not to_file:
+                        _check_record(out, record, given.overwrite)
+                if not (to_file or given.overwrite) and film.place(out, shot).exists():
+                    last = shot
                     progress.skip()
                     continue
-                if there:
-                    painter.take(there[0].picture, str(film.place(out, there.pop())))
-                if not done:
-                    warn(stylizer, shot.picture, loaded, [config])
-                frame = painter(shot.picture)
+                if last is not None:
+                    before, last = last, None
+                    painter.take(before.picture, str(film.place(out, before)))
+                frame = painter(replace(shot.picture, name=f"frame {shot.name}"))
                 write(shot, frame.picture)
+                if not (done or to_file):
+                    (Path(out) / _RECORD).write_text(json.dumps(record, indent=1))
                 done += 1
                 progress.tick(frame)
         except KeyboardInterrupt:
             if not done:
                 raise
             status, message = 130, "interrupted"
-        except (*BREAKS, ValueError) as error:  # a frame that is damaged
-            if not done:
+        except (*BREAKS, ValueError) as error:  # a frame that is damaged, or of another size
+            if not (done or last):
                 raise
             status, message = 1, brief(error)
-    return status, message and f"{message}; the {done} frames so far are in {out}"
+    goes_on = "" if to_file else ", and the same command goes on"
+    return status, message and f"{message}; the {done} frames so far are in {out}{goes_on}"
+
+
+def _record(
+    given: argparse.Namespace, config: Config, stylizer: Stylizer, first: film.Shot, styles: Sequence[Any]
+) -> dict[str, Any]:
+    """What the frames of a folder are made of, as it is read again from JSON."""
+    record = manifest.inputs(config, None, None) | {
+        "frame-iterations": given.frame_iterations,
+        "temporal-weight": given.temporal_weight,
+        "content": {"name": Path(given.content).name, "first": first.picture.digest},
+        "styles": [each.digest for each in styles],
+        "engine": {"device": stylizer.device, "precision": stylizer.precision, "weights": stylizer.weights_name},
+    }
+    return json.loads(json.dumps(record))
+
+
+def _check_record(out: str, record: dict[str, Any], overwrite: bool) -> None:
+    """Raise ValueError if a folder holds frames that were made of something else."""
+    path = Path(out) / _RECORD
+    if overwrite or not Path(out).is_dir() or not any(each.suffix == ".png" for each in Path(out).iterdir()):
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{out} holds pictures that no video left there: give another folder") from None
+    other = [name for name in record if not isinstance(found, dict) or found.get(name) != record[name]]
+    if other:
+        raise ValueError(
+            f"{out} holds frames of a video with another {' and '.join(other)}: give another folder, or --overwrite"
+        )
 
 
 class _Progress:
@@ -220,7 +265,8 @@ class _Progress:
     def __init__(self, given: argparse.Namespace, total: int | None) -> None:
         from tqdm import tqdm
 
-        self._given, self._total, self._done, self._start = given, total, 0, time.perf_counter()
+        self._given, self._total, self._start = given, total, time.perf_counter()
+        self._done = self._painted = 0
         self._bar = tqdm(total=total, unit="frame", file=sys.stderr, disable=None if given.progress == "auto" else True)
 
     def __enter__(self) -> _Progress:
@@ -235,15 +281,21 @@ class _Progress:
             log.info("frames that are there already are left alone: --overwrite replaces them")
         self._done += 1
         self._bar.update()
+        self._tell({"there": True})
 
     def tick(self, frame: Frame) -> None:
         """A frame is painted."""
         self._done += 1
         self._bar.set_postfix_str(f"loss {frame.loss:.4g}, flicker {frame.flicker:.3f}", refresh=False)
         self._bar.update()
+        seconds = round(time.perf_counter() - self._start, 3)
+        self._painted += 1
+        left = None if self._total is None else round(seconds / self._painted * (self._total - self._done), 2)
+        found = {"loss": frame.loss, "kept": round(frame.kept, 4), "flicker": round(frame.flicker, 5)}
+        self._tell(found | {"seconds": seconds, "left": left})
+
+    def _tell(self, found: dict[str, Any]) -> None:
         if self._given.progress == "json":
-            record = {"out": self._given.out, "frame": self._done, "total": self._total, "loss": frame.loss}
-            record |= {"kept": round(frame.kept, 4), "flicker": round(frame.flicker, 5)}
-            record |= {"seconds": round(time.perf_counter() - self._start, 3)}
+            record = {"out": self._given.out, "frame": self._done, "total": self._total, **found}
             sys.stderr.write(json.dumps(record) + "\n")
             sys.stderr.flush()

@@ -47,17 +47,17 @@ def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=
             stream.codec_context.colorspace = 1
         if shape:
             stream.codec_context.sample_aspect_ratio = shape
-        heard = out.add_stream(sound, rate=RATE, layout="mono") if sound else None
+        heard = out.add_stream(sound, rate=48000 if sound == "libopus" else RATE, layout="mono") if sound else None
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
             picture.pts, picture.time_base = (10 * i if times is None else times[i]), Fraction(1, 100)
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
         if heard is not None:
-            samples = sine(seconds or len(frames) / 10)
+            samples, rate = sine(seconds or len(frames) / 10), heard.rate
             for start in range(0, len(samples) - 1023, 1024):
                 part = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], "fltp", "mono")
-                part.sample_rate, part.pts, part.time_base = RATE, start, Fraction(1, RATE)
+                part.sample_rate, part.pts, part.time_base = rate, start, Fraction(1, rate)
                 out.mux(heard.encode(part))
             out.mux(heard.encode(None))
     return str(path)
@@ -132,6 +132,15 @@ def test_sound_that_the_file_cannot_hold_is_left_out_and_told(tmp_path, caplog):
     assert "the sound (aac) is left out: webm cannot hold it" in caplog.text
     with av.open(str(tmp_path / "out.webm")) as video:
         assert not video.streams.audio
+
+
+def test_sound_that_mov_says_it_could_hold_is_left_out(tmp_path, caplog):
+    """Its list of codecs has Opus, its header refuses it."""
+    source = make(tmp_path / "in.mkv", shapes(3), sound="libopus")
+    assert len(copied(source, tmp_path / "out.mov")) == 3
+    assert "the sound (opus) is left out: mov cannot hold it" in caplog.text
+    assert len(copied(source, tmp_path / "out.webm")) == 3
+    assert packets(tmp_path / "out.webm")
 
 
 def test_an_odd_size_loses_a_row_and_a_column(tmp_path):

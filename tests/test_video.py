@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -155,14 +156,21 @@ def test_a_frame_without_style_or_of_several(stylizer):
 
 
 def test_mistakes_are_told(stylizer):
-    for weight in (-1, float("nan"), float("inf"), "3"):
+    for weight in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temporal_weight"):
             Video(stylizer, STYLE, TINY, temporal_weight=weight)
+    with pytest.raises(TypeError):
+        Video(stylizer, STYLE, TINY, temporal_weight="3")
+    Video(stylizer, STYLE, TINY, temporal_weight=np.float32(3))
+    with pytest.raises(ValueError, match="style_scale has 2 numbers, there are 1 styles"):
+        Video(stylizer, STYLE, replace(TINY, style_scale=(1.0, 2.0)))
+    with pytest.raises(ValueError, match="size WxH is for pictures without content"):
+        Video(stylizer, STYLE, replace(TINY, size=(64, 48)))
     with pytest.raises(ValueError, match="iterations 0"):
         Video(stylizer, STYLE, TINY, iterations=0)
     painter = Video(stylizer, STYLE, TINY)
     painter(frames(1)[0])
-    with pytest.raises(ValueError, match=r"this frame gives \(48, 48\) pixels, those before it \(48, 36\)"):
+    with pytest.raises(ValueError, match=r"a frame gives \(48, 48\) pixels, those before it \(48, 36\)"):
         painter(frames(1, width=48)[0])
     with pytest.raises(ValueError, match="painted at"):
         painter.take(*frames(2))
@@ -278,16 +286,44 @@ def test_a_video_becomes_a_video(tmp_path, style, clip, capsys):
 def test_a_video_becomes_a_folder_and_a_rerun_goes_on(tmp_path, style, clip):
     assert run(clip, style, "-o", tmp_path / "out") == 0
     names = [f"{i:06d}.png" for i in range(1, 5)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "video.json"]
     whole = [(tmp_path / "out" / name).read_bytes() for name in names]
-    assert run(clip, style, "-o", tmp_path / "out", "--colour", "keep-after") == 0  # all are there
     for name in names[2:]:
         (tmp_path / "out" / name).unlink()
-    assert run(clip, style, "-o", tmp_path / "out", "--colour", "keep-after") == 2
     before = (tmp_path / "out" / names[0]).stat().st_mtime_ns
     assert run(clip, style, "-o", tmp_path / "out") == 0
     assert [(tmp_path / "out" / name).read_bytes() for name in names] == whole
     assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == before
+
+
+def test_frames_of_another_video_are_neither_kept_nor_gone_on_with(tmp_path, style, clip, capsys):
+    out = tmp_path / "out"
+    other = make(tmp_path / "other.mp4", frames(2, step=3))
+    assert run(clip, style, "-o", out) == 0
+    for words, message in [
+        ((other, style), "another content: give"),
+        ((clip, clip.replace("clip.mp4", "f.png")), "another styles: give"),
+        ((clip, style, "--tv-weight", "3"), "another options: give"),
+        ((clip, style, "--temporal-weight", "5"), "another temporal-weight: give"),
+    ]:
+        Image.fromarray(frames(1)[0]).save(tmp_path / "f.png")
+        assert run(*words[:2], "-o", out, *words[2:]) == 2
+        assert f"{out} holds frames of a video with {message}" in capsys.readouterr().err
+    assert run(clip, style, "-o", out) == 0
+    assert run(other, style, "-o", out, "--overwrite") == 0
+    (out / "video.json").unlink()
+    assert run(other, style, "-o", out) == 2
+    assert "holds pictures that no video left there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("colour", ["keep-after", "match"])
+def test_frames_that_give_their_colours_back_are_begun_again(tmp_path, style, clip, colour, capsys):
+    words = clip, style, "-o", tmp_path / "out", "--colour", colour
+    assert run(*words) == run(*words) == 0  # all are there
+    (tmp_path / "out" / "000003.png").unlink()
+    assert run(*words) == 2
+    assert "cannot go on from its pictures, begin again (--overwrite)" in capsys.readouterr().err
+    assert run(*words, "--overwrite") == 0
 
 
 def test_options_reach_the_frames(tmp_path, style, clip, monkeypatch):
@@ -307,7 +343,8 @@ def test_options_reach_the_frames(tmp_path, style, clip, monkeypatch):
 
 def test_a_folder_becomes_a_folder(tmp_path, style, folder, capsys):
     assert run(folder, style, "-o", tmp_path / "out", "--progress", "json") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"f{i}.png" for i in range(1, 5)]
+    names = [f"f{i}.png" for i in range(1, 5)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "video.json"]
     loud = [word for word in OPTIONS if word != "--quiet"]
     assert stylize.main([folder, style, "-o", str(tmp_path / "other"), *loud, "--progress", "json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
@@ -316,6 +353,10 @@ def test_a_folder_becomes_a_folder(tmp_path, style, folder, capsys):
     assert lines[0]["kept"] == 0
     assert lines[1]["kept"] > 0.5
     assert all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["left"] == 0 < lines[0]["left"]
+    assert stylize.main([folder, style, "-o", str(tmp_path / "other"), *loud, "--progress", "json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [(line["frame"], line["there"]) for line in lines] == [(i, True) for i in range(1, 5)]
 
 
 def test_mistakes_of_the_command_line(tmp_path, style, clip, folder, capsys):
@@ -325,13 +366,18 @@ def test_mistakes_of_the_command_line(tmp_path, style, clip, folder, capsys):
         ((folder, style, "-o", folder), "holds the frames to read"),
         ((clip, style, "-o", clip, "--overwrite"), "is both CONTENT and OUT"),
         ((clip, style, "-o", tmp_path / "file"), "is no folder"),
+        ((style, style, "-o", tmp_path / "x.mp4"), "--frame-iterations is for a video"),
+        ((clip, style, "-o", tmp_path / "x", "--iterations", "3,2"), "iterations names 2 scales"),
         ((clip, style, "-o", tmp_path / "out.avi"), "give a folder, or a name that ends in .mp4, .m4v, .mov"),
         ((clip, style, "-o", "-"), "give a folder, or a name that ends in"),
         ((clip, style, "-o", tmp_path / "x.mp4", "--init", "-"), "--init -: a video may begin anew"),
         ((clip, style, "-o", tmp_path / "none" / "out.mp4"), "is not a folder"),
         ((clip, style, "-o", tmp_path / "x.mp4", "--trace", "t.json"), "--trace is for one picture, not for a video"),
         ((clip, style, "-o", tmp_path / "x.mp4", "--mask", "m.png"), "--mask is for one picture, not for a video"),
-        ((clip, style, "-o", tmp_path / "x.mp4", "--temporal-weight", "-1"), "temporal_weight -1.0"),
+        (
+            (clip, style, "-o", tmp_path / "x.mp4", "--temporal-weight", "-1"),
+            "--temporal-weight -1.0: give",
+        ),
         ((clip, style, "-o", tmp_path / "x.mp4", "--frame-iterations", "0"), "--frame-iterations 0: give a number"),
         ((style, style, "-o", tmp_path / "x.png"), "--frame-iterations is for a video"),
         ((tmp_path / "no.mp4", style, "-o", tmp_path / "x.mp4"), "no.mp4: No such file"),
@@ -365,4 +411,21 @@ def test_a_damaged_frame_ends_a_video_with_those_before(tmp_path, style, folder,
     (tmp_path / "frames" / "f3.png").write_bytes(b"damaged")
     assert run(folder, style, "-o", tmp_path / "out") == 1
     assert "f3.png" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["f1.png", "f2.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["f1.png", "f2.png", "video.json"]
+    assert run(folder, style, "-o", tmp_path / "out") == 1
+    assert "f3.png" in capsys.readouterr().err
+
+
+def test_videos_and_pictures_are_not_mixed_up(tmp_path, style, clip, capsys):
+    for words, message in [
+        ([style, style, "-o", str(tmp_path / "out.mp4")], "only a video, or its frames, as CONTENT becomes a video"),
+        (["--contents", clip, "--styles", style, "-o", str(tmp_path / "o")], "is a video: give it as CONTENT"),
+        (["--contents", style, "--styles", style, "-o", str(tmp_path / "o.mp4")], "o.mp4 is one file"),
+    ]:
+        assert stylize.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_other_kinds_of_videos_are_read(tmp_path, style, clip):
+    (tmp_path / "other.avi").write_bytes(Path(clip).read_bytes())
+    assert run(tmp_path / "other.avi", style, "-o", tmp_path / "out.mp4") == 0
