@@ -73,7 +73,9 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
     pattern = out
     if "{content}" not in out and "{style}" not in out:
         if out == "-" or ((is_video(out) or Path(out).suffix.lower() in SUFFIXES) and not Path(out).is_dir()):
-            raise ValueError(f"-o {out} is one file: give a folder, or a pattern with {{content}} and {{style}}")
+            raise ValueError(
+                f"-o {out} is one {'video' if is_video(out) else 'picture'}: give a folder, or a pattern with {{content}} and {{style}}"
+            )
         pattern = str(Path(out) / "{content}--{style}.png")
     where = functools.cache(place)
     asked = {where(each) for each in named}

@@ -420,7 +420,7 @@ def test_videos_and_pictures_are_not_mixed_up(tmp_path, style, clip, capsys):
     for words, message in [
         ([style, style, "-o", str(tmp_path / "out.mp4")], "only a video, or its frames, as CONTENT becomes a video"),
         (["--contents", clip, "--styles", style, "-o", str(tmp_path / "o")], "is a video: give it as CONTENT"),
-        (["--contents", style, "--styles", style, "-o", str(tmp_path / "o.mp4")], "o.mp4 is one file"),
+        (["--contents", style, "--styles", style, "-o", str(tmp_path / "o.mp4")], "o.mp4 is one video: give a folder"),
     ]:
         assert stylize.main(words) == 2
         assert message in capsys.readouterr().err
