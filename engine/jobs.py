@@ -73,9 +73,8 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
     pattern = out
     if "{content}" not in out and "{style}" not in out:
         if out == "-" or ((is_video(out) or Path(out).suffix.lower() in SUFFIXES) and not Path(out).is_dir()):
-            raise ValueError(
-                f"-o {out} is one {'video' if is_video(out) else 'picture'}: give a folder, or a pattern with {{content}} and {{style}}"
-            )
+            what = "video" if is_video(out) else "picture"
+            raise ValueError(f"-o {out} is one {what}: give a folder, or a pattern with {{content}} and {{style}}")
         pattern = str(Path(out) / "{content}--{style}.png")
     where = functools.cache(place)
     asked = {where(each) for each in named}
