@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import map_coordinates
 
 from engine import Config, Stylizer, provider, samples, sheet
 from engine import image as images
@@ -28,7 +29,6 @@ from . import machine, quality
 
 FRAMES = 8
 PAN, ZOOM = (2.3, 0.9), 1.01  # pixels of the window and times as near, from frame to frame
-_Plane = NDArray[np.float64]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,19 +114,10 @@ def flicker(frames: Sequence[NDArray[np.uint8]], photograph: Image.Image, window
         x = (left + (x + 0.5) * scale - old_left) / old_scale - 0.5
         y = (top + (y + 0.5) * scale - old_top) / old_scale - 0.5
         there = (x >= 0) & (x <= window[0] - 1) & (y >= 0) & (y <= window[1] - 1)
-        moved = _sampled(frames[i - 1] / 255, y[there], x[there])
+        planes = np.moveaxis(frames[i - 1] / 255, 2, 0)
+        moved = np.stack([map_coordinates(plane, (y[there], x[there]), order=1) for plane in planes], 1)
         found.append(abs(frames[i][there] / 255 - moved).mean())
     return float(np.mean(found))
-
-
-def _sampled(picture: NDArray[np.floating[Any]], y: _Plane, x: _Plane) -> _Plane:
-    """Bilinear samples (n, 3) of a picture (H, W, 3) at places inside."""
-    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
-    down, right = (y - top)[:, None], (x - left)[:, None]
-    bottom, edge = np.minimum(top + 1, picture.shape[0] - 1), np.minimum(left + 1, picture.shape[1] - 1)
-    upper = (1 - right) * picture[top, left] + right * picture[top, edge]
-    lower = (1 - right) * picture[bottom, left] + right * picture[bottom, edge]
-    return (1 - down) * upper + down * lower
 
 
 if __name__ == "__main__":

@@ -331,9 +331,10 @@ def _weight(name: str, weight: object) -> None:
 
 
 def _scale(value: object) -> float:
-    if not 1 / 64 <= _float("style_scale", value) <= 64:
+    number = float(_float("style_scale", value))
+    if not 1 / 64 <= number <= 64:
         raise ValueError(f"style_scale {value}: give a number from 1/64 to 64")
-    return float(_float("style_scale", value))
+    return number
 
 
 def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ...]:

@@ -45,26 +45,22 @@ class Shot:
     until: float = math.inf
 
 
-def check(path: str) -> None:
-    """Raise ValueError or OSError if there is no such video, or no frame in the folder or two of one name, RuntimeError
-    without PyAV."""
+def count(path: str) -> int | None:
+    """Frames of a video or a folder; None where the file does not say.
+
+    Raises ValueError or OSError if there is no such video, or no frame in the folder or two of one name, RuntimeError
+    without PyAV.
+    """
     Path(path).stat()
     if not Path(path).is_dir():
-        with _opened(path):
-            return
+        with _opened(path) as (_, stream):
+            return stream.frames or None
     names = [each.stem.lower() for each in _frames(path)]
     if not names:
         raise ValueError(f"{path}: no pictures there")
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{path}: two frames are named {twice[0]}, and would be painted to one file")
-
-
-def count(path: str) -> int | None:
-    """Frames of a video or a folder; None where the file does not say."""
-    if Path(path).is_dir():
-        return len(_frames(path))
-    with _opened(path) as (_, stream):
-        return stream.frames or None
+    return len(names)
 
 
 def read(path: str) -> Iterator[Shot]:
@@ -118,13 +114,8 @@ def place(path: str, shot: Shot) -> Path:
 
 @contextlib.contextmanager
 def folder(path: str) -> Iterator[Callable[[Shot, Picture], None]]:
-    """Writes the frames as PNG, under the names of those that they were made of; the folder is made with the first."""
-
-    def write(shot: Shot, picture: Picture) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        image.save(picture, str(place(path, shot)))
-
-    yield write
+    """Writes the frames as PNG into a folder, under the names of those that they were made of."""
+    yield lambda shot, picture: image.save(picture, str(place(path, shot)))
 
 
 @contextlib.contextmanager

@@ -105,10 +105,7 @@ def load(
     if content is None and style is None:
         raise ValueError("give a content or a style: with neither there is nothing to aim at")
     picture = None if content is None else images.load(content)
-    sources = [] if style is None else list(style) if isinstance(style, list | tuple) else [style]
-    if style is not None and not sources:
-        raise ValueError("give at least one style")
-    styles = tuple(load_style(each) for each in sources)
+    styles = load_styles(style)
     if styles:
         config.style_shares(len(styles))
     if config.init == "style" and not (styles and all(isinstance(each, images.Picture) for each in styles)):
@@ -133,19 +130,26 @@ def load(
     if freeze is not None and picture is not None:
         held = load_freeze(freeze, picture, final_size(picture, config))
     side = max(image.size if image else final_size(picture or canvas(config), config))
-    parts, own = pairs or ((None, None),) * len(styles), config.for_styles(len(styles)) if styles else ()
-    for each, (_, part), options in zip(styles, parts, own, strict=True):
+    goal = Goal(config, picture, styles, pairs, held)
+    for each, (_, part), own in zip(goal.styles, goal.parts, goal.own, strict=True):
         if isinstance(each, images.Picture):  # what cannot be used is told now
             visible(each, part)
-            style_size(each, side, options)
-    return Goal(config, picture, styles, pairs, held)
+            style_size(each, side, own)
+    return goal
 
 
-def load_style(source: Any) -> images.Picture | Targets:
-    """A style: a picture as `image.load` takes it, or targets or their file."""
-    if not is_targets(source):
-        return images.load(source)
-    return source if isinstance(source, Targets) else Targets.load(source)
+def load_styles(style: Any) -> tuple[images.Picture | Targets, ...]:
+    """The styles of a call, one or a list: pictures as `image.load` takes them, targets or their files; none for None.
+
+    Raises ValueError for an empty list.
+    """
+    sources = [] if style is None else list(style) if isinstance(style, list | tuple) else [style]
+    if style is not None and not sources:
+        raise ValueError("give at least one style")
+    return tuple(
+        (each if isinstance(each, Targets) else Targets.load(each)) if is_targets(each) else images.load(each)
+        for each in sources
+    )
 
 
 def _load_masks(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -146,6 +147,12 @@ def fail(program: str, status: int, message: str) -> int:
     if sys.stderr is not None:  # print would take stdout
         print(f"{program}: {message}", file=sys.stderr)  # noqa: T201
     return status
+
+
+def tell(record: dict[str, Any]) -> None:
+    """Write a record to stderr as a line of JSON, in one piece: several pictures may be under way."""
+    sys.stderr.write(json.dumps(record) + "\n")
+    sys.stderr.flush()
 
 
 def same_file(one: str, other: str) -> bool:

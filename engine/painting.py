@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import checkpoint, image
 from .config import Config
-from .jobs import BREAKS, Job, brief, is_frame, numbered, place, same_file
+from .jobs import BREAKS, Job, brief, is_frame, numbered, place, same_file, tell
 
 if TYPE_CHECKING:
     from .result import Step
@@ -205,8 +205,7 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str, clock: 
             clock.tick(step)
             record = {"out": out, "scale": step.scale, "iteration": step.iteration, "total": step.total}
             record |= {"loss": step.loss, "seconds": round(time.perf_counter() - start, 3), "left": clock.left(step)}
-            sys.stderr.write(json.dumps(record) + "\n")  # in one piece: several pictures may be under way
-            sys.stderr.flush()
+            tell(record)
             yield step
         return
     from tqdm import tqdm

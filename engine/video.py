@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from . import colour, film, image, manifest
 from .config import FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
 from .forecast import warn
-from .goal import final_size, load_style
+from .goal import final_size, load_styles
 from .image import Picture
-from .jobs import BREAKS, VIDEOS, brief, check_apart, is_video, same_file
+from .jobs import BREAKS, VIDEOS, brief, check_apart, is_video, same_file, tell
 from .motion import Carried, carry, opencv
 from .presets import check_weights
 from .stylizer import Stylizer
@@ -81,8 +81,7 @@ class Video:
         opencv()  # now, not at the second frame
         self._stylizer, self._first, self._weight = stylizer, config or Config(), float(temporal_weight)
         self._colour = self._first.colour
-        sources = style if isinstance(style, list | tuple) else [style]
-        self._given = None if style is None else [load_style(each) for each in sources]
+        self._given = None if style is None else [*load_styles(style)]
         if self._given is not None:
             self._first.style_shares(len(self._given))
             self._first.for_styles(len(self._given))
@@ -156,10 +155,13 @@ class Video:
         return carried
 
 
-def _check(given: argparse.Namespace, styles: Sequence[str], config: Config) -> None:
-    """Raise ValueError or OSError now if the video cannot be read, or what is made of it not be written."""
+def _check(given: argparse.Namespace, styles: Sequence[str], config: Config) -> int | None:
+    """The frames there are, as `film.count` has them.
+
+    Raises ValueError or OSError now if the video cannot be read, or what is made of it not be written.
+    """
     source, out = given.content, given.out
-    film.check(source)
+    total = film.count(source)
     if config.start_file is not None and not Path(config.start_file).is_file():
         raise ValueError(f"--init {config.start_file}: a video may begin anew, give a file that can be read again")
     if is_video(out, written=True):
@@ -176,6 +178,7 @@ def _check(given: argparse.Namespace, styles: Sequence[str], config: Config) -> 
         raise ValueError(f"{out} holds the frames to read: give another folder")
     else:
         image.check_writable(str(Path(out) / _RECORD), overwrite=True)
+    return total
 
 
 def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tuple[int, str]:
@@ -185,26 +188,25 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
     or was interrupted, has painted so far is written.
     """
     source, out, done = given.content, given.out, 0
-    _check(given, styles, config)
-    loaded = None if list(styles) == ["none"] else [load_style(each) for each in styles]
+    total = _check(given, styles, config)
+    loaded = None if list(styles) == ["none"] else [*load_styles(styles)]
     stylizer = Stylizer(given.weights, given.device, given.precision)
     if given.preset:
         check_weights(given.preset, stylizer.weights_kind)
     painter = Video(stylizer, loaded, config, iterations=given.frame_iterations, temporal_weight=given.temporal_weight)
     to_file = is_video(out, written=True)
     sink = film.video(out, source) if to_file else film.folder(out)
-    status, message = 0, ""
+    status, message, kept = 0, "", 0
     last: film.Shot | None = None
     record: dict[str, Any] | None = None
-    with sink as write, _Progress(given, film.count(source)) as progress:
+    with sink as write, _Progress(given, total) as progress:
         try:
             for shot in film.read(source):
                 if record is None:  # the first one
                     warn(stylizer, shot.picture, loaded, [config])
                     record = _record(given, config, stylizer, shot, loaded or [])
-                    if not to_file:
-                        _check_record(out, record, given.overwrite)
-                if not (to_file or given.overwrite) and film.place(out, shot).exists():
+                    kept = 0 if to_file or given.overwrite else _painted(out, record)
+                if progress.done < kept and film.place(out, shot).exists():
                     last = shot
                     progress.skip()
                     continue
@@ -212,9 +214,11 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
                     before, last = last, None
                     painter.take(before.picture, str(film.place(out, before)))
                 frame = painter(replace(shot.picture, name=f"frame {shot.name}"))
+                if not (to_file or done):
+                    _keep(out, record, kept)
                 write(shot, frame.picture)
-                if not (done or to_file):
-                    (Path(out) / _RECORD).write_text(json.dumps(record, indent=1))
+                if not to_file:  # behind the frame: an older one of its name does not count
+                    _keep(out, record, max(kept, progress.done + 1))
                 done += 1
                 progress.tick(frame)
         except KeyboardInterrupt:
@@ -225,7 +229,7 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
             if not (done or last):
                 raise
             status, message = 1, brief(error)
-    goes_on = "" if to_file else ", and the same command goes on"
+    goes_on = "" if to_file or given.overwrite else ", and the same command goes on"
     return status, message and f"{message}; the {done} frames so far are in {out}{goes_on}"
 
 
@@ -243,20 +247,29 @@ def _record(
     return json.loads(json.dumps(record))
 
 
-def _check_record(out: str, record: dict[str, Any], overwrite: bool) -> None:
-    """Raise ValueError if a folder holds frames that were made of something else."""
+def _painted(out: str, record: dict[str, Any]) -> int:
+    """The number of frames, from the first, that a folder holds of this video; ValueError if it holds others."""
     path = Path(out) / _RECORD
-    if overwrite or not Path(out).is_dir() or not any(each.suffix == ".png" for each in Path(out).iterdir()):
-        return
+    if not Path(out).is_dir() or not any(each.suffix == ".png" for each in Path(out).iterdir()):
+        return 0
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        painted = int(found["painted"])
+    except (OSError, ValueError, TypeError, KeyError):
         raise ValueError(f"{out} holds pictures that no video left there: give another folder") from None
-    other = [name for name in record if not isinstance(found, dict) or found.get(name) != record[name]]
+    other = [name for name in record if found.get(name) != record[name]]
     if other:
         raise ValueError(
             f"{out} holds frames of a video with another {' and '.join(other)}: give another folder, or --overwrite"
         )
+    return painted
+
+
+def _keep(out: str, record: dict[str, Any], painted: int) -> None:
+    """Note in a folder what its frames are made of, and how many are: those behind may be another video's."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with image.atomic(Path(out) / _RECORD) as temporary:
+        temporary.write_text(json.dumps(record | {"painted": painted}, indent=1))
 
 
 class _Progress:
@@ -266,7 +279,7 @@ class _Progress:
         from tqdm import tqdm
 
         self._given, self._total, self._start = given, total, time.perf_counter()
-        self._done = self._painted = 0
+        self.done = self._painted = 0
         self._bar = tqdm(total=total, unit="frame", file=sys.stderr, disable=None if given.progress == "auto" else True)
 
     def __enter__(self) -> _Progress:
@@ -277,25 +290,23 @@ class _Progress:
 
     def skip(self) -> None:
         """A frame was there already."""
-        if not self._done:
+        if not self.done:
             log.info("frames that are there already are left alone: --overwrite replaces them")
-        self._done += 1
+        self.done += 1
         self._bar.update()
         self._tell({"there": True})
 
     def tick(self, frame: Frame) -> None:
         """A frame is painted."""
-        self._done += 1
+        self.done += 1
         self._bar.set_postfix_str(f"loss {frame.loss:.4g}, flicker {frame.flicker:.3f}", refresh=False)
         self._bar.update()
         seconds = round(time.perf_counter() - self._start, 3)
         self._painted += 1
-        left = None if self._total is None else round(seconds / self._painted * (self._total - self._done), 2)
+        left = None if self._total is None else round(seconds / self._painted * (self._total - self.done), 2)
         found = {"loss": frame.loss, "kept": round(frame.kept, 4), "flicker": round(frame.flicker, 5)}
         self._tell(found | {"seconds": seconds, "left": left})
 
     def _tell(self, found: dict[str, Any]) -> None:
         if self._given.progress == "json":
-            record = {"out": self._given.out, "frame": self._done, "total": self._total, **found}
-            sys.stderr.write(json.dumps(record) + "\n")
-            sys.stderr.flush()
+            tell({"out": self._given.out, "frame": self.done, "total": self._total, **found})

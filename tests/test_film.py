@@ -205,14 +205,14 @@ def test_times_that_come_twice_do_not_end_the_video(tmp_path):
 def test_what_is_no_video_is_told_in_one_line(tmp_path):
     (tmp_path / "text.mp4").write_bytes(b"no video " * 100)
     with pytest.raises(ValueError, match=r"text\.mp4: damaged, or no video: Invalid data"):
-        film.check(str(tmp_path / "text.mp4"))
+        film.count(str(tmp_path / "text.mp4"))
     with pytest.raises(FileNotFoundError):
-        film.check(str(tmp_path / "missing.mp4"))
+        film.count(str(tmp_path / "missing.mp4"))
     with pytest.raises(FileNotFoundError):
-        film.check(str(tmp_path / "missing"))
+        film.count(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no pictures there"):
-        film.check(str(tmp_path / "empty"))
+        film.count(str(tmp_path / "empty"))
     with av.open(str(tmp_path / "sound.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=RATE, layout="mono")
         part = av.AudioFrame.from_ndarray(sine(1)[None, :1024], "fltp", "mono")
@@ -220,7 +220,7 @@ def test_what_is_no_video_is_told_in_one_line(tmp_path):
         out.mux(stream.encode(part))
         out.mux(stream.encode(None))
     with pytest.raises(ValueError, match=r"sound\.mp4: there is no video in it"):
-        film.check(str(tmp_path / "sound.mp4"))
+        film.count(str(tmp_path / "sound.mp4"))
 
 
 def test_of_a_video_that_is_cut_off_the_rest_is_read(tmp_path):
@@ -254,7 +254,7 @@ def test_two_frames_of_one_name_are_refused(tmp_path):
     for name in ("f1.png", "f2.png", "F1.jpg"):
         Image.fromarray(shapes(1)[0]).save(tmp_path / name)
     with pytest.raises(ValueError, match="two frames are named f1"):
-        film.check(str(tmp_path))
+        film.count(str(tmp_path))
 
 
 def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_frames_larger_than_the_limit_are_refused(tmp_path, monkeypatch):
     source = make(tmp_path / "in.mp4", shapes(1))
     monkeypatch.setenv("STYLIZE_MAX_PIXELS", "3000")
     with pytest.raises(ValueError, match="frames of 64 x 48 pixels, of 3000 at most"):
-        film.check(source)
+        film.count(source)
 
 
 def test_frames_of_a_folder_come_by_their_numbers(tmp_path):
@@ -298,4 +298,4 @@ def test_without_pyav_the_install_line_is_told(tmp_path, monkeypatch):
     source = make(tmp_path / "in.mp4", shapes(1))
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(RuntimeError, match=r"videos need PyAV: pip install '.*\[video\]'"):
-        film.check(source)
+        film.count(source)

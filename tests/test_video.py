@@ -316,6 +316,26 @@ def test_frames_of_another_video_are_neither_kept_nor_gone_on_with(tmp_path, sty
     assert "holds pictures that no video left there" in capsys.readouterr().err
 
 
+def test_frames_left_of_another_video_are_not_taken_for_painted(tmp_path, style, clip, monkeypatch):
+    """Where --overwrite was interrupted, those behind are the old ones."""
+    out, other = tmp_path / "out", make(tmp_path / "other.mp4", frames(4, step=3))
+    assert run(clip, style, "-o", out) == run(other, style, "-o", tmp_path / "whole") == 0
+    paint, made = Video.__call__, []
+
+    def interrupted(self, content):
+        made.append(content)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return paint(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Video, "__call__", interrupted)
+        assert run(other, style, "-o", out, "--overwrite") == 130
+    assert run(other, style, "-o", out) == 0
+    names = [f"{i:06d}.png" for i in range(1, 5)]
+    assert [(out / name).read_bytes() for name in names] == [(tmp_path / "whole" / name).read_bytes() for name in names]
+
+
 @pytest.mark.parametrize("colour", ["keep-after", "match"])
 def test_frames_that_give_their_colours_back_are_begun_again(tmp_path, style, clip, colour, capsys):
     words = clip, style, "-o", tmp_path / "out", "--colour", colour
