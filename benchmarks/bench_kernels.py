@@ -61,7 +61,7 @@ def _layers(problem: cases.Problem) -> tuple[Run, Run]:
         layers[name] = kernels.Layer(
             features, cotangent, None if own else content, (target + target.T) if own else None
         )
-    together = kernels.Layers(layers, 1.0, 1.0, Threads(torch.get_num_threads()))
+    together = kernels.Summed([layers], 1.0, 1.0, Threads(torch.get_num_threads()))
 
     def plain() -> list[Tensor]:
         found = []

@@ -19,6 +19,7 @@ PIXEL_RANGES = ("auto", "0-255", "0-256")
 STARTS = ("content", "noise", "style")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
+MIN_WINDOW = 320  # pixels; a window has the surroundings of what it is for, up to 128 pixels on each side
 DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -107,6 +108,11 @@ class Config:
     history: int | str = _option(
         "auto", "pairs that lbfgs remembers, from 1 to 100, on a GPU to 20; auto: 50, on a GPU 20"
     )
+    window: int | str = _option(
+        "auto",
+        "let the network see this many pixels on a side at a time: it takes less memory, and up to twice as long; auto: "
+        "all of them, unless that needs more memory than there is",
+    )
     clamp: bool = _option(
         True, "keep the pixels of lbfgs in range at every step, as adam does; without, they are cut off at the end"
     )
@@ -172,6 +178,7 @@ class Config:
         _number("average", self.average, 0, 0.9999)
         _number("stop", self.stop, 0, 1)
         _whole_or_auto("history", self.history, 1, 100)
+        _whole_or_auto("window", self.window, MIN_WINDOW, MAX_SIZE)
         for name in ("clamp", "tile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
@@ -275,6 +282,10 @@ class Config:
         """A (width, height) that can be optimised: to tile, both are rounded up to multiples of WHOLE."""
         width, height = (-(-side // WHOLE) * WHOLE for side in size) if self.tile else size
         return width, height
+
+    def window_for(self, size: tuple[int, int]) -> int | None:
+        """The most pixels on a side of what the network sees of a picture of this size; None is all of it."""
+        return None if self.window == "auto" or max(size) <= int(self.window) else int(self.window) // WHOLE * WHOLE
 
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).

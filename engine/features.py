@@ -24,13 +24,26 @@ def ignore(layers: tuple[str, ...]) -> None:
     """Nobody reads the features of these layers."""
 
 
+Area = tuple[slice, slice]  # rows and columns of a layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """The features that are there at once: of all positions of the image, or of the `areas` of the loss layers."""
+
+    features: Mapping[str, Tensor]
+    cotangents: Mapping[str, Tensor]
+    areas: Mapping[str, Area] | None = None
+
+
 class Features(Protocol):
     """The forward pass and the VJP at one `spec`, with the memory they work in.
 
-    `image` and `gradient` are (1, 3, H, W) float32; `features` holds what the loss layers give out at least,
-    `cotangents` a tensor for each loss layer, both (1, C, H_l, W_l) in the precision of the spec and in the memory
-    order of the runtime. A cotangent may be the features of its layer themselves, which it then takes the place of.
-    Everything happens inside `use`.
+    `image` and `gradient` are (1, 3, H, W) float32. There are features and cotangents of one part, or of several, which
+    may lie in the same memory, and have their turn one after the other: `turn` is the index of the part. Of a part
+    `features` holds what the loss layers give out at least, `cotangents` a tensor for each loss layer, both
+    (1, C, h, w) in the precision of the spec and in the memory order of the runtime. A cotangent may be the features of
+    its layer themselves, which it then takes the place of. Everything happens inside `use`.
     """
 
     image: Tensor
@@ -41,12 +54,12 @@ class Features(Protocol):
         """What it was opened for."""
 
     @property
-    def features(self) -> Mapping[str, Tensor]:
-        """What layers give out, by layer: ReLUs, or convolutions before their ReLU."""
+    def parts(self) -> Sequence[Part]:
+        """What layers give out, by layer: ReLUs, or convolutions before their ReLU; and what the losses write."""
 
     @property
-    def cotangents(self) -> Mapping[str, Tensor]:
-        """What the losses write, by loss layer."""
+    def turn(self) -> int:
+        """The part that is read or written."""
 
     @property
     def recordable(self) -> bool:
@@ -74,8 +87,8 @@ class Features(Protocol):
         """image -> features; `pixels`, where they are given, take the place of what is in `image`.
 
         They are contiguous, with its shape and dtype and on its device; the runtime may read them where they are, or
-        copy them. Each loss layer is handed to `read`, with others or alone, from the shallowest to the deepest, once
-        its features are there. What `read` queues on a GPU may run beside the layers that follow, and is done before
+        copy them; they stay as they are until the VJP. Each loss layer is handed to `read`, with others or alone, from
+        the shallowest to the deepest, once its features are there; of several parts each in its turn. What `read` queues on a GPU may run beside the layers that follow, and is done before
         what comes after the forward pass.
         """
 
@@ -86,9 +99,22 @@ class Features(Protocol):
         """features, cotangents -> gradient; the features are spent.
 
         Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
-        their cotangents, and may read the features of these layers. For those that have `terms`, which `chains`
+        their cotangents, and may read the features of these layers; of several parts each in its turn. For those that have `terms`, which `chains`
         allows, it writes what these are made of.
         """
+
+
+class Whole:
+    """A network with one part."""
+
+    features: Mapping[str, Tensor]
+    cotangents: Mapping[str, Tensor]
+    turn = 0
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """That of the image as a whole."""
+        return (Part(self.features, getattr(self, "cotangents", {})),)
 
 
 @dataclass(frozen=True)
@@ -171,10 +197,10 @@ class Ranged:
         self._network = network
         self.spec, self.products, self.recordable = network.spec, network.products, network.recordable
         self._overlapping = network.overlapping
-        self.features, self.use, self.chains = network.features, network.use, network.chains
+        self.parts, self.use, self.chains = network.parts, network.use, network.chains
         self.image = torch.zeros_like(network.image)
         if hasattr(network, "gradient"):  # it is not forward_only
-            self.gradient, self.cotangents = network.gradient, network.cotangents
+            self.gradient = network.gradient
         both = torch.tensor([*mean, *std], dtype=torch.float64, device=self.image.device)
         means, deviations = both.view(2, 1, 3, 1, 1).unbind()
         self._factor, self._offset = top * deviations, means * (1 - 255 * deviations)
@@ -183,6 +209,11 @@ class Ranged:
     def memory(self) -> list[Tensor]:
         """The tensors that it works in."""
         return [self.image, *self._network.memory]
+
+    @property
+    def turn(self) -> int:
+        """The part that is read or written."""
+        return self._network.turn
 
     @property
     def overlapping(self) -> Overlapping | None:
@@ -216,6 +247,15 @@ def _ranged(network: Features, normalisation: tuple[Sequence[float], Sequence[fl
     if pixel_range == "auto":
         return network
     return Ranged(network, *normalisation, float(pixel_range.removeprefix("0-")))
+
+
+def pass_over(network: Features, read: Callable[[tuple[str, ...]], None]) -> None:
+    """image -> features, read where they are all there, or part by part."""
+    if len(network.parts) > 1:
+        network.forward(read)
+        return
+    network.forward()
+    read(network.spec.layers)
 
 
 def within(network: Features, values: Generator[_T, None, None]) -> Iterator[_T]:

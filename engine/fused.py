@@ -30,7 +30,7 @@ from . import kernels, provider
 from .export import graph, vgg
 from .export.ort import BackendError
 from .export.weights import Weights
-from .features import DTYPES, Losses, ignore, nhwc_zeros, on_stream
+from .features import DTYPES, Losses, Whole, ignore, nhwc_zeros, on_stream
 from .kernels import network
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class _Convolution:
         return best
 
 
-class Features:
+class Features(Whole):
     """The two passes of one `spec` (see `features.Features`); all ReLU outputs stay.
 
     Each is replayed as a CUDA graph, but where it is read meanwhile or overlaps: that is part of a larger graph.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import Config
-from .features import Features, Losses
+from .features import Features, Losses, Part
 from .regions import Mask, View, guide
 from .stages import Stages
 from .targets import Statistics
@@ -44,8 +45,8 @@ class Objective:
     Content is the sum of w_l c_l over its layers, with `Config.content_loss` sum times C_l M_l / 2; style is the sum
     of v_l u_r s_lr over its layers and the `regions`, with the weights w of `Config.content_layer_weights`, v of
     `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
-    features P (1, C, H, W) of the content image at the content layers; empty, there is no content loss, and without
-    regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
+    features P (1, C, h, w) of the content image at the content layers, for each of the network's parts; empty, there is
+    no content loss, and without regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
     (1, 1, H, W), is zero. `temporal` is a further term. If `write` makes the same launches on a GPU each time, it
     leaves the loss in `recorded`, which is None else.
     """
@@ -53,7 +54,7 @@ class Objective:
     def __init__(
         self,
         network: Features,
-        content: Mapping[str, Tensor],
+        content: Sequence[Mapping[str, Tensor]],
         regions: Sequence[Region],
         config: Config,
         frozen: Tensor | None = None,
@@ -62,28 +63,37 @@ class Objective:
         self.network = network
         self.frozen = None if frozen is None else frozen.to(network.image.device)
         self._temporal = temporal
-        self._views: dict[str, tuple[View, kernels.Layer]] = {}  # by term
+        self._views: list[dict[str, View]] = [{} for _ in network.parts]  # by term
+        self._distances: dict[str, kernels.Wasserstein] = {}  # by term
         self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
         self._styles = tuple(config.style_layer_weights) if regions else ()
         self._style_weight = config.style_weight
-        terms: dict[str, kernels.Layer] = {}
-        for name in network.spec.layers:
-            given = _flat(content[name]) if name in content else None
-            plain = [] if config.style_loss != "gram" else [each for each in regions if each.mask is None]
-            target = plain[0].statistics[name].matrix if plain and name in config.style_layer_weights else None
-            views = target is None and name in config.style_layer_weights and bool(regions)
-            chained = not views and network.chains(name, style=target is not None, content=given is not None)
-            self._direct(terms, name, given, target, config, chained)
-            if views:
-                for i, region in enumerate(regions):
-                    self._viewed(terms, f"{name} {i}", name, region, config)
-        direct = tuple(terms) == network.spec.layers  # each has one term, of the features themselves
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # by term: what the views of several parts work in
+        self._weights = config.style_layer_weights
+        spec = network.spec
+        guides = {
+            (name, i): guide(region.mask, spec.shapes[name][2:])
+            for i, region in enumerate(regions)
+            for name in self._styles
+            if region.mask is not None
+        }
+        pieces = [
+            self._terms(i, content[i] if content else {}, regions, guides, config) for i in range(len(network.parts))
+        ]
+        terms, at_once = pieces[0], len(pieces) == 1
+        direct = tuple(terms) == spec.layers  # each has one term, of the features themselves
         self._overlapping = network.overlapping if direct else None
         weights = config.content_weight, config.style_weight
-        self._layers = kernels.Layers(terms, *weights, network.products, ahead=self._overlapping is not None)
-        self._chained = {name: self._layers.term(name) for name in terms if terms[name].cotangent is None}
-        # The host computes the eigenvalues of Wasserstein distances on its own.
-        recorded = config.style_loss != "wasserstein" or not regions
+        self._layers: kernels.Layers | kernels.Summed = (
+            kernels.Layers(terms, *weights, ahead=self._overlapping is not None)
+            if network.image.is_cuda and at_once
+            else kernels.Summed(pieces, *weights, network.products)
+        )
+        self._chained = {}
+        if isinstance(self._layers, kernels.Layers):
+            self._chained = {name: self._layers.term(name) for name in terms if terms[name].cotangent is None}
+        # The host computes the eigenvalues of Wasserstein distances on its own, and the losses of features in pieces.
+        recorded = at_once and (config.style_loss != "wasserstein" or not regions)
         alone = recorded and not network.recordable
         self._run_measures, self._run_conclusion, self._run_cotangents = (
             kernels.Recorded(network.image.device) if alone else _at_once for _ in range(3)
@@ -131,7 +141,7 @@ class Objective:
             with self.stages.stage("forward"):
                 network.forward(self._read, pixels)
             with self.stages.stage("losses"):
-                self._run_conclusion(self._layers.conclude)
+                self._run_conclusion(self._conclude)
             if gradient is not None:
                 with self.stages.stage("vjp"):
                     network.vjp(self._write_cotangents, self._chained)
@@ -152,6 +162,7 @@ class Objective:
 
     def _begin(self) -> None:
         """What the VJP begins with, from the deepest layer alone."""
+        assert isinstance(self._layers, kernels.Layers)
         self._layers.conclude_last()
         self._cotangents(self.network.spec.layers[-1:])
 
@@ -177,64 +188,114 @@ class Objective:
                 style[layer] = style.get(layer, 0) + share * value
         return Terms(total, content, {layer: style[layer] for layer in self._styles}, tv), gradient
 
-    def _direct(
+    def _terms(
         self,
-        terms: dict[str, kernels.Layer],
-        name: str,
-        content: Tensor | None,
-        target: Tensor | None,
+        turn: int,
+        content: Mapping[str, Tensor],
+        regions: Sequence[Region],
+        guides: Mapping[tuple[str, int], Tensor],
         config: Config,
-        chained: bool,
-    ) -> None:
-        """Add the term of a layer's own features, if it has one; `chained`, the VJP makes the cotangent itself."""
-        if content is None and target is None:
-            return
+    ) -> dict[str, kernels.Layer]:
+        """The loss terms of a part: of the features of a layer themselves, or of a view of them for each region."""
+        network, found = self.network, dict[str, kernels.Layer]()
+        part = network.parts[turn]
+        for name in network.spec.layers:
+            given = _flat(content[name]) if name in content else None
+            plain = [] if config.style_loss != "gram" else [each for each in regions if each.mask is None]
+            target = plain[0].statistics[name].matrix if plain and name in self._weights else None
+            views = target is None and name in self._weights and bool(regions)
+            if given is not None or target is not None:
+                own = not views and network.chains(name, style=target is not None, content=given is not None)
+                found[name] = self._direct(part, name, given, target, config, chained=own)
+            for i, region in enumerate(regions if views else ()):
+                own_guide = guides.get((name, i))
+                if own_guide is not None and part.areas is not None:
+                    own_guide = own_guide.view(network.spec.shapes[name][2:])[part.areas[name]].flatten()
+                found[f"{name} {i}"] = self._viewed(turn, f"{name} {i}", name, region, own_guide, config)
+        return found
+
+    def _direct(
+        self, part: Part, name: str, content: Tensor | None, target: Tensor | None, config: Config, *, chained: bool
+    ) -> kernels.Layer:
+        """The term of a layer's own features; `chained`, the VJP makes the cotangent itself."""
         weights = config.content_layer_weights.get(name, 0.0), config.style_layer_weights.get(name, 0.0)
-        features = _flat(self.network.features[name])
-        cotangent = None if chained else _flat(self.network.cotangents[name])
         if config.content_loss == "sum":
-            weights = weights[0] * features.numel() / 2, weights[1]
-        terms[name] = kernels.Layer(features, cotangent, content, target, *weights)
+            weights = weights[0] * self._elements(name) / 2, weights[1]
         if target is not None:
             self._shares[name] = name, 1.0
+        cotangent = None if chained else _flat(part.cotangents[name])
+        return kernels.Layer(_flat(part.features[name]), cotangent, content, target, *weights)
 
-    def _viewed(self, terms: dict[str, kernels.Layer], term: str, name: str, region: Region, config: Config) -> None:
-        """Add the term of a region of a layer, or of another statistic than the Gram matrix."""
-        features = self.network.features[name]
-        own = None if region.mask is None else guide(region.mask, (features.shape[2], features.shape[3]))
-        view = View(_flat(features), config.style_loss, own, _flat(self.network.cotangents[name]))
-        statistic, target, distance = region.statistics[name], region.statistics[name].matrix, None
+    def _viewed(
+        self, turn: int, term: str, name: str, region: Region, guide: Tensor | None, config: Config
+    ) -> kernels.Layer:
+        """The term of a region of a layer, or of another statistic than the Gram matrix."""
+        part, statistic = self.network.parts[turn], region.statistics[name]
+        features = _flat(part.features[name])
+        shift = {"gram": 0.0, "shifted": 1.0}.get(config.style_loss, statistic.mean)
+        if len(self.network.parts) > 1 and term not in self._rooms:
+            most = max(each.features[name].numel() for each in self.network.parts)
+            self._rooms[term] = features.new_empty(most), features.new_empty(most)
+        view = View(features, shift, guide, _flat(part.cotangents[name]), self._rooms.get(term))
+        target = statistic.matrix
         if config.style_loss == "wasserstein":
-            distance = kernels.Wasserstein(view.mean, statistic.mean, statistic.matrix)
+            if term not in self._distances:
+                self._distances[term] = kernels.Wasserstein(view.mean.clone(), statistic.mean, statistic.matrix)
             target = torch.zeros_like(target)
-        weight = config.style_layer_weights[name] * region.share
-        terms[term] = kernels.Layer(view.features, view.cotangent, None, target, 0.0, weight, distance)
         self._shares[term] = name, region.share
-        self._views[term] = view, terms[term]
+        self._views[turn][term] = view
+        weight = self._weights[name] * region.share
+        return kernels.Layer(view.features, view.cotangent, None, target, 0.0, weight, self._distances.get(term))
+
+    def _elements(self, name: str) -> int:
+        """Of all features of a layer."""
+        return math.prod(self.network.spec.shapes[name])
 
     def _measure(self, layers: Collection[str]) -> None:
         """Take the features of these layers of the network into account."""
         terms = [term for term in self._layers.names if self._layer_of(term) in layers]
-        for term in terms:
-            if term in self._views:
-                self._views[term][0].read()
+        for view in self._views_of(terms).values():
+            view.read()
         if terms:
-            self._layers.measure(terms)
+            self._at_turn().measure(terms)
+
+    def _conclude(self) -> None:
+        """What is measured of all layers -> their losses."""
+        for term, distance in self._distances.items():
+            views = [each[term] for each in self._views]
+            positions = [view.features.shape[1] for view in views]
+            means = (count / sum(positions) * view.mean for count, view in zip(positions, views, strict=True))
+            distance.mean.copy_(torch.stack(list(means)).sum(0))
+        self._layers.conclude()
 
     def _cotangents(self, layers: Collection[str]) -> None:
         """Write the cotangents of these layers of the network."""
+        terms = [term for term in self._layers.names if self._layer_of(term) in layers]
+        views = self._views_of(terms)
+        for view in views.values() if self._rooms else ():  # another part has had its turn
+            view.read()
         for name in layers:
             if name not in self._layers.names:
-                self.network.cotangents[name].zero_()
-        self._layers.gradients([term for term in self._layers.names if self._layer_of(term) in layers])
-        for term, (view, layer) in self._views.items():
-            if self._layer_of(term) not in layers:
-                continue
+                self.network.parts[self.network.turn].cotangents[name].zero_()
+        self._at_turn().gradients(terms)
+        for term, view in views.items():
             slope = None
-            if layer.distance is not None:
-                factor = 2 * self._style_weight * layer.style_weight / layer.features.numel()
-                slope = factor * self._layers.scale * layer.distance.slope
+            if term in self._distances:
+                name, share = self._shares[term]
+                factor = self._style_weight * self._weights[name] * share / self._elements(name)
+                slope = factor * self._layers.scale * self._distances[term].slope
             view.write(slope)
+
+    def _views_of(self, terms: Collection[str]) -> dict[str, View]:
+        """The views of the part at its turn for these terms."""
+        views = self._views[self.network.turn]
+        return {term: views[term] for term in terms if term in views}
+
+    def _at_turn(self) -> kernels.Layers | kernels.Summed:
+        """The losses of the part at its turn."""
+        if isinstance(self._layers, kernels.Summed):
+            self._layers.piece = self.network.turn
+        return self._layers
 
     def _layer_of(self, term: str) -> str:
         return self._shares.get(term, (term, 0.0))[0]

@@ -1,9 +1,11 @@
 """What a style statistic sees of a layer: its features without their mean or shifted, and one region of the picture.
 
-Every statistic is the second moment of X = (F - shift 1^T) diag(g) over the M positions: G = X X^T / M, with the mean
-m = F g^2 / M. The shift is zero for Gram matrices, one for shifted ones, m for covariances. The guide g of a region is
-its mask at the layer with mean(g^2) = 1 (Gatys et al. 2017, section 4), and one without masks. If dL/dX = D X, then
-dL/dF = (D X + b g^T) diag(g), where b belongs to the mean: the kernels of Gram matrices serve all of them.
+Every statistic is the second moment of X = (F - s 1^T) diag(g) over the M positions: G = X X^T / M, with the mean
+m = F g^2 / M. The shift s is zero for Gram matrices and one for shifted ones; for covariances it is near m, and what is
+left of m is taken off G: G - (m - s) (m - s)^T. So s is known before m, and all features need not be there at once. The
+guide g of a region is its mask at the layer with mean(g^2) = 1 (Gatys et al. 2017, section 4), and one without masks.
+If dL/dX = D X, then dL/dF = (D X + b g^T) diag(g), where b belongs to the mean: the kernels of Gram matrices serve all
+of them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import image as images
+from . import kernels
+from .targets import Statistic
 
 log = logging.getLogger(__name__)
 
@@ -28,29 +32,38 @@ _FROZEN = 0.5  # a pixel is frozen whose part in the mask is not smaller
 
 
 class View:
-    """X of features F (C, M) and, with `cotangent`, dL/dX to be filled in; both in the layout and dtype of F.
+    """X of features F (C, M) and dL/dX to be filled in, to be added to `target`, the cotangent of F.
 
-    `statistic` is gram, shifted or wasserstein; `guide` (M,) fp32, None for the whole picture.
+    All are in the layout and dtype of F. X and dL/dX have memory of their own, or as much as they need of `room`, two
+    flat tensors that others use at other times; without target there is no dL/dX. `shift` is s, a number or (C,) fp32;
+    `guide` (M,) fp32, None for the whole picture.
     """
 
-    def __init__(self, features: Tensor, statistic: str, guide: Tensor | None, cotangent: Tensor | None = None) -> None:
-        self._source, self._target, self._statistic = features, cotangent, statistic
+    def __init__(
+        self,
+        features: Tensor,
+        shift: Tensor | float,
+        guide: Tensor | None,
+        target: Tensor | None = None,
+        room: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._source, self._target = features, target
+        self._shift = shift[:, None].to(features.device) if isinstance(shift, Tensor) else shift
         self._guide = None if guide is None else guide.to(features.device)
-        self.features = torch.empty_like(features)
-        self.cotangent = None if cotangent is None else torch.empty_like(features)
+        self.features = torch.empty_like(features) if room is None else alike(features, room[0])
+        self.cotangent: Tensor | None = None
+        if target is not None:
+            self.cotangent = torch.empty_like(features) if room is None else alike(features, room[1])
         self.mean = torch.zeros(len(features), device=features.device)
 
     def read(self) -> None:
         """F -> X, m."""
         source, guide = self._source, self._guide
         self.mean.copy_((source if guide is None else source * guide.square()).mean(1, dtype=torch.float32))
-        shift: Tensor | float = 1.0 if self._statistic == "shifted" else 0.0
-        if self._statistic == "wasserstein":
-            shift = self.mean[:, None]
         if guide is None:
-            torch.sub(source, shift, out=self.features)
+            torch.sub(source, self._shift, out=self.features)
         else:
-            torch.mul(source - shift, guide, out=self.features)
+            torch.mul(source - self._shift, guide, out=self.features)
 
     def write(self, slope: Tensor | None) -> None:
         """Add dL/dF to the cotangent of F, from dL/dX and b = `slope` (C,) fp32 (None is zero)."""
@@ -64,13 +77,44 @@ class View:
             self._target += found * self._guide
 
 
-def statistic_of(features: Tensor, statistic: str, guide: Tensor | None) -> tuple[Tensor, Tensor]:
-    """X and m of the features of a style; X is F itself where nothing is taken from it."""
-    if statistic == "gram" and guide is None:
-        return features, features.mean(1, dtype=torch.float32)
-    view = View(features, statistic, guide)
-    view.read()
-    return view.features, view.mean
+def alike(tensor: Tensor, memory: Tensor) -> Tensor:
+    """A tensor (C, M) in the layout of another one, at the beginning of `memory`."""
+    rows, columns = tensor.shape
+    flat = memory[: tensor.numel()]
+    return flat.view(columns, rows).T if tensor.stride(0) == 1 else flat.view(rows, columns)
+
+
+class Moments:
+    """The `statistic` of a style, gram, shifted or wasserstein, whose features come in pieces of `positions` in all."""
+
+    def __init__(self, statistic: str, positions: int, products: kernels.Products | None) -> None:
+        self._statistic, self._positions, self._products = statistic, positions, products
+        self._shift: Tensor | float = 1.0 if statistic == "shifted" else 0.0
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    def add(self, features: Tensor, guide: Tensor | None) -> None:
+        """Take features (C, m) in; with a guide, its part (m,) at them."""
+        if self._sums is None and self._statistic == "wasserstein":
+            self._shift = features.mean(1, dtype=torch.float32)
+        if self._statistic == "gram" and guide is None:
+            seen, mean = features, features.mean(1, dtype=torch.float32)
+        else:
+            view = View(features, self._shift, guide)
+            view.read()
+            seen, mean = view.features, view.mean
+        share = features.shape[1] / self._positions
+        own = share * kernels.gram(seen, self._products), share * mean
+        self._sums = own if self._sums is None else (self._sums[0] + own[0], self._sums[1] + own[1])
+
+    @property
+    def statistic(self) -> Statistic:
+        """What all of them have."""
+        assert self._sums is not None
+        matrix, mean = self._sums
+        if self._statistic == "wasserstein":
+            away = mean - self._shift
+            matrix = matrix - torch.outer(away, away)
+        return Statistic(matrix, mean)
 
 
 def guide(mask: Mask, size: tuple[int, int]) -> Tensor:

@@ -18,7 +18,7 @@ from .export import graph, vgg
 from .export.ort import BackendError, onnxruntime
 from .export.ort import options as session_options
 from .export.weights import Weights
-from .features import DTYPES, give_back_freed_memory, ignore, nhwc_zeros, on_stream
+from .features import DTYPES, Whole, give_back_freed_memory, ignore, nhwc_zeros, on_stream
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _open(
     raise BackendError(f"device {device}: ONNX Runtime cannot open {model.graph.name} ({failure})") from failure
 
 
-class Features:
+class Features(Whole):
     """The graph pair of one `spec` (see `features.Features`); all ReLU outputs are handed from one to the other."""
 
     recordable = False  # ONNX Runtime captures its own graphs

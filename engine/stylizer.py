@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,17 +22,18 @@ from .checkpoint import Checkpoint
 from .checkpoint import load as load_checkpoint
 from .config import Config
 from .export import vgg
-from .features import Features, within
+from .features import Features, pass_over, within
 from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
 from .motion import Carried
 from .networks import Networks
 from .optimize import Iterate, Stall, State, minimise
-from .regions import Mask, frozen, guide, statistic_of
+from .regions import Mask, Moments, frozen, guide
 from .result import Result, Score, Step
 from .start import enlarged, first_pixels
 from .targets import Statistic, Statistics, Targets, blend
+from .windows import Windowed
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -363,12 +365,17 @@ class Stylizer:
         kernels.stand_captures(provider.place(self.device))
         regions = self._regions(goal, max(content.size), precision)  # the memory of this is free again
         network = self._features(content.size, goal.layers, config, precision)
-        targets = {}
+        targets: list[dict[str, Tensor]] = [{} for _ in network.parts]
+
+        def keep(layers: tuple[str, ...]) -> None:
+            features = network.parts[network.turn].features
+            own = [layer for layer in layers if layer in config.content_layer_weights]
+            targets[network.turn].update({layer: features[layer].clone() for layer in own})
+
         if goal.content is not None:
             with network.use():
                 network.image.copy_(images.to_tensor(content))
-                network.forward()
-                targets = {layer: network.features[layer].clone() for layer in config.content_layer_weights}
+                pass_over(network, keep)
         held = None if goal.freeze is None else frozen(goal.freeze, content.size)
         temporal = None if goal.carried is None else goal.carried.loss(network.image.device)
         return Objective(network, targets, regions, config, held, temporal)
@@ -418,21 +425,30 @@ class Stylizer:
         of_mask = None if mask is None else hashlib.sha256(mask.tobytes()).digest()
         layers = tuple(config.style_layer_weights)
         kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, precision)
-        key = (style.digest, of_mask, size, layers, *kinds)
+        key = (style.digest, of_mask, size, layers, config.window, *kinds)
 
         def make() -> Statistics:
             kernels.stand_captures(provider.place(self.device))
-            features = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
-            found = {}
-            with features.use():
-                features.image.copy_(images.to_tensor(images.resize(images.shown(style), size)))
-                features.forward()
-                for layer in layers:
-                    own = features.features[layer]
-                    part = None if mask is None else guide(mask, (own.shape[2], own.shape[3]))
-                    seen, mean = statistic_of(own.flatten(2)[0], config.style_loss, part)
-                    found[layer] = Statistic(kernels.gram(seen, features.products), mean)
-                    del seen  # before that of the next layer is made
+            network = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
+            shapes = {layer: network.spec.shapes[layer][2:] for layer in layers}
+            moments = {
+                layer: Moments(config.style_loss, math.prod(shape), network.products)
+                for layer, shape in shapes.items()
+            }
+            guides = {} if mask is None else {layer: guide(mask, shape) for layer, shape in shapes.items()}
+
+            def add(names: tuple[str, ...]) -> None:
+                part = network.parts[network.turn]
+                for name in names:
+                    own = guides.get(name)
+                    if own is not None and part.areas is not None:
+                        own = own.view(shapes[name])[part.areas[name]].flatten()
+                    moments[name].add(part.features[name].flatten(2)[0], own)
+
+            with network.use():
+                network.image.copy_(images.to_tensor(images.resize(images.shown(style), size)))
+                pass_over(network, add)
+                found = {layer: each.statistic for layer, each in moments.items()}
                 finite = [bool(torch.isfinite(each.matrix).all()) for each in found.values()]
             if not all(finite):
                 raise FloatingPointError("the features of a style, or their products, are not finite")
@@ -445,7 +461,7 @@ class Stylizer:
         make = functools.partial(self._open_features, size, layers, config, padding, precision)
         if not self.keeps_networks:
             return make()
-        key = ("network", size, layers, config.pixel_range, config.pooling, padding, precision)
+        key = ("network", size, layers, config.window, config.pixel_range, config.pooling, padding, precision)
         return self._cache.get(key, make, lambda network: network.memory)
 
     def _spec(
@@ -465,7 +481,9 @@ class Stylizer:
         forward_only: bool = False,
     ) -> Features:
         spec, network = self._spec(size, layers, config, padding, precision), self._network(layers, config.pooling)
-        return network.open(spec, forward_only=forward_only, pixel_range=config.pixel_range)
+        opened = functools.partial(network.open, forward_only=forward_only, pixel_range=config.pixel_range)
+        most = config.window_for(size)
+        return opened(spec) if most is None else Windowed(spec, most, opened, forward_only=forward_only)
 
 
 def _checkpoint(

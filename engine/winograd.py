@@ -23,7 +23,7 @@ from torch import Tensor
 from . import kernels
 from .export import vgg
 from .export.weights import Weights
-from .features import ignore
+from .features import Whole, ignore
 from .kernels import direct, nhwc, program, vector, winograd
 from .kernels.network import PADDINGS
 from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, MASK, POOL, RECTIFY, UNPOOL, Step
@@ -59,7 +59,7 @@ class Network:
 _HOST, _NOWHERE = torch.device("cpu"), torch.device("meta")
 
 
-class Features:
+class Features(Whole):
     """The forward program and the VJP program of one `spec`, with the memory they work in.
 
     `image` and `gradient` are (1, 3, H, W) float32; `features` holds those of the loss layers, (1, C, H_l, W_l) float32

@@ -8,9 +8,10 @@ formula in NumPy, in the dtype of its input, and serves as the oracle.
 from ._cuda import own_stream, processors
 from ._graphs import Counters, Recorded, announce_no_graph, capturing, seconds, stand_captures
 from .adam import RATE, Adam
-from .layers import Layer, Layers, Products, Term, gram, memory_of_products
+from .layers import Layers, Term, gram, memory_of_products
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
+from .summed import Layer, Products, Summed
 from .temporal import Temporal
 from .trail import Trail
 from .wasserstein import Wasserstein
@@ -26,6 +27,7 @@ __all__ = [
     "Pixels",
     "Products",
     "Recorded",
+    "Summed",
     "Temporal",
     "Term",
     "Trail",

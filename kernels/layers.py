@@ -1,6 +1,6 @@
-"""Style and content losses of all layers of a network and their gradients, computed together.
+"""Style and content losses of all layers of a network and their gradients on a GPU, computed together.
 
-On a GPU a step is one launch for all layers, or for those that are measured together: the blocks look their layer up in
+A step is one launch for all layers, or for those that are measured together: the blocks look their layer up in
 a table. The Gram products run on the tensor cores for 16-bit features; all sums are fp32 or fp64 and always in the same
 order, so within a process the same features give the same bits.
 
@@ -24,16 +24,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import _blas, _cuda, _graphs
-from .content import content_gradient_blas, content_loss_blas
-from .gram import gram_blas
-from .style import style_gradient_blas
-from .wasserstein import Wasserstein
+from .summed import Blas, Layer, Products
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
@@ -53,54 +49,6 @@ _LONGEST = 8192  # positions of a share: longer sums lose digits
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
 
-class Products(Protocol):
-    """What a layer costs on a CPU: (C, M) features, (C, C) fp32 matrices; see `gram`, `style` and `content`."""
-
-    def content_loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """The loss, 0-dim fp32."""
-
-    def content_gradient(self, features: Tensor, target: Tensor, factor: float, out: Tensor) -> None:
-        """Write factor * (F - P) into `out`."""
-
-    def gram(self, features: Tensor, out: Tensor) -> Tensor:
-        """Write F F^T / M into `out` and return it."""
-
-    def style_gradient(
-        self, features: Tensor, difference: Tensor, factor: float, out: Tensor, accumulate: bool
-    ) -> None:
-        """Write (or add) factor * (G - A) F into `out`."""
-
-
-class Blas:
-    """`Products` by torch and its BLAS, for any layout and precision."""
-
-    content_loss = staticmethod(content_loss_blas)
-    content_gradient = staticmethod(content_gradient_blas)
-    gram = staticmethod(gram_blas)
-    style_gradient = staticmethod(style_gradient_blas)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What one layer works on.
-
-    `features` F, `content` P (None unless it is a content layer) and `cotangent` dL/dF are (C, M) of one dtype, fp32,
-    fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). On a CPU the cotangent may
-    be the features themselves, and takes their place; None is for losses alone and, on a GPU, for a `Term`. `target` A
-    is (C, C) fp32, None unless it is a style layer. `distance` takes the place of the distance of Gram matrices, for
-    features without their mean: A is then zero. The weights are the layer's own, beside those of all content and style
-    losses.
-    """
-
-    features: Tensor
-    cotangent: Tensor | None
-    content: Tensor | None
-    target: Tensor | None
-    content_weight: float = 1.0
-    style_weight: float = 1.0
-    distance: Wasserstein | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Term:
     """What the cotangent of a layer is made of on a GPU: factors[1] lifted F + factors[2] (F - P), as in layers.cuh.
@@ -117,15 +65,13 @@ class Term:
 class Layers:
     """The losses of `layers`: content_weight * sum of w_l c_l + style_weight * sum of v_l s_l, w and v of each `Layer`.
 
-    `products` computes the matrix products on a CPU, by default BLAS.
-
     `losses`, or `measure` of some layers after the other and then `conclude`, read the features and write `terms`,
     fp32: the weighted total (without total variation), the sum of the w_l c_l, a place for the total variation, then
     the s_l of each layer (0 if it has none). `gradients` writes the cotangents of the total, times `scale`, a 0-dim
-    fp32 tensor. On a GPU all use the same memory each time and leave the host out. On a CPU `gradients` can be asked
-    for the cotangents of some layers only. With `ahead`, on a GPU, the last layer comes before the others: when it is
-    measured, `conclude_last` and `gradients` of it, at a scale of its own; then `conclude`, which leaves `scale` over
-    that one in `ratio`, and `gradients` of the others. Raises ValueError for more than MAX_LAYERS layers.
+    fp32 tensor. All use the same memory each time and leave the host out. With `ahead` the last layer comes before
+    the others: when it is measured, `conclude_last` and `gradients` of it, at a scale of its own; then `conclude`,
+    which leaves `scale` over that one in `ratio`, and `gradients` of the others. Raises ValueError for more than
+    MAX_LAYERS layers.
     """
 
     def __init__(
@@ -133,7 +79,6 @@ class Layers:
         layers: Mapping[str, Layer],
         content_weight: float,
         style_weight: float,
-        products: Products | None = None,
         *,
         ahead: bool = False,
     ) -> None:
@@ -142,7 +87,6 @@ class Layers:
         self.names = tuple(layers)
         self._layers = tuple(layers.values())
         self._content_weight, self._style_weight = float(content_weight), float(style_weight)
-        self._products = products or Blas()
         first = self._layers[0].features
         self._dtype, device = first.dtype, first.device
         self.terms = torch.zeros(3 + len(layers), device=device)
@@ -150,12 +94,9 @@ class Layers:
         self.scale = self._factors[0]
         self._factors_of_last = torch.ones(1 + _FACTORS, device=device) if ahead else None
         self.ratio = torch.ones((), device=device) if ahead else None
-        self._way = self._way_to_gradients = ""  # on a GPU, once they are chosen
+        self._way = self._way_to_gradients = ""  # once they are chosen
         self._differences = [None if a.target is None else torch.empty_like(a.target) for a in self._layers]
-        if first.is_cuda:
-            self._plan_launches(device)
-        else:
-            self._measured = [(0.0, 0.0, 0.0)] * len(layers)
+        self._plan_launches(device)
 
     def losses(self) -> None:
         """features -> terms, scale."""
@@ -165,10 +106,6 @@ class Layers:
     def measure(self, names: Sequence[str]) -> None:
         """Take the features of these layers, which follow each other in `names`, into account; see `conclude`."""
         part = self._part_of(names)
-        if not self.terms.is_cuda:
-            for i in range(part.start, part.stop):
-                self._measured[i] = self._measure_cpu(self._layers[i], self._differences[i])
-            return
         if not self._way:
             self._way = self._fastest(self.ways())
         self._launch_measures(self._way, part)
@@ -186,14 +123,11 @@ class Layers:
 
     def conclude(self) -> None:
         """What has been measured of all layers -> terms, scale."""
-        if not self.terms.is_cuda:
-            self._conclude_cpu()
-            return
         self._launch_factors(0, self.terms, self._factors, self.ratio)
         self._finish_distances()
 
     def ways(self) -> dict[str, Callable[[], None]]:
-        """The ways to `losses` on a GPU, but for distances; narrow layers have their kernel in either."""
+        """The ways to `losses`, but for distances; narrow layers have their kernel in either."""
 
         def losses(way: str) -> None:
             self._launch_measures(way, slice(0, len(self.names)))
@@ -241,12 +175,9 @@ class Layers:
     def gradients(self, names: Collection[str] | None = None) -> None:
         """features, and what `losses` has found -> cotangents, by default of all layers.
 
-        On a GPU of all, or with `ahead` of the last or of the others.
+        With `ahead` of the last or of the others.
         """
         names = self.names if names is None else names
-        if not self.terms.is_cuda:
-            self._gradients_cpu(names)
-            return
         if self._factors_of_last is not None or any(layer.cotangent is None for layer in self._layers):
             self._gradients_by_cublas(self._part_of(names))  # our kernel would write all of them
             return
@@ -257,7 +188,7 @@ class Layers:
         ways[self._way_to_gradients]()
 
     def ways_to_gradients(self) -> dict[str, Callable[[], None]]:
-        """The ways to compute `gradients` on a GPU."""
+        """The ways to compute `gradients`."""
         return {
             "cotangents by our kernel": self._gradients_by_kernel,
             "cotangents by cuBLAS": self._gradients_by_cublas,
@@ -360,60 +291,6 @@ class Layers:
             if (lifted := self._lifted[i]) is not None:
                 lifted.copy_(factors[i, 0] * difference)
 
-    def _measure_cpu(self, layer: Layer, difference: Tensor | None) -> tuple[float, float, float]:
-        """Content loss, style loss and loudness of a layer; G - A has memory of its own."""
-        channels, elements = len(layer.features), layer.features.numel()
-        content = style = loudness = 0.0
-        if layer.content is not None:
-            content = float(self._products.content_loss(layer.features, layer.content))
-            loudness += 2 * self._content_weight * layer.content_weight / elements * math.sqrt(content)
-        if layer.target is not None:
-            assert difference is not None
-            trace = float(self._products.gram(layer.features, difference).trace())
-            weight = self._style_weight * layer.style_weight
-            if layer.distance is None:
-                difference -= layer.target
-                flat = difference.flatten()
-                square = float(torch.dot(flat, flat))
-                style = square / (4 * channels**2)
-            else:
-                distance, matrix, means = layer.distance(difference)
-                style, square = float(distance), float(difference.copy_(matrix).square().sum())
-                loudness += 2 * weight / elements * math.sqrt(means)
-            loudness += weight / (channels * elements) * math.sqrt(square * trace / channels)
-        return content, style, loudness
-
-    def _conclude_cpu(self) -> None:
-        contents, styles, loudness = zip(*self._measured, strict=True)
-        content = sum(layer.content_weight * each for layer, each in zip(self._layers, contents, strict=True))
-        style = sum(layer.style_weight * each for layer, each in zip(self._layers, styles, strict=True))
-        total = self._style_weight * style + self._content_weight * content
-        self.terms.copy_(torch.tensor([total, content, 0.0, *styles]))
-        loudest = max(1e-30, *loudness)
-        if self._dtype != torch.float32 and math.isfinite(loudest):
-            self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
-
-    def _gradients_cpu(self, names: Collection[str]) -> None:
-        scale = float(self.scale)
-        for name, layer, difference in zip(self.names, self._layers, self._differences, strict=True):
-            if name not in names:
-                continue
-            assert layer.cotangent is not None
-            features, elements = layer.features, layer.features.numel()
-            channels = len(features)
-            if (
-                layer.content is not None
-                and difference is not None
-                and features.data_ptr() == layer.cotangent.data_ptr()
-            ):
-                features = features.clone()
-            if layer.content is not None:
-                factor = 2 * scale * self._content_weight * layer.content_weight / elements
-                self._products.content_gradient(features, layer.content, factor, layer.cotangent)
-            if difference is not None:
-                factor = scale * self._style_weight * layer.style_weight / (channels * elements)
-                self._products.style_gradient(features, difference, factor, layer.cotangent, layer.content is not None)
-
 
 def _tiles(channels: int, tile: int) -> int:
     """Tiles on and above the diagonal of G."""
@@ -453,11 +330,12 @@ def memory_of_products(shapes: Sequence[tuple[int, int]], processors: int) -> in
 
 
 def gram(features: Tensor, products: Products | None = None) -> Tensor:
-    """G (C, C) fp32 of features (C, M), as `Layers` computes it: the difference to a target of zeros."""
+    """G (C, C) fp32 of features (C, M); on a GPU as `Layers` has it, else by `products` or BLAS."""
     target = torch.zeros(len(features), len(features), device=features.device)
-    alone = Layers({"": Layer(features, None, None, target)}, 0, 1, products)
-    if features.is_cuda:  # once for a style: nothing to choose
-        alone._way = alone._way or _BY_KERNEL
+    if not features.is_cuda:
+        return (products or Blas()).gram(features, target)
+    alone = Layers({"": Layer(features, None, None, target)}, 0, 1)
+    alone._way = alone._way or _BY_KERNEL  # once for a style: nothing to choose
     alone.measure(alone.names)
     (difference,) = alone._differences
     assert difference is not None

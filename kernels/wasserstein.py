@@ -35,13 +35,15 @@ def wasserstein_reference(
 class Wasserstein:
     """L to a style's mean (C,) and covariance (C, C), both fp32; computed in fp64, where the tensors are.
 
-    `mean` (C,) fp32 is where the image's mean has to stand when the object is called. The eigenvalues are the host's
-    to wait for, so that a call cannot be part of a CUDA graph. Raises FloatingPointError for a target that is not
+    X are the image's features less the style's mean n, which is known before they are. `mean` (C,) fp32 is where their
+    own mean m has to stand when the object is called; the gradient of L with respect to it is 1 / C times the `slope`
+    (C,) fp32 that a call leaves. The eigenvalues are the host's to wait for, so that a call cannot be part of a CUDA
+    graph. Raises FloatingPointError for a target that is not
     finite, and gives NaN for a covariance of the image that is not.
     """
 
     def __init__(self, mean: Tensor, target_mean: Tensor, target: Tensor) -> None:
-        self.mean, self._target_mean = mean, target_mean
+        self.mean, self._target_mean, self.slope = mean, target_mean, torch.zeros_like(mean)
         self._ridge = EPSILON * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
         covariance = target.double() + self._ridge
         if not torch.isfinite(covariance).all():
@@ -50,22 +52,21 @@ class Wasserstein:
         values, vectors = torch.linalg.eigh(covariance)
         self._root, self._trace = vectors * values.clamp_min(EPSILON).sqrt(), covariance.trace()
 
-    @property
-    def slope(self) -> Tensor:
-        """m - n (C,) fp32: the gradient of L with respect to the image's mean is 2 / C times it."""
-        return self.mean - self._target_mean
-
-    def __call__(self, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L, D and mean (m - n)^2 for the image's covariance (C, C) = X X^T / M fp32: dL/dX = D X / (C^2 M)."""
-        own, channels = covariance.double() + self._ridge, len(covariance)
+    def __call__(self, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, D and mean (m - n)^2 for X X^T / M (C, C) fp32: dL/dX = D X / (C^2 M) beside what the slope gives."""
+        away, channels = (self.mean - self._target_mean).double(), len(moment)
+        own = moment.double() - torch.outer(away, away) + self._ridge
         try:
             values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)
         except LinAlgError:  # of a covariance that is not finite
             nothing = torch.full_like(own, torch.nan).float()
+            self.slope = nothing[0]
             return nothing[0, 0], nothing, nothing[0, 0]
         roots = values.clamp_min(EPSILON**2).sqrt()  # no eigenvalue is smaller but by rounding
-        means = self.slope.double().square().mean()
+        means = away.square().mean()
         loss = means + (own.trace() + self._trace - 2 * roots.sum()) / channels
         turned = self._root @ vectors
         identity = torch.eye(channels, dtype=torch.float64, device=own.device)
-        return loss.float(), (2 * channels * (identity - turned / roots @ turned.T)).float(), means.float()
+        matrix = 2 * channels * (identity - turned / roots @ turned.T)
+        self.slope = (2 * away - matrix @ away / channels).float()
+        return loss.float(), matrix.float(), means.float()
