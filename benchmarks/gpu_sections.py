@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from engine import forecast as forecasts
 from engine import fused, kernels, provider
 from engine.export.ort import MissingError
 from engine.features import DTYPES, Features
@@ -393,7 +392,7 @@ def forecast(
             problem = cases.load(size, device=device)
             config = replace(problem.config, iterations=iterations)
             stylizer = Stylizer(problem.weights, *cases.ENGINES[engine], keep_networks=kept)
-            told = forecasts.forecast(stylizer, problem.content, problem.style, config).total / 2**20
+            told = stylizer.forecast(problem.content, problem.style, config).total / 2**20
             gc.collect()  # what went before is gone
             torch.cuda.reset_peak_memory_stats()
             stylizer(problem.content, problem.style, config)

@@ -110,8 +110,8 @@ class Config:
     )
     window: int | str = _option(
         "auto",
-        "let the network see this many pixels on a side at a time: it takes less memory, and up to twice as long; auto: "
-        "all of them, unless that needs more memory than there is",
+        "let the network see so many pixels of a side at a time: less memory, up to twice the time; auto: all of them, "
+        "unless that needs more memory than there is",
     )
     clamp: bool = _option(
         True, "keep the pixels of lbfgs in range at every step, as adam does; without, they are cut off at the end"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -88,8 +88,8 @@ class Features(Protocol):
 
         They are contiguous, with its shape and dtype and on its device; the runtime may read them where they are, or
         copy them; they stay as they are until the VJP. Each loss layer is handed to `read`, with others or alone, from
-        the shallowest to the deepest, once its features are there; of several parts each in its turn. What `read` queues on a GPU may run beside the layers that follow, and is done before
-        what comes after the forward pass.
+        the shallowest to the deepest, once its features are there; of several parts each in its turn. What `read`
+        queues on a GPU may run beside the layers that follow, and is done before what comes after the forward pass.
         """
 
     def chains(self, name: str, *, style: bool, content: bool) -> bool:
@@ -99,8 +99,8 @@ class Features(Protocol):
         """features, cotangents -> gradient; the features are spent.
 
         Each loss layer is handed to `write`, with others or alone, from the deepest to the shallowest: it has to write
-        their cotangents, and may read the features of these layers; of several parts each in its turn. For those that have `terms`, which `chains`
-        allows, it writes what these are made of.
+        their cotangents, and may read the features of these layers; of several parts each in its turn. For those that
+        have `terms`, which `chains` allows, it writes what these are made of.
         """
 
 
@@ -256,6 +256,20 @@ def pass_over(network: Features, read: Callable[[tuple[str, ...]], None]) -> Non
         return
     network.forward()
     read(network.spec.layers)
+
+
+def features_of(network: Features, image: Tensor, layers: Collection[str]) -> list[dict[str, Tensor]]:
+    """Copies of the features of an image (1, 3, H, W) at some loss layers, for each part of the network."""
+    found: list[dict[str, Tensor]] = [{} for _ in network.parts]
+
+    def keep(names: tuple[str, ...]) -> None:
+        features = network.parts[network.turn].features
+        found[network.turn].update({name: features[name].clone() for name in names if name in layers})
+
+    with network.use():
+        network.image.copy_(image)
+        pass_over(network, keep)
+    return found
 
 
 def within(network: Features, values: Generator[_T, None, None]) -> Iterator[_T]:

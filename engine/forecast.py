@@ -6,25 +6,26 @@ import contextlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import image as images
-from . import kernels, optimize, provider
+from . import kernels, optimize, provider, windows
+from .cache import Cache
 from .config import Config
 from .export import vgg
 from .features import DTYPES
-from .goal import Goal, canvas, style_size, visible
-from .goal import load as load_goal
-from .stylizer import Stylizer
+from .goal import Goal, canvas, final_size, style_size, visible
+from .networks import spec_of
 
 log = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cudnn")  # where all memory is ours; what ONNX Runtime and TensorRT take is theirs to know
 _SYSTEM = Path("/")
+_AT_MOST = 8192  # bytes of a pixel that no run takes with options that are common
+_SURE = 0.9  # of what is free: forecasts are not exact, and others take memory meanwhile
 _RECOLOURED = 8 * 12  # bytes of a pixel of the pictures while their colours are changed
 
 
@@ -53,56 +54,85 @@ class Forecast:
         return f"{self.device}, {self.precision}, {width} x {height}: {short(self.total)} ({parts})"
 
 
-def forecast(
-    stylizer: Stylizer, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
-) -> Forecast:
-    """What the same call of the stylizer will take, at whichever scale it takes the most.
+@dataclass(frozen=True)
+class Means:
+    """What a `Stylizer` paints with, and where it keeps networks for later runs, if it does."""
 
-    Raises ValueError, TypeError or OSError as the call would, and ValueError for a device that is not one of DEVICES.
+    device: str
+    precision: str
+    threads: int
+    cache: Cache | None
+
+
+def fitted(means: Means, goal: Goal) -> Goal:
+    """The goal, with a window if its run takes more memory than there is, where that is forecast; the log says so.
+
+    It is the largest one with which there is enough. If none is small enough there is a warning.
     """
-    if stylizer.device not in DEVICES:
-        raise ValueError(f"device {stylizer.device}: memory is forecast for {' and '.join(DEVICES)} only")
-    goal = load_goal(content, style, config or Config(), masks, freeze)
+    left = available(means.device) if means.device in DEVICES and goal.config.window == "auto" else None
+    sizes = [_size(goal)]
+    sizes += [
+        style_size(style, max(sizes[0]), own)
+        for style, own in zip(goal.styles, goal.own, strict=True)
+        if isinstance(style, images.Picture)
+    ]
+    if left is None or _AT_MOST * max(map(math.prod, sizes)) < left:
+        return goal
+    left += means.cache.bytes if means.cache is not None else 0  # it has its place in the forecast
+    whole = forecast(means, goal).total
+    if whole <= _SURE * left:
+        return goal
+    choices = [
+        replace(goal, config=replace(goal.config, window=window))
+        for window in windows.choices(max(map(max, sizes)), goal.layers)
+    ]
+    if choices and forecast(means, choices[-1]).total <= _SURE * left:
+        totals = ((each, forecast(means, each).total) for each in choices)
+        found, total = next((each, total) for each, total in totals if total <= _SURE * left)
+        text = "this would take about %s of memory, and %s are free: with --window %d it takes %s, and longer"
+        log.info(text, short(whole), short(left), found.config.window, short(total))
+        return found
+    if whole > left:
+        text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
+        if goal.config.optimizer == "lbfgs":
+            text += ", a --history of few pairs or --optimizer adam"
+        log.warning(text, short(whole), short(left))
+    return goal
+
+
+def _size(goal: Goal) -> tuple[int, int]:
+    return final_size(goal.content or canvas(goal.config), goal.config)
+
+
+def forecast(means: Means, goal: Goal) -> Forecast:
+    """What a run takes at whichever scale it takes the most; with the window `auto` without one.
+
+    Raises ValueError for a device that is not one of DEVICES.
+    """
+    if means.device not in DEVICES:
+        raise ValueError(f"device {means.device}: memory is forecast for {' and '.join(DEVICES)} only")
     config, picture = goal.config, goal.content or canvas(goal.config)
-    if config.optimizer == "lbfgs":
-        kernels.pairs(config.history, stylizer.device == "cudnn")
-    if config.start_file is not None:
-        images.load(config.start_file)
-    phases, kept, limit = list[dict[str, int]](), list[int](), stylizer._cache.limit
+    phases, kept = list[dict[str, int]](), list[int]()
     for side, steps in config.schedule(picture.aspect):
         size = config.whole(picture.fit(side))
-        style_phase, run_phase = _style_phase(stylizer, goal, side), _run_phase(stylizer, goal, size, steps)
-        if stylizer.keeps_networks:  # those of the scales before
+        style_phase, run_phase = _style_phase(means, goal, side), _run_phase(means, goal, size, steps)
+        if means.cache is not None:  # those of the scales before
             style_phase["other networks"] = sum(kept)
             shared = {name: run_phase[name] for name in ("network", "weights", "libraries")}
             phases.append({**shared, "other networks": sum(kept)})  # it is opened before others make room for it
             own = run_phase["network"] + run_phase["libraries"]
-            if own <= limit:
+            if own <= means.cache.limit:
                 kept.append(own)
-            while sum(kept) > limit:
+            while sum(kept) > means.cache.limit:
                 kept.pop(0)
-            run_phase["other networks"] = sum(kept) - (own if own <= limit else 0)
+            run_phase["other networks"] = sum(kept) - (own if own <= means.cache.limit else 0)
         phases += [style_phase, run_phase]
-    if stylizer.device == "cpu" and config.colour not in ("none", "keep-after"):
+    if means.device == "cpu" and config.colour not in ("none", "keep-after"):
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
         phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
     most = max(phases, key=lambda parts: sum(parts.values()))
-    return Forecast(size, stylizer.device, stylizer.precision, {name: value for name, value in most.items() if value})
-
-
-def warn(
-    stylizer: Stylizer, content: Any, style: Any, configs: Sequence[Config], *, masks: Any = None, freeze: Any = None
-) -> None:
-    """Say so where one of such runs is forecast to take more memory than there is."""
-    if stylizer.device not in DEVICES:
-        return
-    needed = max(forecast(stylizer, content, style, each, masks=masks, freeze=freeze).total for each in configs)
-    left = available(stylizer.device)
-    if left is not None and needed > left:
-        text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
-        if any(each.optimizer == "lbfgs" for each in configs):
-            text += ", a --history of few pairs or --optimizer adam"
-        log.warning(text, short(needed), short(left))
+    found = {name: value for name, value in most.items() if value}
+    return Forecast(_size(goal), means.device, means.precision, found)
 
 
 def available(device: str) -> int | None:
@@ -113,6 +143,7 @@ def available(device: str) -> int | None:
     """
     if device == "cudnn":
         place = provider.place(device)
+        kernels.stand_captures(place)
         kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return int(torch.cuda.mem_get_info(place)[0]) + kept
     try:
@@ -134,34 +165,38 @@ def _numbers(file: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words}
 
 
-def _style_phase(stylizer: Stylizer, goal: Goal, side: int) -> dict[str, int]:
+def _style_phase(means: Means, goal: Goal, side: int) -> dict[str, int]:
     """While the statistics of a style are taken: the network at its size."""
     config, most, spec = goal.config, 0, None
     for style, (_, mask), own_config in zip(goal.styles, goal.parts, goal.own, strict=True):
-        if isinstance(style, images.Picture):
-            size = style_size(style, side, own_config)
-            spec = stylizer._spec(size, tuple(config.style_layer_weights), config, config.padding, stylizer.precision)
-            own = _network(stylizer, spec, (), forward_only=True) + 3 * 4 * math.prod(size)
-            if stylizer.device == "cudnn":
-                own += max(_products(spec, [layer], 1) for layer in spec.layers)
-            mask = visible(style, mask)
-            if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
-                element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
-                own += element * max(math.prod(spec.shapes[layer]) for layer in spec.layers)
-            most = max(most, own)
-        else:
-            stylizer._saved(style, side, config)  # or it is refused
-    return {"network of the style": most, **(_beside(stylizer, spec, config) if spec else {})}
+        if not isinstance(style, images.Picture):
+            continue
+        size = style_size(style, side, own_config)
+        spec = _spec(means, size, tuple(config.style_layer_weights), config, config.padding)
+        own = _network(means, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size)
+        window = config.window_for(size)
+        if means.device == "cudnn":
+            own += max(_products(spec, window, [layer], 1) for layer in spec.layers)
+        mask = visible(style, mask)
+        if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
+            element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
+            own += element * max(windows.largest(spec, window).values())
+        most = max(most, own)
+    return {"network of the style": most, **(_beside(means, spec, config) if spec else {})}
 
 
-def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
+def _spec(means: Means, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
+    return spec_of(means.device, means.precision, size, layers, config.pooling, padding)
+
+
+def _run_phase(means: Means, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
     """While one scale is optimised."""
-    config, gpu, count = goal.config, stylizer.device == "cudnn", 3 * math.prod(size)
-    spec = stylizer._spec(size, goal.layers, config, "circular" if config.tile else config.padding, stylizer.precision)
+    config, gpu, count = goal.config, means.device == "cudnn", 3 * math.prod(size)
+    spec = _spec(means, size, goal.layers, config, "circular" if config.tile else config.padding)
     own, made = _losses(goal, spec, gpu)
     return {
-        "network": _network(stylizer, spec, made) + (20 * count if config.pixel_range != "auto" else 0),  # see `Ranged`
-        **_beside(stylizer, spec, config),
+        "network": _network(means, spec, config, made),
+        **_beside(means, spec, config),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,
         "pictures": 0 if gpu else 3 * 4 * count,
@@ -171,50 +206,64 @@ def _run_phase(stylizer: Stylizer, goal: Goal, size: tuple[int, int], steps: int
 def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]]:
     """Bytes of what the losses compare with and work in; layers whose cotangent the VJP makes itself."""
     config, element = goal.config, DTYPES[spec.precision].itemsize
-    features = {name: element * math.prod(shape) for name, shape in spec.shapes.items()}
+    window = config.window_for((spec.width, spec.height))
+    # What stands in memory at once, of features and of what is made of them.
+    places = {name: element * count for name, count in windows.largest(spec, window).items()}
     contents = [name for name in config.content_layer_weights if goal.content is not None]
     styles = [name for name in config.style_layer_weights if goal.styles]
     regions, views = (len(goal.styles) if goal.masks else 1), bool(goal.masks) or config.style_loss != "gram"
-    total = sum(features[name] for name in contents)
+    total = sum(element * math.prod(spec.shapes[name]) for name in contents)
     total += 3 * 4 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)  # G, A and their difference
     if views and styles:  # each region has a view of the features and its cotangent, made by way of others
-        total += 2 * regions * sum(features[name] for name in styles)
+        total += 2 * regions * sum(places[name] for name in styles)
         wide = 4 if config.style_loss == "wasserstein" else element  # the slope of a mean is fp32
-        total += (2 if goal.masks else 1) * wide // element * max(features[name] for name in styles)
+        total += (2 if goal.masks else 1) * wide // element * max(places[name] for name in styles)
     if gpu:
         from . import fused
 
-        total += _products(spec, styles, regions)
+        total += _products(spec, window, styles, regions)
         if config.style_loss == "wasserstein":  # roots of covariances, fp64
             total += 16 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)
+        if window is not None:
+            return total + max(places[name] for name in (*contents, *styles)), ()
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
         made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]
         return total, tuple(made)
     # Where both losses look at a layer, the cotangent takes the place of features that are still to be read.
-    return total + max((features[name] for name in contents if name in styles), default=0), ()
+    return total + max((places[name] for name in contents if name in styles), default=0), ()
 
 
-def _products(spec: vgg.Spec, styles: Sequence[str], regions: int) -> int:
+def _products(spec: vgg.Spec, window: int | None, styles: Sequence[str], regions: int) -> int:
     """Bytes of the products on their way to the Gram matrices of these layers on a GPU."""
     from . import fused
 
-    shapes = [(spec.shapes[name][1], math.prod(spec.shapes[name][2:])) for name in styles]
+    places = windows.largest(spec, window)
+    shapes = [(spec.shapes[name][1], places[name] // spec.shapes[name][1]) for name in styles]
     return kernels.memory_of_products(shapes * regions, kernels.processors(fused.PLACE))
 
 
-def _network(stylizer: Stylizer, spec: vgg.Spec, made: tuple[str, ...], *, forward_only: bool = False) -> int:
-    if stylizer.device == "cudnn":
+def _network(means: Means, spec: vgg.Spec, config: Config, made: tuple[str, ...], *, forward_only: bool = False) -> int:
+    """Bytes of a network, or of that of the windows and of what is handed on of them."""
+    window, own = config.window_for((spec.width, spec.height)), 0
+    if window is not None:
+        element, copies = DTYPES[spec.precision].itemsize, 2 if means.device == "cudnn" and not forward_only else 1
+        own = copies * element * sum(windows.largest(spec, window).values())
+        own += (1 if forward_only else 2) * 3 * 4 * spec.height * spec.width
+        spec = windows.spec_of(spec, window)
+    if config.pixel_range != "auto" and not forward_only:
+        own += 20 * 3 * spec.height * spec.width  # see `Ranged`
+    if means.device == "cudnn":
         from . import fused
 
-        return fused.memory(spec, made, forward_only=forward_only)
+        return own + fused.memory(spec, made, forward_only=forward_only)
     from . import winograd
 
-    return winograd.memory(spec, stylizer._threads, forward_only=forward_only)
+    return own + winograd.memory(spec, means.threads, forward_only=forward_only)
 
 
-def _beside(stylizer: Stylizer, spec: vgg.Spec, config: Config) -> dict[str, int]:
+def _beside(means: Means, spec: vgg.Spec, config: Config) -> dict[str, int]:
     """The weights, which all networks share, and the workspaces of one; on a CPU the process holds them before."""
-    if stylizer.device == "cpu":
+    if means.device == "cpu":
         return {}
     from . import fused
 

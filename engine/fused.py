@@ -230,7 +230,7 @@ class Features(Whole):
         self._recorded: dict[str, weakref.ref[kernels.Term]] = {}  # of the VJP that can be replayed
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
-            self.cotangents = _Cotangents(self.features, spec.layers)
+            self.cotangents: _Cotangents = _Cotangents(self.features, spec.layers)
             self.cotangents.of(spec.convs[-1].name)  # which is read where it is, if it is a loss layer
         # All of the memory above comes from the stream of the caller, to be of use to its next network, and so do the
         # cotangents that its losses ask for.

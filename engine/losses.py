@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .config import Config
 from .features import Features, Losses, Part
-from .regions import Mask, View, guide
+from .regions import Mask, View, guide, guide_of
 from .stages import Stages
 from .targets import Statistics
 
@@ -46,9 +46,9 @@ class Objective:
     of v_l u_r s_lr over its layers and the `regions`, with the weights w of `Config.content_layer_weights`, v of
     `Config.style_layer_weights` and the shares u of the regions; the sums of v and of u are one. `content` holds the
     features P (1, C, h, w) of the content image at the content layers, for each of the network's parts; empty, there is
-    no content loss, and without regions no style loss. The formulas are those of `kernels`. The gradient of pixels that are `frozen`, bools
-    (1, 1, H, W), is zero. `temporal` is a further term. If `write` makes the same launches on a GPU each time, it
-    leaves the loss in `recorded`, which is None else.
+    no content loss, and without regions no style loss. The formulas are those of `kernels`. The gradient of pixels that
+    are `frozen`, bools (1, 1, H, W), is zero. `temporal` is a further term. If `write` makes the same launches on a GPU
+    each time, it leaves the loss in `recorded`, which is None else.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Objective:
         Both are contiguous fp32 on the device of the network. Total variation of weight zero is only computed to be
         `measured`. The loss lies in memory that the next call writes again; it is NaN if the gradient is not finite. On
         a GPU all of it is queued on the current stream of `network.use`, and the host waits for nothing, but for
-        Wasserstein distances.
+        Wasserstein distances and the losses of several parts.
         """
         with self.network.use():
             if self.recorded is not None and gradient is not None:
@@ -205,13 +205,13 @@ class Objective:
             target = plain[0].statistics[name].matrix if plain and name in self._weights else None
             views = target is None and name in self._weights and bool(regions)
             if given is not None or target is not None:
-                own = not views and network.chains(name, style=target is not None, content=given is not None)
-                found[name] = self._direct(part, name, given, target, config, chained=own)
+                chained = not views and network.chains(name, style=target is not None, content=given is not None)
+                found[name] = self._direct(part, name, given, target, config, chained=chained)
             for i, region in enumerate(regions if views else ()):
-                own_guide = guides.get((name, i))
-                if own_guide is not None and part.areas is not None:
-                    own_guide = own_guide.view(network.spec.shapes[name][2:])[part.areas[name]].flatten()
-                found[f"{name} {i}"] = self._viewed(turn, f"{name} {i}", name, region, own_guide, config)
+                own = guides.get((name, i))
+                if own is not None:
+                    own = guide_of(part, name, own, network.spec.shapes[name][2:])
+                found[f"{name} {i}"] = self._viewed(turn, f"{name} {i}", name, region, own, config)
         return found
 
     def _direct(

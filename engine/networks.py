@@ -6,11 +6,21 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import provider
 from .export import vgg
 from .export.weights import Weights
 from .export.weights import load as load_weights
 from .features import Open, give_back_freed_memory
 from .features import network as open_network
+
+
+def spec_of(
+    device: str, precision: str, size: tuple[int, int], layers: tuple[str, ...], pooling: str, padding: str
+) -> vgg.Spec:
+    """The spec of a network on a device for pictures of (width, height)."""
+    blocked = device == "onnxruntime" and precision == "fp32"
+    nhwc = device in provider.GPUS and precision != "fp32"
+    return vgg.Spec(size[1], size[0], layers, pooling, precision, blocked, nhwc, padding)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ of them.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch.nn import functional
 
 from . import image as images
 from . import kernels
-from .targets import Statistic
+from .features import Features, Part, pass_over
+from .targets import Statistic, Statistics
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +117,38 @@ class Moments:
             away = mean - self._shift
             matrix = matrix - torch.outer(away, away)
         return Statistic(matrix, mean)
+
+
+def statistics_of(
+    network: Features, picture: images.Picture, layers: Sequence[str], statistic: str, mask: Mask | None
+) -> Statistics:
+    """The `statistic` of each of the layers for a picture, in the size of the network, or for its part in a mask.
+
+    Raises FloatingPointError if one is not finite.
+    """
+    shapes = {layer: network.spec.shapes[layer][2:] for layer in layers}
+    moments = {layer: Moments(statistic, math.prod(shape), network.products) for layer, shape in shapes.items()}
+    guides = {} if mask is None else {layer: guide(mask, shape) for layer, shape in shapes.items()}
+
+    def add(names: tuple[str, ...]) -> None:
+        part = network.parts[network.turn]
+        for name in names:
+            own = None if mask is None else guide_of(part, name, guides[name], shapes[name])
+            moments[name].add(part.features[name].flatten(2)[0], own)
+
+    with network.use():
+        network.image.copy_(images.to_tensor(picture))
+        pass_over(network, add)
+        found = {layer: each.statistic for layer, each in moments.items()}
+        finite = [bool(torch.isfinite(each.matrix).all()) for each in found.values()]
+    if not all(finite):
+        raise FloatingPointError("the features of a style, or their products, are not finite")
+    return found
+
+
+def guide_of(part: Part, layer: str, guide: Tensor, size: tuple[int, int]) -> Tensor:
+    """What a part of a network sees of the guide of a layer of (height, width)."""
+    return guide if part.areas is None else guide.view(size)[part.areas[layer]].flatten()
 
 
 def guide(mask: Mask, size: tuple[int, int]) -> Tensor:

@@ -133,8 +133,8 @@ _METAVARS = {
     "tv_form": "mean|sum|block|nine-point", "content_loss": "mean|sum", "pixel_range": "auto|0-255|0-256",
     "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "padding": "replicate|reflect|zero", "init": "content|noise|style|PATH", "init_noise": "F",
-    "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "auto|N", "average": "F", "stop": "F", "seed": "N",
-    "colour": "none|keep-after|keep-before|match|histogram",
+    "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "auto|N", "window": "auto|N", "average": "F",
+    "stop": "F", "seed": "N", "colour": "none|keep-after|keep-before|match|histogram",
 }  # fmt: skip
 
 
@@ -243,13 +243,9 @@ def _run(given: argparse.Namespace) -> int:
         check_weights(given.preset, stylizer.weights_kind)
     if record:
         replay.check_engine(record, stylizer, config)
-    from .forecast import forecast, warn
-
     if given.forecast:
-        print(forecast(stylizer, job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
+        print(stylizer.forecast(job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
-    if not any(each == "-" or (Path(each).exists() and not Path(each).is_file()) for each in besides):  # pipes
-        warn(stylizer, job.content, job.style, [each for _, each in cells], masks=job.masks, freeze=job.freeze)
     if given.save_targets:
         _save_targets(given, stylizer, job, config)
     if grid:
@@ -412,7 +408,7 @@ def _parse(name: str, default: Any, text: Any) -> Any:
     if name in ("style_blend", "style_scale"):
         numbers = tuple(float(part) for part in text.split(","))
         return numbers if name == "style_blend" or len(numbers) > 1 else numbers[0]
-    if name in ("scales", "size", "style_size", "history"):
+    if name in ("scales", "size", "style_size", "history", "window"):
         return text if text in ("auto", "original") else int(text)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())

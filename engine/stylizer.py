@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,14 +21,15 @@ from .checkpoint import Checkpoint
 from .checkpoint import load as load_checkpoint
 from .config import Config
 from .export import vgg
-from .features import Features, pass_over, within
+from .features import Features, features_of, within
+from .forecast import Forecast, Means, fitted, forecast
 from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
 from .motion import Carried
-from .networks import Networks
+from .networks import Networks, spec_of
 from .optimize import Iterate, Stall, State, minimise
-from .regions import Mask, Moments, frozen, guide
+from .regions import Mask, frozen, statistics_of
 from .result import Result, Score, Step
 from .start import enlarged, first_pixels
 from .targets import Statistic, Statistics, Targets, blend
@@ -134,15 +134,10 @@ class Stylizer:
         `carried`, of the size of the result, is what a frame of a video begins with and is held to: see `engine.video`.
         """
         asked = config or Config()
-        given = replace(load_goal(content, style, asked, masks, freeze), carried=carried)
-        config = given.config
+        given = fitted(self._means, replace(self._goal(content, style, asked, masks, freeze), carried=carried))
+        config, asked = given.config, replace(asked, window=given.config.window)
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
-        if config.optimizer == "lbfgs":
-            kernels.pairs(config.history, self.device in provider.GPUS)  # too many are told now
-        for style, own in zip(given.styles, given.own, strict=True):  # so are targets of other scales
-            for side, _ in schedule if isinstance(style, Targets) else ():
-                self._saved(style, side, own)
         start = None if config.start_file is None else images.load(config.start_file)
         if carried is not None:
             if len(schedule) > 1 or carried.picture.size != final_size(picture, config) or config.init != "content":
@@ -154,6 +149,36 @@ class Stylizer:
             raise ValueError("the run of the checkpoint is finished")
         describe = functools.partial(self._manifest, given, manifest.inputs(asked, masks, freeze))
         return self._run(picture, given.coloured(), start, schedule, identity, resumed, describe)
+
+    def _goal(self, content: Any, style: Any, config: Config, masks: Any, freeze: Any) -> Goal:
+        """The goal of a run, checked: too many pairs of L-BFGS are told now, and so are targets of other scales."""
+        goal = load_goal(content, style, config, masks, freeze)
+        config = goal.config
+        if config.optimizer == "lbfgs":
+            kernels.pairs(config.history, self.device in provider.GPUS)
+        for style, own in zip(goal.styles, goal.own, strict=True):
+            for side, _ in (
+                config.schedule((goal.content or canvas(config)).aspect) if isinstance(style, Targets) else ()
+            ):
+                self._saved(style, side, own)
+        return goal
+
+    @property
+    def _means(self) -> Means:
+        """What it paints with."""
+        return Means(self.device, self.precision, self._threads, self._cache if self.keeps_networks else None)
+
+    def forecast(
+        self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
+    ) -> Forecast:
+        """The memory that the same call will take, at whichever scale it takes the most.
+
+        Raises ValueError, TypeError or OSError as the call would, and ValueError for a device other than cpu and cudnn.
+        """
+        goal = self._goal(content, style, config or Config(), masks, freeze)
+        if goal.config.start_file is not None:
+            images.load(goal.config.start_file)
+        return forecast(self._means, fitted(self._means, goal))
 
     def evaluate(
         self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
@@ -257,6 +282,7 @@ class Stylizer:
         """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
         config = given.config
         options = asdict(config) | {"init": config.init if start is None else start.digest}
+        del options["window"]  # another machine may go on
         own = {"weights": self.weights_digest(given.layers), "device": self.device}
         return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
 
@@ -365,17 +391,9 @@ class Stylizer:
         kernels.stand_captures(provider.place(self.device))
         regions = self._regions(goal, max(content.size), precision)  # the memory of this is free again
         network = self._features(content.size, goal.layers, config, precision)
-        targets: list[dict[str, Tensor]] = [{} for _ in network.parts]
-
-        def keep(layers: tuple[str, ...]) -> None:
-            features = network.parts[network.turn].features
-            own = [layer for layer in layers if layer in config.content_layer_weights]
-            targets[network.turn].update({layer: features[layer].clone() for layer in own})
-
+        targets = []
         if goal.content is not None:
-            with network.use():
-                network.image.copy_(images.to_tensor(content))
-                pass_over(network, keep)
+            targets = features_of(network, images.to_tensor(content), config.content_layer_weights)
         held = None if goal.freeze is None else frozen(goal.freeze, content.size)
         temporal = None if goal.carried is None else goal.carried.loss(network.image.device)
         return Objective(network, targets, regions, config, held, temporal)
@@ -430,29 +448,8 @@ class Stylizer:
         def make() -> Statistics:
             kernels.stand_captures(provider.place(self.device))
             network = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
-            shapes = {layer: network.spec.shapes[layer][2:] for layer in layers}
-            moments = {
-                layer: Moments(config.style_loss, math.prod(shape), network.products)
-                for layer, shape in shapes.items()
-            }
-            guides = {} if mask is None else {layer: guide(mask, shape) for layer, shape in shapes.items()}
-
-            def add(names: tuple[str, ...]) -> None:
-                part = network.parts[network.turn]
-                for name in names:
-                    own = guides.get(name)
-                    if own is not None and part.areas is not None:
-                        own = own.view(shapes[name])[part.areas[name]].flatten()
-                    moments[name].add(part.features[name].flatten(2)[0], own)
-
-            with network.use():
-                network.image.copy_(images.to_tensor(images.resize(images.shown(style), size)))
-                pass_over(network, add)
-                found = {layer: each.statistic for layer, each in moments.items()}
-                finite = [bool(torch.isfinite(each.matrix).all()) for each in found.values()]
-            if not all(finite):
-                raise FloatingPointError("the features of a style, or their products, are not finite")
-            return found
+            picture = images.resize(images.shown(style), size)
+            return statistics_of(network, picture, layers, config.style_loss, mask)
 
         return self._cache.get(("style", *key), make, _of_statistics)
 
@@ -464,13 +461,6 @@ class Stylizer:
         key = ("network", size, layers, config.window, config.pixel_range, config.pooling, padding, precision)
         return self._cache.get(key, make, lambda network: network.memory)
 
-    def _spec(
-        self, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str, precision: str
-    ) -> vgg.Spec:
-        blocked = self.device == "onnxruntime" and precision == "fp32"
-        nhwc = self.device in provider.GPUS and precision != "fp32"
-        return vgg.Spec(size[1], size[0], layers, config.pooling, precision, blocked, nhwc, padding)
-
     def _open_features(
         self,
         size: tuple[int, int],
@@ -480,7 +470,8 @@ class Stylizer:
         precision: str,
         forward_only: bool = False,
     ) -> Features:
-        spec, network = self._spec(size, layers, config, padding, precision), self._network(layers, config.pooling)
+        spec = spec_of(self.device, precision, size, layers, config.pooling, padding)
+        network = self._network(layers, config.pooling)
         opened = functools.partial(network.open, forward_only=forward_only, pixel_range=config.pixel_range)
         most = config.window_for(size)
         return opened(spec) if most is None else Windowed(spec, most, opened, forward_only=forward_only)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import colour, film, image, manifest
 from .config import FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
-from .forecast import warn
 from .goal import final_size, load_styles
 from .image import Picture
 from .jobs import BREAKS, VIDEOS, brief, check_apart, is_video, same_file, tell
@@ -203,7 +202,6 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
         try:
             for shot in film.read(source):
                 if record is None:  # the first one
-                    warn(stylizer, shot.picture, loaded, [config])
                     record = _record(given, config, stylizer, shot, loaded or [])
                     kept = 0 if to_file or given.overwrite else _painted(out, record)
                 if progress.done < kept and film.place(out, shot).exists():

@@ -10,6 +10,7 @@ The VJP needs the features again, which have been overwritten: it makes the forw
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .config import MIN_WINDOW
 from .export import vgg
 from .features import Area, Features, Part, ignore
 
@@ -75,7 +77,6 @@ class Spans:
         return Spans(length + rest, tuple(map(Span, begins, firsts, (*firsts[1:], side))))
 
 
-
 class Windowed:
     """`features.Features` of a spec: a part for each window, whose features and cotangents have their turn in memory.
 
@@ -88,34 +89,32 @@ class Windowed:
         self, spec: vgg.Spec, most: int, opened: Callable[[vgg.Spec], Features], *, forward_only: bool = False
     ) -> None:
         self.spec, self.turn = spec, 0
-        down, across = spans(spec, most)
-        self._network = opened(replace(spec, height=down.length, width=across.length))
+        self._network = opened(spec_of(spec, most))
         self.products = self._network.products
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=self._network.image.device)
         if not forward_only:
             self.gradient = torch.zeros_like(self.image)
         self._pixels = self.image
+        down, across = spans(spec, most)
         self._windows = tuple(product(down.each, across.each))
         (self._seen,) = self._network.parts
-        areas = [areas_of(spec, *window) for window in self._windows]
-        largest = {name: max(_count(spec, name, each[name]) for each in areas) for name in spec.layers}
-        memory = {name: self._seen.features[name].new_empty(count) for name, count in largest.items()}
+        memory = {name: self._seen.features[name].new_empty(count) for name, count in largest(spec, most).items()}
         own = memory
         if not forward_only and self._seen.cotangents is not self._seen.features:
             own = {name: torch.empty_like(each) for name, each in memory.items()}
         self._memory = [*memory.values(), *(own.values() if own is not memory else ())]
-        parts = []
-        for each in areas:
-            features = {name: self._placed(name, each[name], memory[name]) for name in spec.layers}
-            same = own is memory
-            cotangents = features if same else {name: self._placed(name, each[name], own[name]) for name in spec.layers}
-            parts.append(Part(features, cotangents, each))
+        same, parts = own is memory, []
+        for rows, columns in self._windows:
+            areas = {name: (_places(name, rows), _places(name, columns)) for name in spec.layers}
+            features = {name: self._placed(name, area, memory[name]) for name, area in areas.items()}
+            cotangents = features if same else {name: self._placed(name, areas[name], own[name]) for name in areas}
+            parts.append(Part(features, cotangents, areas))
         self.parts = tuple(parts)
 
     def _placed(self, name: str, area: Area, memory: Tensor) -> Tensor:
         """(1, C, h, w) of an area at the beginning of flat memory, in the order of the network."""
-        seen, (height, width) = self._seen.features[name], _size(area)
-        channels = seen.shape[1]
+        seen = self._seen.features[name]
+        channels, (height, width) = seen.shape[1], map(_length, area)
         flat = memory[: channels * height * width]
         if seen.stride(1) == 1:
             return flat.view(1, height, width, channels).permute(0, 3, 1, 2)
@@ -142,7 +141,8 @@ class Windowed:
             self._take(layers)
             read(layers)
 
-        for self.turn in range(len(self.parts)):
+        for turn in range(len(self.parts)):
+            self.turn = turn
             self._show()
             self._network.forward(hand_on)
 
@@ -151,12 +151,13 @@ class Windowed:
         assert not terms
         self.gradient.zero_()
         latest = self.turn
-        for self.turn in reversed(range(len(self.parts))):
-            if self.turn != latest:
+        for turn in reversed(range(len(self.parts))):
+            self.turn = turn
+            if turn != latest:
                 self._show()
                 self._network.forward()
             self._network.vjp(partial(self._give, write))
-            for whole, window in self._places():
+            for whole, window in self._pixel_areas():
                 self.gradient[:, :, *whole] += self._network.gradient[:, :, *window]
 
     def _take(self, layers: tuple[str, ...]) -> None:
@@ -174,7 +175,7 @@ class Windowed:
 
     def _inside(self, name: str) -> Area:
         """What belongs to the window at the turn, in its own places of a layer."""
-        areas, steps = self.parts[self.turn].areas, _step(name)
+        areas, steps = self.parts[self.turn].areas, _halvings(name)
         assert areas is not None
         rows, columns = (
             slice(each.start - (span.begin >> steps), each.stop - (span.begin >> steps))
@@ -184,10 +185,10 @@ class Windowed:
 
     def _show(self) -> None:
         """Pixels -> those of the window."""
-        for whole, window in self._places():
+        for whole, window in self._pixel_areas():
             self._network.image[:, :, *window] = self._pixels[:, :, *whole]
 
-    def _places(self) -> Iterator[tuple[Area, Area]]:
+    def _pixel_areas(self) -> Iterator[tuple[Area, Area]]:
         """Where pixels of the image lie in the window at the turn: more than one rectangle if it wraps around."""
         sides = self._network.image.shape[2:], self.image.shape[2:], self._windows[self.turn]
         down, across = (_stretches(*side) for side in zip(*sides, strict=True))
@@ -202,34 +203,51 @@ def spans(spec: vgg.Spec, most: int) -> tuple[Spans, Spans]:
     return down, across
 
 
-def areas_of(spec: vgg.Spec, down: Span, across: Span) -> dict[str, Area]:
-    """The places of each loss layer that belong to a window."""
+def spec_of(spec: vgg.Spec, most: int) -> vgg.Spec:
+    """The spec of the windows on an image."""
+    down, across = spans(spec, most)
+    return replace(spec, height=down.length, width=across.length)
+
+
+def largest(spec: vgg.Spec, most: int | None) -> dict[str, int]:
+    """Elements of each loss layer that stand in memory at once: those of the largest part, or all without windows."""
+    if most is None:
+        return {name: math.prod(spec.shapes[name]) for name in spec.layers}
+    sides = [spans_of.each for spans_of in spans(spec, most)]
     return {
-        name: (
-            slice(down.first >> _step(name), down.last >> _step(name)),
-            slice(across.first >> _step(name), across.last >> _step(name)),
-        )
+        name: spec.shapes[name][1] * math.prod(max(_length(_places(name, span)) for span in each) for each in sides)
         for name in spec.layers
     }
 
 
-def _step(name: str) -> int:
-    """How often the sides of a layer have been halved."""
-    return next(conv.block for conv in vgg.CONVS if name in (conv.name, conv.relu)) - 1
+def choices(side: int, layers: Sequence[str]) -> Iterator[int]:
+    """Windows that fit 2, 3, 4 and so on of them on a side, as large as they have to be."""
+    around = reach(vgg.cut(layers))
+    for count in range(2, side):
+        window = _whole((side + 2 * around * (count - 1)) / count)
+        if window < MIN_WINDOW:
+            return
+        yield window
 
 
-def _size(area: Area) -> tuple[int, int]:
-    rows, columns = area
-    return rows.stop - rows.start, columns.stop - columns.start
+def _places(layer: str, span: Span) -> slice:
+    """What a window owns of a layer along a side."""
+    steps = _halvings(layer)
+    return slice(span.first >> steps, span.last >> steps)
 
 
-def _count(spec: vgg.Spec, name: str, area: Area) -> int:
-    height, width = _size(area)
-    return spec.shapes[name][1] * height * width
+@functools.cache
+def _halvings(layer: str) -> int:
+    """How often the sides of the image have been halved for a layer."""
+    return next(conv.block for conv in vgg.CONVS if layer in (conv.name, conv.relu)) - 1
+
+
+def _length(places: slice) -> int:
+    return int(places.stop - places.start)
 
 
 def _stretches(length: int, side: int, span: Span) -> list[tuple[slice, slice]]:
-    """(of the image, of the window) along a side: the window begins before the image or ends behind it if that wraps."""
+    """(of the image, of the window) along a side; a window may begin before the image, or end behind it, and wraps."""
     found, place = [], 0
     while place < length:
         begin = (span.begin + place) % side

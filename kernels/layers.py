@@ -20,7 +20,6 @@ w / (C^2 M) (G - A) F. No element of a cotangent below two in the root mean squa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import _blas, _cuda, _graphs
-from .summed import Blas, Layer, Products
+from .summed import LONGEST, Blas, Layer, Products
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
@@ -45,7 +44,6 @@ _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
 _NARROW = {64: 1.0, 128: 0.5}
 _LEAST, _MOST = 20, 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
-_LONGEST = 8192  # positions of a share: longer sums lose digits
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
 
@@ -304,7 +302,7 @@ def _wanted(shapes: Iterable[tuple[int, ...]], tile: int, processors: int) -> in
     cuBLAS gets shares of this length as well: beside the network, at 512, longer ones were no faster.
     """
     work = sum(_tiles(channels, tile) * positions for channels, positions in shapes)
-    return _CHUNK * min(_LONGEST // _CHUNK, max(1, -(-work // (_CHUNK * _WAVES * processors))))
+    return _CHUNK * min(LONGEST // _CHUNK, max(1, -(-work // (_CHUNK * _WAVES * processors))))
 
 
 def _share(positions: int, wanted: int) -> int:
@@ -313,7 +311,7 @@ def _share(positions: int, wanted: int) -> int:
     counts = sorted(range(max(1, least - least // 8), least + least // 4 + 2), key=lambda n: abs(n - least))
     equal = (positions // n for n in counts if positions % n == 0)
     # Multiples of 8, as so many elements are read at a time.
-    return next((share for share in equal if share % 8 == 0 and share <= _LONGEST), wanted)
+    return next((share for share in equal if share % 8 == 0 and share <= LONGEST), wanted)
 
 
 def _share_narrow(channels: int, positions: int, processors: int) -> int:

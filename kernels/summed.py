@@ -14,14 +14,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import _blas
 from .content import content_gradient_blas, content_loss_blas
 from .gram import gram_blas
 from .style import style_gradient_blas
 from .wasserstein import Wasserstein
 
+LONGEST = 8192  # positions of a share of a Gram matrix on a GPU: longer sums lose digits
+
 
 class Products(Protocol):
-    """What a layer costs on a CPU: (C, M) features, (C, C) fp32 matrices; see `gram`, `style` and `content`."""
+    """What a layer costs: (C, M) features, (C, C) fp32 matrices; see `gram`, `style` and `content`."""
 
     def content_loss(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, 0-dim fp32."""
@@ -45,6 +48,29 @@ class Blas:
     content_gradient = staticmethod(content_gradient_blas)
     gram = staticmethod(gram_blas)
     style_gradient = staticmethod(style_gradient_blas)
+
+
+class Cublas:
+    """`Products` by cuBLAS on a GPU, in any precision; sums are fp32."""
+
+    content_loss = staticmethod(content_loss_blas)
+    content_gradient = staticmethod(content_gradient_blas)
+
+    def gram(self, features: Tensor, out: Tensor) -> Tensor:
+        """See `Products`."""
+        channels, positions = features.shape
+        shares = torch.empty((math.ceil(positions / LONGEST), channels, channels), device=features.device)
+        _blas.products(features, LONGEST, shares)
+        return torch.sum(shares, 0, out=out).div_(positions)
+
+    def style_gradient(
+        self, features: Tensor, difference: Tensor, factor: float, out: Tensor, accumulate: bool
+    ) -> None:
+        """See `Products`; `out` is not the features."""
+        # As in layers.cuh: the matrix has a norm of at least 2^14 and less than 2^15, which fp16 holds.
+        lift = torch.exp2(14 - torch.linalg.matrix_norm(difference).clamp_min(1e-30).log2().floor())
+        share = torch.full((), float(accumulate), device=out.device)
+        _blas.multiply((lift * difference).to(features.dtype), features, factor / lift, share, out)
 
 
 @dataclass(frozen=True)
@@ -73,8 +99,7 @@ class Summed:
 
     Each piece holds the same layers, with the same targets and weights, at other positions of the features. The one
     whose turn it is, from the first on, is `piece`: its features are there to be measured, and once more for its
-    gradients. `products` computes the
-    matrix products, by default BLAS. A GPU is waited for in `conclude`.
+    gradients. `products` computes the matrix products, by default BLAS, or cuBLAS. A GPU is waited for in `conclude`.
     """
 
     ratio: Tensor | None = None  # nothing comes ahead
@@ -90,9 +115,9 @@ class Summed:
         self._pieces = [tuple(each.values()) for each in pieces]
         self._positions = [sum(each.features.shape[1] for each in layer) for layer in zip(*self._pieces, strict=True)]
         self._content_weight, self._style_weight = float(content_weight), float(style_weight)
-        self._products = products or Blas()
         layers = self._pieces[0]
         self._dtype, device = layers[0].features.dtype, layers[0].features.device
+        self._products = products or (Cublas() if layers[0].features.is_cuda else Blas())
         self.terms, self.scale = torch.zeros(3 + len(layers), device=device), torch.ones((), device=device)
         self._contents = torch.zeros(len(layers), device=device)
         # G of what has been measured; behind `conclude` G - A, or what a `distance` has in its place.

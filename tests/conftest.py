@@ -5,9 +5,11 @@ import functools
 import os
 import platform
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,3 +119,37 @@ def host(programs: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(_graphs, "fastest", lambda ways, device, key: next(iter(ways)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     return programs
+
+
+@pytest.fixture
+def on_cpu(host, monkeypatch):
+    """A library whose convolutions torch makes, on a device that is the CPU."""
+    import torch
+
+    from engine import fused, kernels
+
+    class Convolution:
+        def __init__(self, library, source, kernel, target, padding, bias=None, rectified=False):
+            assert library.handle == "handle"
+            self._given = source, kernel, target, padding, bias, rectified
+
+        def run(self):
+            source, kernel, target, padding, bias, rectified = self._given
+            found = torch.nn.functional.conv2d(source.double(), kernel.double(), padding=padding)
+            found = found if bias is None else found + bias.double()
+            target.copy_(found.relu() if rectified else found)
+
+    @contextlib.contextmanager
+    def same_stream(stream):
+        yield
+
+    library = SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda handle, stream: None)
+    monkeypatch.setitem(sys.modules, "cudnn", library)
+    monkeypatch.setattr(fused, "_Convolution", Convolution)
+    monkeypatch.setattr(fused, "_free_handles", [])
+    monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
+    stream = SimpleNamespace(cuda_stream=1, wait_stream=lambda other: None)
+    monkeypatch.setattr(kernels, "own_stream", lambda owner, place: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: stream)
+    monkeypatch.setattr(torch.cuda, "stream", same_stream)
+    monkeypatch.setattr(fused, "on_stream", same_stream)

@@ -81,6 +81,7 @@ OPTIONS = {
     "style_layers": ("relu1_1, relu2_1:.5", (("relu1_1", 1.0), ("relu2_1", 0.5))),
     "content_loss": ("sum", "sum"),
     "style_loss": ("shifted", "shifted"),
+    "window": ("640", 640),
     "style_blend": ("3,1", (3.0, 1.0)),
     "style_scale": ("1.5,2", (1.5, 2.0)),
     "style_size": ("300", 300),
@@ -572,7 +573,6 @@ def test_masks_and_freeze_reach_the_run(pair, tmp_path, monkeypatch):
         return iter(())
 
     monkeypatch.setattr("engine.stylizer.Stylizer.steps", steps)
-    monkeypatch.setattr("engine.forecast.warn", lambda *given, **named: None)
     masks = ["--mask", f"{content}:{style}", "--mask", "alpha", "--freeze", content, "--style-blend", "3,1"]
     assert stylize.main([content, style, style, "-o", out, *masks]) == 0
     assert seen == {"masks": [(content, style), "alpha"], "freeze": content, "blend": (3.0, 1.0)}

@@ -28,9 +28,10 @@ from engine.kernels import _blas, _cuda, _graphs, lbfgs, network
 from engine.kernels import layers as layers_module
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
-from engine.kernels.layers import Layer, Layers, Term
+from engine.kernels.layers import Layers, Term
 from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.summed import Blas, Layer, Summed
 from engine.kernels.temporal import Temporal, temporal_reference
 from engine.kernels.trail import Trail
 from engine.kernels.wasserstein import Wasserstein
@@ -454,29 +455,28 @@ def test_gradients_of_faint_and_loud_features(host, dtype, factor):
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("weight", [1e-2, 30.0])
 def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
-    """It joins the total and the scale of the others; the same `Layers` on a CPU are the truth."""
+    """It joins the total and the scale of the others; `Summed` in fp32 is the truth."""
     f, a = features(24, 60, dtype=dtype), features(24, 50, seed=1)
-    x = f - f.mean(1, keepdim=True)
+    x = f - a.mean(1, keepdim=True).to(dtype)
     target = torch.from_numpy(gram_reference(numbers(a))).float()
 
-    def make(dtype):
+    def make(dtype, group):
         distance = Wasserstein(f.float().mean(1), a.mean(1), torch.cov(a))
         given = [each.to(dtype, copy=True) for each in (f, x)]
-        return Layers({
+        return group({
             "gram": Layer(given[0], torch.full_like(given[0], torch.nan), None, target),
             "distance": Layer(
                 given[1], torch.full_like(given[1], torch.nan), None, torch.zeros(24, 24), 0.0, weight, distance
             ),
         }, 1.0, 2.0)  # fmt: skip
 
-    found, truth = make(dtype), make(SINGLE)
+    found, truth = make(dtype, Layers), make(SINGLE, lambda layers, *weights: Summed([layers], *weights, Blas()))
     found.losses()
     found.gradients()
-    truth._measured = [truth._measure_cpu(*each) for each in zip(truth._layers, truth._differences, strict=True)]
-    truth._conclude_cpu()
-    truth._gradients_cpu(truth.names)
+    truth.losses()
+    truth.gradients()
     np.testing.assert_allclose(numbers(found.terms), numbers(truth.terms), rtol=1e-4 if dtype == HALF else 1e-5)
-    for one, other in zip(found._layers, truth._layers, strict=True):
+    for one, other in zip(found._layers, truth._pieces[0], strict=True):
         wanted = float(found.scale) * numbers(other.cotangent)
         assert error(one.cotangent, wanted) < max(1e-5, 4 * ROUNDING[dtype])
     assert max(float(layer.cotangent.double().square().mean().sqrt()) for layer in found._layers) < 2

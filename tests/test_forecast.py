@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine import Config, Stylizer, fused, kernels, stylize, winograd
 from engine.export import vgg, weights
-from engine.forecast import available, forecast
+from engine.forecast import available
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
@@ -46,25 +46,26 @@ def on_a_gpu(stylizer, monkeypatch):
         monkeypatch.setattr(stylizer, name, value)
     monkeypatch.setattr(stylizer._cache, "limit", 2**32)
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    monkeypatch.setattr("engine.forecast.available", lambda device: 2**40)
     return stylizer
 
 
 def test_the_size_is_that_of_the_run(stylizer, pictures):
     content, style = pictures["content"], pictures["style"]
     config = Config(size=96, iterations=3)
-    found = forecast(stylizer, content, style, config)
+    found = stylizer.forecast(content, style, config)
     assert found.size == stylizer(content, style, config).image.size
     assert (found.device, found.precision) == ("cpu", "fp32")
     assert found.total == sum(found.parts.values())
     assert str(found).startswith(f"cpu, fp32, 96 x {found.size[1]}: ")
-    texture = forecast(stylizer, None, style, Config(size=(64, 48)))
+    texture = stylizer.forecast(None, style, Config(size=(64, 48)))
     assert texture.size == (64, 48)
-    assert forecast(stylizer, content, None, config).parts["targets"] < found.parts["targets"]
+    assert stylizer.forecast(content, None, config).parts["targets"] < found.parts["targets"]
 
 
 def test_what_takes_more_is_forecast_to_take_more(stylizer, pictures):
     def total(**options):
-        return forecast(stylizer, pictures["content"], pictures["style"], Config(size=256, **options)).total
+        return stylizer.forecast(pictures["content"], pictures["style"], Config(size=256, **options)).total
 
     usual = total()
     assert total(history=10) < usual
@@ -72,18 +73,18 @@ def test_what_takes_more_is_forecast_to_take_more(stylizer, pictures):
     assert total(iterations=5, scales=1) < usual  # the history is not full
     assert total(style_loss="wasserstein") > usual
     assert total(pooling="max") > usual
-    assert 3.5 < forecast(stylizer, pictures["content"], pictures["style"], Config(size=512)).total / usual < 4.5
-    width, height = forecast(stylizer, pictures["content"], pictures["style"], Config(size=256)).size
+    assert 3.5 < stylizer.forecast(pictures["content"], pictures["style"], Config(size=512)).total / usual < 4.5
+    width, height = stylizer.forecast(pictures["content"], pictures["style"], Config(size=256)).size
     assert total(pixel_range="0-255") == usual + 20 * 3 * width * height
     few = Config(size=64, style_size=1024, iterations=1, scales=1)
     content, style, plane = pictures["content"], pictures["style"], np.ones((40, 56), np.float32)
     saved = stylizer.targets(style, replace(few, style_size=64)), replace(few, style_size=64)
-    assert "network of the style" in forecast(stylizer, content, style, few).parts
-    assert "network" in forecast(stylizer, content, *saved).parts
-    regions = forecast(stylizer, content, [style, style], Config(size=256), masks=[plane, 1 - plane / 2])
-    assert regions.total > forecast(stylizer, content, [style, style], Config(size=256)).total
+    assert "network of the style" in stylizer.forecast(content, style, few).parts
+    assert "network" in stylizer.forecast(content, *saved).parts
+    regions = stylizer.forecast(content, [style, style], Config(size=256), masks=[plane, 1 - plane / 2])
+    assert regions.total > stylizer.forecast(content, [style, style], Config(size=256)).total
     large = np.zeros((1500, 2000, 3), np.uint8)
-    assert forecast(stylizer, large, style, Config(size=48, colour="match", scales=1)).parts == {
+    assert stylizer.forecast(large, style, Config(size=48, colour="match", scales=1)).parts == {
         "colours": 96 * 3_000_000
     }
 
@@ -95,21 +96,21 @@ def test_on_a_gpu_it_is_what_was_measured_there(on_a_gpu, monkeypatch):
     pair = [np.zeros((height, width, 3), np.uint8) for height, width in ((1024, 1536), (1024, 1024))]
     rows = {row["name"]: row for row in sections["forecast"]["rows"]}
     for name, scales in (("engine-cudnn-fp16 512", "auto"), ("engine-cudnn-fp16 512, one scale", 1)):
-        found = forecast(stylizer, *pair, Config(size=512, iterations=30, scales=scales))
+        found = stylizer.forecast(*pair, Config(size=512, iterations=30, scales=scales))
         assert found.total / 2**20 == pytest.approx(rows[name]["peak_mib"], rel=0.05)
-    both, large = (forecast(stylizer, *pair, Config(size=side, scales=count)) for side, count in ((512, 2), (8192, 1)))
-    single = forecast(stylizer, *pair, Config(size=512, scales=1))
-    half = forecast(stylizer, *pair, Config(size=round(512 / 2**0.5), scales=1))
+    both, large = (stylizer.forecast(*pair, Config(size=side, scales=count)) for side, count in ((512, 2), (8192, 1)))
+    single = stylizer.forecast(*pair, Config(size=512, scales=1))
+    half = stylizer.forecast(*pair, Config(size=round(512 / 2**0.5), scales=1))
     kept = half.parts["network"] + half.parts["libraries"]
     assert both.parts["other networks"] == kept  # for the next run
     assert {name: both.parts[name] for name in single.parts} == single.parts
     # up to the limit
-    assert forecast(stylizer, *pair, Config(size=8192)).total - large.total == pytest.approx(2**32, rel=0.3)
+    assert stylizer.forecast(*pair, Config(size=8192)).total - large.total == pytest.approx(2**32, rel=0.3)
     monkeypatch.setattr(stylizer, "keeps_networks", False)
-    assert forecast(stylizer, *pair, Config(size=8192)).total == large.total
-    assert forecast(stylizer, *pair, Config(size=512, style_loss="wasserstein")).parts["libraries"] > 2**25
+    assert stylizer.forecast(*pair, Config(size=8192)).total == large.total
+    assert stylizer.forecast(*pair, Config(size=512, style_loss="wasserstein")).parts["libraries"] > 2**25
     monkeypatch.setattr(stylizer, "precision", "fp32")
-    assert forecast(stylizer, *pair, Config(size=512, scales=1)).total > 1.5 * single.total
+    assert stylizer.forecast(*pair, Config(size=512, scales=1)).total > 1.5 * single.total
 
 
 def test_a_network_is_opened_before_others_make_room_for_it(on_a_gpu, monkeypatch):
@@ -117,7 +118,7 @@ def test_a_network_is_opened_before_others_make_room_for_it(on_a_gpu, monkeypatc
     content, style = np.zeros((512, 512, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)
 
     def told(size, scales=1):
-        return forecast(on_a_gpu, content, style, Config(size=size, scales=scales, style_size=64))
+        return on_a_gpu.forecast(content, style, Config(size=size, scales=scales, style_size=64))
 
     alone = [told(size) for size in (256, 362, 512)]
     networks = [each.parts["network"] + each.parts["libraries"] for each in alone]
@@ -133,7 +134,7 @@ def test_a_slope_takes_more_than_features_of_16_bits(on_a_gpu):
     first = 64 * 256 * 256
     for masks, bytes_more in ((None, 2), ([mask], 4)):
         shifted, wasserstein = (
-            forecast(on_a_gpu, *pair, Config(size=256, scales=1, style_loss=kind), masks=masks).parts["targets"]
+            on_a_gpu.forecast(*pair, Config(size=256, scales=1, style_loss=kind), masks=masks).parts["targets"]
             for kind in ("shifted", "wasserstein")
         )
         roots = 16 * sum(count**2 for count in (64, 128, 256, 512, 512))
@@ -143,7 +144,7 @@ def test_a_slope_takes_more_than_features_of_16_bits(on_a_gpu):
 def test_other_devices_are_refused(stylizer, monkeypatch, pictures):
     monkeypatch.setattr(stylizer, "device", "cuda")
     with pytest.raises(ValueError, match="device cuda: memory is forecast for cpu and cudnn only"):
-        forecast(stylizer, pictures["content"], pictures["style"])
+        stylizer.forecast(pictures["content"], pictures["style"])
 
 
 RUN = """
@@ -151,7 +152,7 @@ import gc, sys
 from importlib import resources
 from engine import Config, Stylizer
 from engine import image as images
-from engine.forecast import available, forecast
+from engine.forecast import available
 
 def status(key):
     with open("/proc/self/status") as lines:
@@ -163,7 +164,7 @@ stylizer = Stylizer(weights="embedded", device="cpu", threads=2)
 stylizer(*pair, Config(size=64, iterations=2, scales=1))  # it is compiled
 config = Config(**({"size": 288, "iterations": 24, "scales": 1} | eval(sys.argv[1])))
 gc.collect()
-told, before = forecast(stylizer, *pair, config), status("VmRSS")
+told, before = stylizer.forecast(*pair, config), status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 stylizer(*pair, config)
@@ -178,6 +179,8 @@ def test_a_run_takes_what_was_forecast():
         {"style_size": 800, "optimizer": "adam", "iterations": 3, "style_loss": "shifted"},  # the style takes most
         {**FEW, "iterations": 6},
         {**FEW, "scales": 2, "iterations": (50, 2)},  # the history is longer at the coarser scale
+        {"size": 640, "window": 320, "style_size": 640, "optimizer": "adam", "iterations": 2},
+        {"size": 512, "window": 400, "optimizer": "adam", "iterations": 2, "style_loss": "wasserstein"},
     ]
 
     def ratio(options):
@@ -196,9 +199,8 @@ def test_a_forecast_is_no_wait():
     code = """if True:
         import sys, numpy as np
         from engine import Config, Stylizer
-        from engine.forecast import forecast
         picture = np.zeros((40, 40, 3), np.uint8)
-        forecast(Stylizer("embedded", "cpu"), picture, picture, Config(size=64))
+        Stylizer("embedded", "cpu").forecast(picture, picture, Config(size=64))
         assert "sympy" not in sys.modules
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -283,10 +285,9 @@ def test_a_run_that_takes_more_than_there_is_is_warned_of(
     for name in ("content", "style"):
         Image.fromarray(pictures[name]).save(tmp_path / f"{name}.png")
     monkeypatch.setattr("engine.stylizer.Stylizer", lambda *given, **options: stylizer)
-    monkeypatch.setattr("engine.painting.paint", lambda *given: (0, ""))
     monkeypatch.setattr("engine.forecast.available", lambda device: left)
     sources = [str(tmp_path / "content.png"), str(tmp_path / "style.png"), "-o", str(tmp_path / "out.png")]
-    assert stylize.main([*sources, "--size", "64", "--optimizer", optimizer]) == 0
+    assert stylize.main([*sources, "--size", "64", "--iterations", "1", "--optimizer", optimizer]) == 0
     (found,) = [each.message for each in caplog.records if "of memory" in each.message] or [""]
     assert bool(found) == told
     if told:

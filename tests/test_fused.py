@@ -33,37 +33,6 @@ def net():
     return weights.load("embedded", ("relu5_2",))
 
 
-@pytest.fixture
-def on_cpu(host, monkeypatch):
-    """A library whose convolutions torch makes, on a device that is the CPU."""
-
-    class Convolution:
-        def __init__(self, library, source, kernel, target, padding, bias=None, rectified=False):
-            assert library.handle == "handle"
-            self._given = source, kernel, target, padding, bias, rectified
-
-        def run(self):
-            source, kernel, target, padding, bias, rectified = self._given
-            found = torch.nn.functional.conv2d(source.double(), kernel.double(), padding=padding)
-            found = found if bias is None else found + bias.double()
-            target.copy_(found.relu() if rectified else found)
-
-    @contextlib.contextmanager
-    def same_stream(stream):
-        yield
-
-    library = SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda handle, stream: None)
-    monkeypatch.setitem(sys.modules, "cudnn", library)
-    monkeypatch.setattr(fused, "_Convolution", Convolution)
-    monkeypatch.setattr(fused, "_free_handles", [])
-    monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
-    stream = SimpleNamespace(cuda_stream=1, wait_stream=lambda other: None)
-    monkeypatch.setattr(kernels, "own_stream", lambda owner, place: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: stream)
-    monkeypatch.setattr(torch.cuda, "stream", same_stream)
-    monkeypatch.setattr(fused, "on_stream", same_stream)
-
-
 SPECS = [
     vgg.Spec(33, 47, STYLE_AND_CONTENT),
     vgg.Spec(46, 37, STYLE_AND_CONTENT, "max"),
@@ -375,11 +344,13 @@ def test_what_the_vjp_may_make_itself(on_cpu, net):
     }
     config = Config(content_layers=("relu2_1",), style_layers=styles)
     mask = np.ones((32, 32), np.float32)
-    plain = Objective(network, content, [Region(statistics)], config)
+    plain = Objective(network, [content], [Region(statistics)], config)
     assert set(plain._chained) == {"relu1_1"}  # both losses look at relu2_1, and cuBLAS is faster at relu3_1
-    masked = Objective(network, content, [Region(statistics, 1.0, mask)], config)
+    masked = Objective(network, [content], [Region(statistics, 1.0, mask)], config)
     assert masked._chained == {}
-    assert Objective(network, content, [Region(statistics)], replace(config, style_loss="wasserstein")).recorded is None
+    assert (
+        Objective(network, [content], [Region(statistics)], replace(config, style_loss="wasserstein")).recorded is None
+    )
     assert plain.recorded is not None
 
 
@@ -409,7 +380,7 @@ def test_where_the_vjp_begins_before_all_is_measured(on_cpu, net, layers, precis
         (Region(statistics), replace(given, style_loss="shifted"), False),
         (Region(statistics), replace(given, style_loss="wasserstein"), False),
     ):
-        found = Objective(own, {}, [region], config)
+        found = Objective(own, [], [region], config)
         assert (found._overlapping is own) == way == (found._layers.ratio is not None)
 
 
@@ -440,7 +411,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     spec = vgg.Spec(32, 33, layers, precision=precision)
     seen = open_network(net, layers, "cudnn", 1)(spec, pixel_range=pixel_range)
     own = objective(seen, content, style, config, held)
-    assert set(own.network.cotangents) == ({"relu3_1"} if precision != "fp32" else set(layers))
+    assert set(own.network.parts[0].cotangents) == ({"relu3_1"} if precision != "fp32" else set(layers))
     runs.clear()
     gradient, other = torch.empty(2, *pixels.shape)
     found = [float(own.write(pixels, each)) for each in (gradient, gradient, other, gradient)]
@@ -461,13 +432,13 @@ def objective(network, content, style, config, held):
         with network.use():
             network.image.copy_(picture)
             network.forward()
-            found[name] = {layer: each.clone() for layer, each in network.features.items()}
+            found[name] = {layer: each.clone() for layer, each in network.parts[0].features.items()}
     flat = {layer: found["style"][layer].flatten(2)[0] for layer in config.style_layer_weights}
     grams = {
         layer: Statistic(each.float() @ each.float().T / each.shape[1], each.mean(1)) for layer, each in flat.items()
     }
     targets = {layer: found["content"][layer] for layer in config.content_layer_weights}
-    return Objective(network, targets, [Region(grams)], config, held)
+    return Objective(network, [targets], [Region(grams)], config, held)
 
 
 def test_a_network_is_used_by_one_thread_at_a_time(on_cpu, net):

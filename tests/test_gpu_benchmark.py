@@ -286,7 +286,7 @@ def test_memory_is_compared_with_its_forecast(rows, stylizer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     problem = cases.load(48)
     config = replace(problem.config, iterations=1)
-    told = gpu_sections.forecasts.forecast(stylizer, problem.content, problem.style, config).total
+    told = stylizer.forecast(problem.content, problem.style, config).total
     for times in (1.1, 0.9, 1.25, 0.8):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda times=times: 2**20 + told / times)
         gpu_sections.forecast(rows, "cpu", "engine-cpu", (48,), 1)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from engine import config, kernels
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
-from engine.kernels.layers import Layer, Layers
 from engine.kernels.pixels import FORMS, Pixels, total_variation_reference
 from engine.kernels.style import style_gradient_reference, style_loss_reference
+from engine.kernels.summed import Layer, Summed
 from engine.kernels.temporal import Temporal, temporal_reference
 from engine.kernels.wasserstein import Wasserstein, wasserstein_reference
 
@@ -83,7 +83,7 @@ def test_losses_and_gradients(shape, dtype, tolerance, nhwc):
     kinds = {"style": (None, target), "content": (p, None), "both": (p, target)}
     weights = {"style": (9.0, 0.5), "content": (0.25, 9.0), "both": (3.0, 2.0)}  # those of a missing term are of no use
     given = {name: Layer(f, torch.full_like(f, torch.nan), *kind, *weights[name]) for name, kind in kinds.items()}
-    layers = Layers(given, 2.0, 5.0)
+    layers = Summed([given], 2.0, 5.0)
     layers.losses()
     layers.gradients()
     x, y, wanted = f.double().numpy(), p.double().numpy(), target.double().numpy()
@@ -125,15 +125,15 @@ def test_wasserstein_against_float64():
     loss, slope = wasserstein_truth(f, mean, covariance)
     own = f.mean(1)
     assert wasserstein_reference(own, np.cov(f, bias=True), mean, covariance) == pytest.approx(loss, rel=1e-9)
-    x = torch.from_numpy(f - own[:, None]).float()
+    x = torch.from_numpy(f - mean[:, None]).float()
     given = [torch.from_numpy(each).float() for each in (own, mean, covariance)]
     distance = Wasserstein(*given)
     layer = Layer(x, torch.empty_like(x), None, torch.zeros(20, 20), style_weight=3.0, distance=distance)
-    layers = Layers({"only": layer}, 0, 2.0)
+    layers = Summed([{"only": layer}], 0, 2.0)
     layers.losses()
     layers.gradients()
     assert layers.terms.tolist() == pytest.approx([6 * loss, 0, 0, loss], rel=1e-5)
-    found = layer.cotangent + 6 * 2 / f.size * distance.slope[:, None]
+    found = layer.cotangent + 6 / f.size * distance.slope[:, None]
     assert error(found, 6 * slope) < 1e-5
 
 
@@ -153,7 +153,8 @@ def test_wasserstein_of_fewer_positions_than_channels():
     expected = wasserstein_reference(f.mean(1), own, mean, covariance)
     given = [torch.from_numpy(each).float() for each in (f.mean(1), mean, covariance)]
     assert float(torch.linalg.eigvalsh(given[2])[0]) < -1e-3
-    loss, slope, _ = Wasserstein(*given)(torch.from_numpy(own).float())
+    away = f.mean(1) - mean
+    loss, slope, _ = Wasserstein(*given)(torch.from_numpy(own + np.outer(away, away)).float())
     assert float(loss) == pytest.approx(expected, rel=1e-3)
     assert torch.isfinite(slope).all()
 
@@ -169,7 +170,7 @@ def test_wasserstein_of_what_is_not_finite():
 
 def test_losses_alone_need_no_cotangents():
     f, p = features(3, 5), features(3, 5, seed=1)
-    layers = Layers({"content": Layer(f, None, p, None)}, 1, 1)
+    layers = Summed([{"content": Layer(f, None, p, None)}], 1, 1)
     layers.losses()
     assert float(layers.terms[0]) == pytest.approx(content_loss_reference(f.numpy(), p.numpy()), rel=1e-5)
 
