@@ -25,6 +25,7 @@ from .gpu import Rows
 
 STYLE, CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), ("relu4_2",)
 ROUNDING = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}  # relative, of cotangents
+Losses = kernels.Layers | kernels.Summed
 # Relative, of losses whose Gram matrices nearly agree. Tensor cores cut their sums off instead of rounding them.
 LOSS_ROUNDING = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-3}
 # By name: the optimiser, whether it keeps to [0, 1], and how far from a CPU's, relative, the losses of steps 5 to 15
@@ -96,11 +97,11 @@ def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)
                 name = f"layers {size} {precision} {'NHWC' if nhwc else 'NCHW'}"
                 with rows.attempt(name):
                     given = layer_group(size, dtype, nhwc, device)
-                    layers = kernels.Layers(given, 1.0, 100.0)
-                    for way, losses in ways(layers, device)[0].items():
+                    layers = kernels.losses([given], 1.0, 100.0)
+                    for way, losses in ways(layers)[0].items():
                         layers.terms.fill_(torch.nan)  # what is not written is seen
                         losses()
-                        for other, gradients in ways(layers, device)[1].items():
+                        for other, gradients in ways(layers)[1].items():
                             for layer in given.values():
                                 assert layer.cotangent is not None
                                 layer.cotangent.fill_(torch.nan)
@@ -123,14 +124,14 @@ def check_kernels(rows: Rows, device: str, sizes: Iterable[int] = (64, 100, 256)
             rows.add(f"{name} against the CPU's", loss < most and image < most, loss_error=loss, image_error=image)
 
 
-def ways(layers: kernels.Layers, device: str) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]]]:
+def ways(layers: Losses) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], None]]]:
     """The ways to the losses and to the gradients: there is a choice on a GPU only."""
-    if device == "cuda":
+    if isinstance(layers, kernels.Layers):
         return layers.ways(), layers.ways_to_gradients()
     return {"losses by BLAS": layers.losses}, {"cotangents by BLAS": layers.gradients}
 
 
-def layer_errors(layers: kernels.Layers, given: dict[str, kernels.Layer]) -> tuple[float, float]:
+def layer_errors(layers: Losses, given: dict[str, kernels.Layer]) -> tuple[float, float]:
     """Relative errors of the losses, at most, and of the cotangents, at most."""
     losses, cotangents = [], []
     for i, layer in enumerate(given.values()):
@@ -209,7 +210,7 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
     for precision in ("fp32", "fp16"):
         dtype = DTYPES[precision]
         given = layer_group(size, dtype, precision == "fp16", device)
-        layers = kernels.Layers(given, 1.0, 100.0)
+        layers = kernels.losses([given], 1.0, 100.0)
         styles = [layer for layer in given.values() if layer.target is not None]
         moved = sum(layer.features.nbytes for layer in given.values())
         flop = sum(2 * len(layer.features) * layer.features.numel() for layer in styles)
@@ -237,11 +238,11 @@ def kernel_times(rows: Rows, device: str, size: int = 512) -> None:
             rows.add(f"{name} {precision}", us=1e6 * ours, torch_us=1e6 * other, **rates)
 
         with rows.attempt(f"losses {precision}"):
-            for way, losses in ways(layers, device)[0].items():
+            for way, losses in ways(layers)[0].items():
                 timed(way, losses, torchs_grams, moved)
             timed("chosen losses", layers.losses, torchs_grams, moved)
         with rows.attempt(f"cotangents {precision}"):
-            for way, gradients in ways(layers, device)[1].items():
+            for way, gradients in ways(layers)[1].items():
                 timed(way, gradients, torchs_gradients, 2 * moved)
             timed("chosen cotangents", layers.gradients, torchs_gradients, 2 * moved)
     image, curvature = (torch.rand(1, 3, size, size, device=device) for _ in range(2))

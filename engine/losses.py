@@ -84,11 +84,7 @@ class Objective:
         direct = tuple(terms) == spec.layers  # each has one term, of the features themselves
         self._overlapping = network.overlapping if direct else None
         weights = config.content_weight, config.style_weight
-        self._layers: kernels.Layers | kernels.Summed = (
-            kernels.Layers(terms, *weights, ahead=self._overlapping is not None)
-            if network.image.is_cuda and at_once
-            else kernels.Summed(pieces, *weights, network.products)
-        )
+        self._layers = kernels.losses(pieces, *weights, network.products, ahead=self._overlapping is not None)
         self._chained = {}
         if isinstance(self._layers, kernels.Layers):
             self._chained = {name: self._layers.term(name) for name in terms if terms[name].cotangent is None}

@@ -8,7 +8,7 @@ formula in NumPy, in the dtype of its input, and serves as the oracle.
 from ._cuda import own_stream, processors
 from ._graphs import Counters, Recorded, announce_no_graph, capturing, seconds, stand_captures
 from .adam import RATE, Adam
-from .layers import Layers, Term, gram, memory_of_products
+from .layers import Layers, Term, gram, losses, memory_of_products
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
 from .summed import Layer, Products, Summed
@@ -35,6 +35,7 @@ __all__ = [
     "announce_no_graph",
     "capturing",
     "gram",
+    "losses",
     "memory_of_products",
     "own_stream",
     "pairs",

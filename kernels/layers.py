@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import _blas, _cuda, _graphs
-from .summed import LONGEST, Blas, Layer, Products
+from .summed import LONGEST, Blas, Layer, Products, Summed
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
@@ -288,6 +288,20 @@ class Layers:
             factors[i, 1] = self.scale * weight / (channels * elements) / factors[i, 0]
             if (lifted := self._lifted[i]) is not None:
                 lifted.copy_(factors[i, 0] * difference)
+
+
+def losses(
+    pieces: Sequence[Mapping[str, Layer]],
+    content_weight: float,
+    style_weight: float,
+    products: Products | None = None,
+    *,
+    ahead: bool = False,
+) -> Layers | Summed:
+    """`Layers` for features that are all on a GPU at once, `Summed` for others; `ahead` is for the former only."""
+    if len(pieces) == 1 and next(iter(pieces[0].values())).features.is_cuda:
+        return Layers(pieces[0], content_weight, style_weight, ahead=ahead)
+    return Summed(pieces, content_weight, style_weight, products)
 
 
 def _tiles(channels: int, tile: int) -> int:

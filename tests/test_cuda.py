@@ -153,7 +153,7 @@ def test_shares_of_the_positions(positions):
     """Not too long, even of the largest pictures; of equal length where that is possible."""
     wanted = layers_module._wanted([(256, positions)], 128, 132)
     share = layers_module._share(positions, wanted)
-    assert share <= layers_module._LONGEST
+    assert share <= layers_module.LONGEST
     if positions in (168, 2688):
         assert positions % share == 0
     narrow = layers_module._share_narrow(64, positions, 132)

@@ -151,7 +151,7 @@ def test_kernels_agree_with_float64(rows):
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
     given = gpu_kernels.layer_group(32, torch.float32, True, "cpu")
-    layers = gpu_kernels.kernels.Layers(given, 1.0, 100.0)
+    layers = gpu_kernels.kernels.losses([given], 1.0, 100.0)
     layers.losses()
     layers.gradients()
     given["relu4_1"].cotangent[3, 2] *= -1
