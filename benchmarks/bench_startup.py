@@ -45,5 +45,5 @@ def test_open_network(benchmark: BenchmarkFixture, problem: cases.Problem, devic
     network = benchmark.pedantic(lambda: open_network(cases.weights(problem), layers, device, 2)(spec), rounds=3)
     network.image.copy_(problem.start)
     network.forward()
-    assert float(network.features[layers[-1]].sum()) > 0
+    assert float(network.parts[0].features[layers[-1]].sum()) > 0
     benchmark.extra_info["size"] = problem.size

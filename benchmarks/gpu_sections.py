@@ -148,12 +148,12 @@ def network_errors(network: Features, problem: cases.Problem, point: Tensor) -> 
 
     def write(names: tuple[str, ...]) -> None:
         for name in names:
-            network.cotangents[name].copy_(cotangents[name])
+            network.parts[0].cotangents[name].copy_(cotangents[name])
 
     with network.use():
         network.image.copy_(point)
         network.forward()
-        features = {name: network.features[name].clone() for name in layers}  # cotangents may take their place
+        features = {name: network.parts[0].features[name].clone() for name in layers}  # cotangents may take their place
         network.vjp(write)
         gradient = network.gradient.cpu()
     slope = torch.autograd.grad(list(truths.values()), pixels, [cotangents[name].double() for name in truths])[0]
@@ -314,7 +314,7 @@ def network_alone(objective: Objective) -> Callable[[], None]:
     network.image.uniform_()
     for name in network.spec.layers:
         if name not in terms:
-            network.cotangents[name].normal_()
+            network.parts[0].cotangents[name].normal_()
 
     def both() -> None:
         with network.use():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import image, manifest, replay
-from .config import Config
+from .config import FITTED, Config
 from .jobs import Job, brief, check_apart, is_frame, place
 from .painting import loaded, paint
 from .presets import check_weights
@@ -36,7 +36,8 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     if there:
         log.info("%d of %d pictures are there already", len(there), len(jobs))
         options = json.loads(json.dumps(manifest.inputs(config, None, None)["options"]))  # as it is read
-        others = sum(_options(out) != options for out in there)
+        fitted = {name: "auto" for name in FITTED if options[name] == "auto"}  # whatever was chosen
+        others = sum((own := _options(out)) is None or own | fitted != options for out in there)
         if others:
             log.warning(
                 "%d of these were made with other options, or not by this program: --overwrite replaces them", others

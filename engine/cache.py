@@ -33,6 +33,11 @@ class Cache:
         with self._lock:
             return sum(_memory(tensors(value)) for value, tensors in self._kept.values())
 
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self._kept.clear()
+
     def get(self, key: Hashable, make: Callable[[], _T], tensors: Callable[[_T], Iterable[Tensor]]) -> _T:
         """The value of a key; one thread at a time makes a new one, whose memory is that of its `tensors`."""
         with self._lock:

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ STARTS = ("content", "noise", "style")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 MIN_WINDOW = 320  # pixels; a window has the surroundings of what it is for, up to 128 pixels on each side
+FITTED = ("window", "history")  # options that may change to fit the memory, where they are auto
 DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -106,12 +107,13 @@ class Config:
     optimizer: str = _option("lbfgs", "lbfgs or adam")
     learning_rate: float = _option(0.03, "step of adam, in pixel values from 0 to 1")
     history: int | str = _option(
-        "auto", "pairs that lbfgs remembers, from 1 to 100, on a GPU to 20; auto: 50, on a GPU 20"
+        "auto",
+        "pairs that lbfgs remembers, from 1 to 100, on a GPU to 20; auto: 50, on a GPU 20, fewer if memory is short",
     )
     window: int | str = _option(
         "auto",
-        "let the network see so many pixels of a side at a time: less memory, up to twice the time; auto: all of them, "
-        "unless that needs more memory than there is",
+        "let the network see so many pixels of a side at a time, for less memory and 1.6 times the time or more; auto: "
+        "all of them, unless that needs more memory than there is",
     )
     clamp: bool = _option(
         True, "keep the pixels of lbfgs in range at every step, as adam does; without, they are cut off at the end"
@@ -285,7 +287,8 @@ class Config:
 
     def window_for(self, size: tuple[int, int]) -> int | None:
         """The most pixels on a side of what the network sees of a picture of this size; None is all of it."""
-        return None if self.window == "auto" or max(size) <= int(self.window) else int(self.window) // WHOLE * WHOLE
+        most = MAX_SIZE if self.window == "auto" else int(self.window) // WHOLE * WHOLE
+        return most if max(size) // WHOLE * WHOLE > most else None
 
     def schedule(self, aspect: float) -> list[tuple[int, int]]:
         """(long side, iterations) of each scale, coarse to fine, for a picture of this aspect (long / short side >= 1).

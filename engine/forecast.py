@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import image as images
 from . import kernels, optimize, provider, windows
 from .cache import Cache
-from .config import Config
+from .config import FITTED, Config
 from .export import vgg
 from .features import DTYPES
 from .goal import Goal, canvas, final_size, style_size, visible
+from .kernels.summed import SCRATCH
 from .networks import spec_of
 
 log = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cudnn")  # where all memory is ours; what ONNX Runtime and TensorRT take is theirs to know
 _SYSTEM = Path("/")
-_AT_MOST = 8192  # bytes of a pixel that no run takes with options that are common
+_AT_MOST = 8192  # bytes of a pixel that no run takes for each region
 _SURE = 0.9  # of what is free: forecasts are not exact, and others take memory meanwhile
+_FEWER_PAIRS = (20, 10, 5)
 _RECOLOURED = 8 * 12  # bytes of a pixel of the pictures while their colours are changed
 
 
@@ -55,7 +59,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Means:
+class Setup:
     """What a `Stylizer` paints with, and where it keeps networks for later runs, if it does."""
 
     device: str
@@ -64,75 +68,114 @@ class Means:
     cache: Cache | None
 
 
-def fitted(means: Means, goal: Goal) -> Goal:
-    """The goal, with a window if its run takes more memory than there is, where that is forecast; the log says so.
+def fit(setup: Setup, goal: Goal, *, same_pairs: bool = False) -> Goal:
+    """The goal, fitted to the memory that there is, where its run would take more and this is forecast; it is logged.
 
-    It is the largest one with which there is enough. If none is small enough there is a warning.
+    What is kept for later runs is let go first. Then the options FITTED make room if they are `auto`: the network gets
+    the largest window with which there is enough; and L-BFGS fewer pairs, unless they are to stay the `same_pairs`. If
+    nothing helps there is a warning. Runs side by side do not know of each other.
     """
-    left = available(means.device) if means.device in DEVICES and goal.config.window == "auto" else None
-    sizes = [_size(goal)]
-    sizes += [
-        style_size(style, max(sizes[0]), own)
-        for style, own in zip(goal.styles, goal.own, strict=True)
-        if isinstance(style, images.Picture)
-    ]
-    if left is None or _AT_MOST * max(map(math.prod, sizes)) < left:
+    config = goal.config
+    left = available(setup.device) if setup.device in DEVICES else None
+    if left is None or _rough(goal) < left:
         return goal
-    left += means.cache.bytes if means.cache is not None else 0  # it has its place in the forecast
-    whole = forecast(means, goal).total
-    if whole <= _SURE * left:
+    needed = forecast(setup, goal).total
+    if needed > _SURE * left and setup.cache is not None and len(setup.cache):
+        setup.cache.clear()
+        left = available(setup.device) or left
+    if needed <= _SURE * left:
         return goal
-    choices = [
-        replace(goal, config=replace(goal.config, window=window))
-        for window in windows.choices(max(map(max, sizes)), goal.layers)
-    ]
-    if choices and forecast(means, choices[-1]).total <= _SURE * left:
-        totals = ((each, forecast(means, each).total) for each in choices)
-        found, total = next((each, total) for each, total in totals if total <= _SURE * left)
-        text = "this would take about %s of memory, and %s are free: with --window %d it takes %s, and longer"
-        log.info(text, short(whole), short(left), found.config.window, short(total))
-        return found
-    if whole > left:
+    seen, pairs = [config.window], [config.history]
+    if config.window == "auto":
+        seen += windows.choices(max(map(max, _sizes(goal))), goal.layers, wrap=config.tile)
+    if config.history == "auto" and config.optimizer == "lbfgs" and not same_pairs:
+        pairs += [count for count in _FEWER_PAIRS if count < kernels.pairs("auto", setup.device == "cudnn")]
+    for most, history in product((_SURE * left, left), pairs):
+        choices = (replace(goal, config=replace(config, window=window, history=history)) for window in seen)
+        totals = ((each, forecast(setup, each).total) for each in choices)
+        if forecast(setup, replace(goal, config=replace(config, window=seen[-1], history=history))).total <= most:
+            found, total = next((each, total) for each, total in totals if total <= most)
+            log.info(
+                "this would take about %s of memory, and %s are free, of which a tenth is to stay so: with %s it takes "
+                "%s, and some %.1f times as long",
+                *(short(needed), short(left), _changes(goal, found), short(total), _cost(setup, found)),
+            )
+            return found
+    if needed > left:
         text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
-        if goal.config.optimizer == "lbfgs":
-            text += ", a --history of few pairs or --optimizer adam"
-        log.warning(text, short(whole), short(left))
+        if config.optimizer == "lbfgs":
+            text += "" if config.history == "auto" else ", a --history of few pairs"
+            text += " or --optimizer adam"
+        log.warning(text, short(needed), short(left))
     return goal
+
+
+def fitted_again(config: Config, identity: Mapping[str, Any]) -> Config:
+    """The options as they were chosen for the run of a checkpoint with this identity, where they are `auto`."""
+    return replace(config, **{name: identity[name] for name in FITTED if getattr(config, name) == "auto"})
+
+
+def _rough(goal: Goal) -> int:
+    """Bytes that the run surely does not take."""
+    regions = max(1, len(goal.masks))
+    sources = [each for each in (goal.content, *goal.styles) if isinstance(each, images.Picture)]
+    return _AT_MOST * regions * max(map(math.prod, _sizes(goal))) + _RECOLOURED * max(
+        (math.prod(each.size) for each in sources), default=0
+    )
+
+
+def _sizes(goal: Goal) -> list[tuple[int, int]]:
+    """(width, height) of the result, and of the styles at its scale."""
+    size = _size(goal)
+    styles = zip(goal.styles, goal.own, strict=True)
+    return [size, *(style_size(each, max(size), own) for each, own in styles if isinstance(each, images.Picture))]
+
+
+def _changes(before: Goal, after: Goal) -> str:
+    pairs = [(name, getattr(before.config, name), getattr(after.config, name)) for name in FITTED]
+    return " and ".join(f"--{name} {new}" for name, old, new in pairs if new != old)
+
+
+def _cost(setup: Setup, goal: Goal) -> float:
+    """How many times as long an evaluation at the last scale takes as without windows."""
+    size, config = _size(goal), goal.config
+    spec = _spec(setup, size, goal.layers, config, "circular" if config.tile else config.padding)
+    return windows.cost(spec, config.window_for(size))
 
 
 def _size(goal: Goal) -> tuple[int, int]:
     return final_size(goal.content or canvas(goal.config), goal.config)
 
 
-def forecast(means: Means, goal: Goal) -> Forecast:
+def forecast(setup: Setup, goal: Goal) -> Forecast:
     """What a run takes at whichever scale it takes the most; with the window `auto` without one.
 
     Raises ValueError for a device that is not one of DEVICES.
     """
-    if means.device not in DEVICES:
-        raise ValueError(f"device {means.device}: memory is forecast for {' and '.join(DEVICES)} only")
+    if setup.device not in DEVICES:
+        raise ValueError(f"device {setup.device}: memory is forecast for {' and '.join(DEVICES)} only")
     config, picture = goal.config, goal.content or canvas(goal.config)
     phases, kept = list[dict[str, int]](), list[int]()
     for side, steps in config.schedule(picture.aspect):
         size = config.whole(picture.fit(side))
-        style_phase, run_phase = _style_phase(means, goal, side), _run_phase(means, goal, size, steps)
-        if means.cache is not None:  # those of the scales before
+        style_phase, run_phase = _style_phase(setup, goal, side), _run_phase(setup, goal, size, steps)
+        if setup.cache is not None:  # those of the scales before
             style_phase["other networks"] = sum(kept)
             shared = {name: run_phase[name] for name in ("network", "weights", "libraries")}
             phases.append({**shared, "other networks": sum(kept)})  # it is opened before others make room for it
             own = run_phase["network"] + run_phase["libraries"]
-            if own <= means.cache.limit:
+            if own <= setup.cache.limit:
                 kept.append(own)
-            while sum(kept) > means.cache.limit:
+            while sum(kept) > setup.cache.limit:
                 kept.pop(0)
-            run_phase["other networks"] = sum(kept) - (own if own <= means.cache.limit else 0)
+            run_phase["other networks"] = sum(kept) - (own if own <= setup.cache.limit else 0)
         phases += [style_phase, run_phase]
-    if means.device == "cpu" and config.colour not in ("none", "keep-after"):
+    if setup.device == "cpu" and config.colour not in ("none", "keep-after"):
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
         phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
     most = max(phases, key=lambda parts: sum(parts.values()))
     found = {name: value for name, value in most.items() if value}
-    return Forecast(_size(goal), means.device, means.precision, found)
+    return Forecast(_size(goal), setup.device, setup.precision, found)
 
 
 def available(device: str) -> int | None:
@@ -165,38 +208,38 @@ def _numbers(file: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words}
 
 
-def _style_phase(means: Means, goal: Goal, side: int) -> dict[str, int]:
+def _style_phase(setup: Setup, goal: Goal, side: int) -> dict[str, int]:
     """While the statistics of a style are taken: the network at its size."""
     config, most, spec = goal.config, 0, None
     for style, (_, mask), own_config in zip(goal.styles, goal.parts, goal.own, strict=True):
         if not isinstance(style, images.Picture):
             continue
         size = style_size(style, side, own_config)
-        spec = _spec(means, size, tuple(config.style_layer_weights), config, config.padding)
-        own = _network(means, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size)
+        spec = _spec(setup, size, tuple(config.style_layer_weights), config, config.padding)
+        own = _network(setup, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size)
         window = config.window_for(size)
-        if means.device == "cudnn":
+        if setup.device == "cudnn":
             own += max(_products(spec, window, [layer], 1) for layer in spec.layers)
         mask = visible(style, mask)
         if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
             element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
             own += element * max(windows.largest(spec, window).values())
         most = max(most, own)
-    return {"network of the style": most, **(_beside(means, spec, config) if spec else {})}
+    return {"network of the style": most, **(_beside(setup, spec, config) if spec else {})}
 
 
-def _spec(means: Means, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
-    return spec_of(means.device, means.precision, size, layers, config.pooling, padding)
+def _spec(setup: Setup, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
+    return spec_of(setup.device, setup.precision, size, layers, config.pooling, padding)
 
 
-def _run_phase(means: Means, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
+def _run_phase(setup: Setup, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
     """While one scale is optimised."""
-    config, gpu, count = goal.config, means.device == "cudnn", 3 * math.prod(size)
-    spec = _spec(means, size, goal.layers, config, "circular" if config.tile else config.padding)
+    config, gpu, count = goal.config, setup.device == "cudnn", 3 * math.prod(size)
+    spec = _spec(setup, size, goal.layers, config, "circular" if config.tile else config.padding)
     own, made = _losses(goal, spec, gpu)
     return {
-        "network": _network(means, spec, config, made),
-        **_beside(means, spec, config),
+        "network": _network(setup, spec, config, made),
+        **_beside(setup, spec, config),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,
         "pictures": 0 if gpu else 3 * 4 * count,
@@ -225,7 +268,7 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
         if config.style_loss == "wasserstein":  # roots of covariances, fp64
             total += 16 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)
         if window is not None:
-            return total + max(places[name] for name in (*contents, *styles)), ()
+            return total + SCRATCH, ()
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
         made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]
         return total, tuple(made)
@@ -242,28 +285,28 @@ def _products(spec: vgg.Spec, window: int | None, styles: Sequence[str], regions
     return kernels.memory_of_products(shapes * regions, kernels.processors(fused.PLACE))
 
 
-def _network(means: Means, spec: vgg.Spec, config: Config, made: tuple[str, ...], *, forward_only: bool = False) -> int:
+def _network(setup: Setup, spec: vgg.Spec, config: Config, made: tuple[str, ...], *, forward_only: bool = False) -> int:
     """Bytes of a network, or of that of the windows and of what is handed on of them."""
     window, own = config.window_for((spec.width, spec.height)), 0
     if window is not None:
-        element, copies = DTYPES[spec.precision].itemsize, 2 if means.device == "cudnn" and not forward_only else 1
+        element, copies = DTYPES[spec.precision].itemsize, 2 if setup.device == "cudnn" and not forward_only else 1
         own = copies * element * sum(windows.largest(spec, window).values())
         own += (1 if forward_only else 2) * 3 * 4 * spec.height * spec.width
         spec = windows.spec_of(spec, window)
     if config.pixel_range != "auto" and not forward_only:
         own += 20 * 3 * spec.height * spec.width  # see `Ranged`
-    if means.device == "cudnn":
+    if setup.device == "cudnn":
         from . import fused
 
         return own + fused.memory(spec, made, forward_only=forward_only)
     from . import winograd
 
-    return own + winograd.memory(spec, means.threads, forward_only=forward_only)
+    return own + winograd.memory(spec, setup.threads, forward_only=forward_only)
 
 
-def _beside(means: Means, spec: vgg.Spec, config: Config) -> dict[str, int]:
+def _beside(setup: Setup, spec: vgg.Spec, config: Config) -> dict[str, int]:
     """The weights, which all networks share, and the workspaces of one; on a CPU the process holds them before."""
-    if means.device == "cpu":
+    if setup.device == "cpu":
         return {}
     from . import fused
 

@@ -132,7 +132,7 @@ def statistics_of(
 
     def add(names: tuple[str, ...]) -> None:
         part = network.parts[network.turn]
-        for name in names:
+        for name in (each for each in names if each in moments):
             own = None if mask is None else guide_of(part, name, guides[name], shapes[name])
             moments[name].add(part.features[name].flatten(2)[0], own)
 

@@ -22,7 +22,7 @@ from .checkpoint import load as load_checkpoint
 from .config import Config
 from .export import vgg
 from .features import Features, features_of, within
-from .forecast import Forecast, Means, fitted, forecast
+from .forecast import Forecast, Setup, fit, fitted_again, forecast
 from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
@@ -133,9 +133,13 @@ class Stylizer:
 
         `carried`, of the size of the result, is what a frame of a video begins with and is held to: see `engine.video`.
         """
-        asked = config or Config()
-        given = fitted(self._means, replace(self._goal(content, style, asked, masks, freeze), carried=carried))
-        config, asked = given.config, replace(asked, window=given.config.window)
+        asked, checkpoint = config or Config(), None
+        if resume is not None:
+            checkpoint = load_checkpoint(resume)
+            asked = fitted_again(asked, checkpoint.identity)
+        given = replace(self._goal(content, style, asked, masks, freeze), carried=carried)
+        given = fit(self._setup, given, same_pairs=checkpoint is not None)
+        config, asked = given.config, replace(asked, window=given.config.window, history=given.config.history)
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)
         start = None if config.start_file is None else images.load(config.start_file)
@@ -144,7 +148,7 @@ class Stylizer:
                 raise ValueError("a frame is carried to one scale, in the size of its result, and begins as content")
             start = carried.picture
         identity = functools.cache(lambda: self._identity(given, start))
-        resumed = None if resume is None else self._resumed(resume, identity)
+        resumed = None if checkpoint is None else self._resumed(checkpoint, identity)
         if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
             raise ValueError("the run of the checkpoint is finished")
         describe = functools.partial(self._manifest, given, manifest.inputs(asked, masks, freeze))
@@ -156,17 +160,15 @@ class Stylizer:
         config = goal.config
         if config.optimizer == "lbfgs":
             kernels.pairs(config.history, self.device in provider.GPUS)
-        for style, own in zip(goal.styles, goal.own, strict=True):
-            for side, _ in (
-                config.schedule((goal.content or canvas(config)).aspect) if isinstance(style, Targets) else ()
-            ):
-                self._saved(style, side, own)
+        sides = [side for side, _ in config.schedule((goal.content or canvas(config)).aspect)]
+        for each, own in zip(goal.styles, goal.own, strict=True):
+            if isinstance(each, Targets):
+                [self._saved(each, side, own) for side in sides]
         return goal
 
     @property
-    def _means(self) -> Means:
-        """What it paints with."""
-        return Means(self.device, self.precision, self._threads, self._cache if self.keeps_networks else None)
+    def _setup(self) -> Setup:
+        return Setup(self.device, self.precision, self._threads, self._cache if self.keeps_networks else None)
 
     def forecast(
         self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
@@ -178,7 +180,12 @@ class Stylizer:
         goal = self._goal(content, style, config or Config(), masks, freeze)
         if goal.config.start_file is not None:
             images.load(goal.config.start_file)
-        return forecast(self._means, fitted(self._means, goal))
+        return forecast(self._setup, fit(self._setup, goal))
+
+    def fitted(self, content: Any, style: Any, config: Config, *, masks: Any = None, freeze: Any = None) -> Config:
+        """The options that the same call will have: with a window, or fewer pairs, if memory is short."""
+        chosen = fit(self._setup, self._goal(content, style, config, masks, freeze)).config
+        return replace(config, window=chosen.window, history=chosen.history)
 
     def evaluate(
         self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
@@ -282,7 +289,6 @@ class Stylizer:
         """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
         config = given.config
         options = asdict(config) | {"init": config.init if start is None else start.digest}
-        del options["window"]  # another machine may go on
         own = {"weights": self.weights_digest(given.layers), "device": self.device}
         return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
 
@@ -306,11 +312,12 @@ class Stylizer:
         styles = [manifest.named(style) for style in given.styles]
         return manifest.describe(inputs, content, styles, engine, losses, seconds, total)
 
-    def _resumed(self, data: bytes, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
-        """The checkpoint, checked; it may be of a run that fell back to fp32."""
-        checkpoint = load_checkpoint(data)
-        fell_back = self._automatic and checkpoint.identity["precision"] == "fp32"
-        checkpoint.check(identity() | {"precision": "fp32" if fell_back else self.precision})
+    def _resumed(self, checkpoint: Checkpoint, identity: Callable[[], dict[str, Any]]) -> Checkpoint:
+        """The checkpoint, checked; it may be of a run that fell back to fp32, and goes on through any window."""
+        own = checkpoint.identity
+        fell_back = self._automatic and own["precision"] == "fp32"
+        may = {"precision": "fp32" if fell_back else self.precision, "window": own["window"]}
+        checkpoint.check(identity() | may)
         return checkpoint
 
     def _minimise(
@@ -443,7 +450,7 @@ class Stylizer:
         of_mask = None if mask is None else hashlib.sha256(mask.tobytes()).digest()
         layers = tuple(config.style_layer_weights)
         kinds = (config.pixel_range, config.pooling, config.padding, config.style_loss, precision)
-        key = (style.digest, of_mask, size, layers, config.window, *kinds)
+        key = (style.digest, of_mask, size, layers, config.window_for(size), *kinds)
 
         def make() -> Statistics:
             kernels.stand_captures(provider.place(self.device))
@@ -451,14 +458,16 @@ class Stylizer:
             picture = images.resize(images.shown(style), size)
             return statistics_of(network, picture, layers, config.style_loss, mask)
 
-        return self._cache.get(("style", *key), make, _of_statistics)
+        return self._cache.get(
+            ("style", *key), make, lambda found: [own for each in found.values() for own in (each.matrix, each.mean)]
+        )
 
     def _features(self, size: tuple[int, int], layers: tuple[str, ...], config: Config, precision: str) -> Features:
         padding = "circular" if config.tile else config.padding
         make = functools.partial(self._open_features, size, layers, config, padding, precision)
         if not self.keeps_networks:
             return make()
-        key = ("network", size, layers, config.window, config.pixel_range, config.pooling, padding, precision)
+        key = ("network", size, layers, config.window_for(size), config.pixel_range, config.pooling, padding, precision)
         return self._cache.get(key, make, lambda network: network.memory)
 
     def _open_features(
@@ -470,10 +479,9 @@ class Stylizer:
         precision: str,
         forward_only: bool = False,
     ) -> Features:
-        spec = spec_of(self.device, precision, size, layers, config.pooling, padding)
-        network = self._network(layers, config.pooling)
-        opened = functools.partial(network.open, forward_only=forward_only, pixel_range=config.pixel_range)
-        most = config.window_for(size)
+        spec, most = spec_of(self.device, precision, size, layers, config.pooling, padding), config.window_for(size)
+        opened = self._network(layers, config.pooling).open
+        opened = functools.partial(opened, forward_only=forward_only, pixel_range=config.pixel_range)
         return opened(spec) if most is None else Windowed(spec, most, opened, forward_only=forward_only)
 
 
@@ -489,7 +497,3 @@ def _checkpoint(
     """The run behind `iterate`, the newest of it."""
     tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
     return Checkpoint(identity() | {"precision": precision}, scale, iteration, tensors)
-
-
-def _of_statistics(found: Statistics) -> list[Tensor]:
-    return [tensor for each in found.values() for tensor in (each.matrix, each.mean)]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import colour, film, image, manifest
-from .config import FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
+from .config import FITTED, FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
 from .goal import final_size, load_styles
 from .image import Picture
 from .jobs import BREAKS, VIDEOS, brief, check_apart, is_video, same_file, tell
@@ -89,6 +89,7 @@ class Video:
         self._style: list[Any] | None = self._given  # of the frames behind a first one
         later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
         self._later = replace(later, colour="none") if self._colour in _MATCHED else later
+        self._fits = False
         self._before: tuple[Picture, Picture] | None = None  # the frame before, what was made of it
 
     def __call__(self, content: Any) -> Frame:
@@ -101,6 +102,7 @@ class Video:
         carried = self._carried(now, frame.name or "a frame")
         if carried is None:
             self._match(frame)
+        self._fit(frame)
         config = self._first if carried is None else self._later
         style = self._given if carried is None else self._style
         (step,) = deque(self._stylizer.steps(frame, style, config, carried=carried), 1)
@@ -111,6 +113,14 @@ class Video:
             kept = float(carried.certain.mean())
             flicker = float((carried.certain[..., None] * abs(made.rgb - carried.picture.rgb)).mean()) / kept
         return Frame(step.picture, step.loss, kept, flicker)
+
+    def _fit(self, frame: Picture) -> None:
+        """Let the memory that there is at the first frame choose for all."""
+        if self._fits:
+            return
+        self._first = self._stylizer.fitted(frame, self._given, self._first)
+        self._later = replace(self._later, **{name: getattr(self._first, name) for name in FITTED})
+        self._fits = True
 
     def take(self, content: Any, painted: Any) -> None:
         """Go on from a frame that was painted before; ValueError if its size is not that of the result.
@@ -235,6 +245,7 @@ def _record(
     given: argparse.Namespace, config: Config, stylizer: Stylizer, first: film.Shot, styles: Sequence[Any]
 ) -> dict[str, Any]:
     """What the frames of a folder are made of, as it is read again from JSON."""
+    config = replace(config, window="auto")  # any one makes the same frames
     record = manifest.inputs(config, None, None) | {
         "frame-iterations": given.frame_iterations,
         "temporal-weight": given.temporal_weight,

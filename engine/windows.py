@@ -102,6 +102,7 @@ class Windowed:
         own = memory
         if not forward_only and self._seen.cotangents is not self._seen.features:
             own = {name: torch.empty_like(each) for name, each in memory.items()}
+        self._given = {} if forward_only else {name: self._seen.cotangents[name] for name in spec.layers}
         self._memory = [*memory.values(), *(own.values() if own is not memory else ())]
         same, parts = own is memory, []
         for rows, columns in self._windows:
@@ -159,6 +160,7 @@ class Windowed:
             self._network.vjp(partial(self._give, write))
             for whole, window in self._pixel_areas():
                 self.gradient[:, :, *whole] += self._network.gradient[:, :, *window]
+        self._pixels = self.image  # those that were given are somebody else's
 
     def _take(self, layers: tuple[str, ...]) -> None:
         """Features of the window -> those of the part."""
@@ -170,8 +172,8 @@ class Windowed:
         self._take(layers)
         write(layers)
         for name in layers:
-            self._seen.cotangents[name].zero_()
-            self._seen.cotangents[name][:, :, *self._inside(name)] = self.parts[self.turn].cotangents[name]
+            self._given[name].zero_()
+            self._given[name][:, :, *self._inside(name)] = self.parts[self.turn].cotangents[name]
 
     def _inside(self, name: str) -> Area:
         """What belongs to the window at the turn, in its own places of a layer."""
@@ -220,14 +222,26 @@ def largest(spec: vgg.Spec, most: int | None) -> dict[str, int]:
     }
 
 
-def choices(side: int, layers: Sequence[str]) -> Iterator[int]:
-    """Windows that fit 2, 3, 4 and so on of them on a side, as large as they have to be."""
-    around = reach(vgg.cut(layers))
+def choices(side: int, layers: Sequence[str], *, wrap: bool) -> list[int]:
+    """Windows of which 2, 3, 4 and so on are enough for a side of so many pixels, as large as they have to be."""
+    around, found = reach(vgg.cut(layers)), list[int]()
     for count in range(2, side):
-        window = _whole((side + 2 * around * (count - 1)) / count)
-        if window < MIN_WINDOW:
-            return
-        yield window
+        window = _whole(side / count) + 2 * around if wrap else _whole((side + 2 * around * (count - 1)) / count)
+        if window < max(MIN_WINDOW, 2 * around + vgg.WHOLE):
+            break
+        if window < side and window not in found:
+            found.append(window)
+    return found
+
+
+def cost(spec: vgg.Spec, most: int | None) -> float:
+    """About how many times as long as without windows an evaluation takes: the forward pass is half of it."""
+    if most is None:
+        return 1.0
+    down, across = spans(spec, most)
+    count = len(down.each) * len(across.each)
+    seen = count * down.length * across.length / (spec.height * spec.width)
+    return seen * (1 + (count - 1) / (2 * count))
 
 
 def _places(layer: str, span: Span) -> slice:

@@ -20,6 +20,8 @@ from .gram import gram_blas
 from .style import style_gradient_blas
 from .wasserstein import Wasserstein
 
+_STRIP = 1 << 22  # elements
+SCRATCH = 12 * _STRIP  # bytes that `Cublas` takes at most to compare them
 LONGEST = 8192  # positions of a share of a Gram matrix on a GPU: longer sums lose digits
 
 
@@ -53,8 +55,13 @@ class Blas:
 class Cublas:
     """`Products` by cuBLAS on a GPU, in any precision; sums are fp32."""
 
-    content_loss = staticmethod(content_loss_blas)
     content_gradient = staticmethod(content_gradient_blas)
+
+    def content_loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """See `Products`; strip by strip, as it takes copies in fp64."""
+        strips = (each.split(_STRIP // len(features) + 1, dim=1) for each in (features, target))
+        losses = [content_loss_blas(*each) * (each[0].numel() / features.numel()) for each in zip(*strips, strict=True)]
+        return torch.stack(losses).sum()
 
     def gram(self, features: Tensor, out: Tensor) -> Tensor:
         """See `Products`."""
@@ -119,6 +126,7 @@ class Summed:
         self._dtype, device = layers[0].features.dtype, layers[0].features.device
         self._products = products or (Cublas() if layers[0].features.is_cuda else Blas())
         self.terms, self.scale = torch.zeros(3 + len(layers), device=device), torch.ones((), device=device)
+        self._scale = 1.0  # the same, on the host
         self._contents = torch.zeros(len(layers), device=device)
         # G of what has been measured; behind `conclude` G - A, or what a `distance` has in its place.
         self._moments = [None if each.target is None else torch.empty_like(each.target) for each in layers]
@@ -176,11 +184,12 @@ class Summed:
         total = self._style_weight * style + self._content_weight * content
         self.terms.copy_(torch.tensor([total, content, 0.0, *styles]))
         if self._dtype != torch.float32 and math.isfinite(loudest):
-            self.scale.fill_(2.0 ** -math.floor(math.log2(loudest)))
+            self._scale = 2.0 ** -math.floor(math.log2(loudest))
+            self.scale.fill_(self._scale)
 
     def gradients(self, names: Collection[str] | None = None) -> None:
         """features, and what `conclude` has found -> cotangents, by default of all layers."""
-        scale = float(self.scale)
+        scale = self._scale
         layers = zip(self.names, self._pieces[self.piece], self._moments, self._positions, strict=True)
         for name, layer, difference, positions in layers:
             if names is not None and name not in names:

@@ -260,7 +260,7 @@ def test_round_trip_and_metadata_without_pickle(tmp_path):
     (tmp_path / "run.ckpt").write_bytes(small())
     assert note(str(tmp_path / "run.ckpt")) == checkpoint.note == {"mine": [1, "a"]}
     header = json.loads(small()[8 : 8 + int.from_bytes(small()[:8], "little")])
-    assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 4
+    assert json.loads(json.loads(header["__metadata__"]["checkpoint"])["run"])["format"] == 5
 
 
 @settings(max_examples=100)
@@ -290,8 +290,8 @@ def test_anything_else_is_a_value_error(data):
 def test_a_later_format_is_refused(monkeypatch):
     from engine import checkpoint
 
-    monkeypatch.setattr(checkpoint, "_FORMAT", 5)
+    monkeypatch.setattr(checkpoint, "_FORMAT", 6)
     later = small()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 5"):
+    with pytest.raises(ValueError, match="format 6"):
         load(later)

@@ -278,18 +278,19 @@ def test_what_is_left_of_the_memory_here():
 
 
 @pytest.mark.parametrize(("left", "told"), [(2**20, True), (2**40, False), (None, False)])
-@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+@pytest.mark.parametrize("options", [[], ["--history", "50"], ["--optimizer", "adam"]])
 def test_a_run_that_takes_more_than_there_is_is_warned_of(
-    stylizer, pictures, tmp_path, monkeypatch, caplog, left, told, optimizer
+    stylizer, pictures, tmp_path, monkeypatch, caplog, left, told, options
 ):
     for name in ("content", "style"):
         Image.fromarray(pictures[name]).save(tmp_path / f"{name}.png")
     monkeypatch.setattr("engine.stylizer.Stylizer", lambda *given, **options: stylizer)
     monkeypatch.setattr("engine.forecast.available", lambda device: left)
     sources = [str(tmp_path / "content.png"), str(tmp_path / "style.png"), "-o", str(tmp_path / "out.png")]
-    assert stylize.main([*sources, "--size", "64", "--iterations", "1", "--optimizer", optimizer]) == 0
+    assert stylize.main([*sources, "--size", "64", "--iterations", "1", *options]) == 0
     (found,) = [each.message for each in caplog.records if "of memory" in each.message] or [""]
     assert bool(found) == told
     if told:
         assert "of memory, and 1 MiB are free: less is needed with a smaller --size" in found
-        assert ("--history" in found) == (optimizer == "lbfgs")
+        assert ("--optimizer adam" in found) == ("--optimizer" not in options)
+        assert ("--history" in found) == ("--history" in options)  # it has given up pairs of its own

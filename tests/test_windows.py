@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import Config, forecast, stylize, windows, winograd
+from engine import Config, Stylizer, forecast, kernels, stylize, windows, winograd
+from engine import image as images
+from engine.cache import Cache
 from engine.export import vgg, weights
-from engine.features import features_of, pass_over
+from engine.features import features_of
 from engine.features import network as open_network
 from engine.losses import Objective, Region
-from engine.targets import Statistic
+from engine.regions import statistics_of
+from engine.video import Video
 
 LAYERS = ("relu1_1", "relu2_1", "relu2_2", "relu3_1")  # which reach 22 pixels, of which 32 are whole places
 SHALLOW = {"content_layers": ("relu2_2",), "style_layers": ("relu1_1", "relu2_1", "relu3_1"), "style_size": 150}
@@ -197,48 +200,62 @@ def net():
     return weights.load("embedded", LAYERS)
 
 
-def objective(network, pictures, config):
+def objective(network, pictures, config, masks=(None,)):
     """That of a content and a style, both as large as the image."""
     content, style = pictures
-    grams = {}
-    with network.use():
-        network.image.copy_(style)
-        sums = {}
-
-        def add(layers):
-            for name in layers:
-                flat = network.parts[network.turn].features[name].flatten(2)[0].double()
-                sums[name] = sums.get(name, 0) + flat @ flat.T
-
-        pass_over(network, add)
-    for name, total in sums.items():
-        _, channels, height, width = network.spec.shapes[name]
-        grams[name] = Statistic((total / height / width).float(), torch.zeros(channels))
+    seen = images.Picture(style[0].permute(1, 2, 0).numpy())
+    found = statistics_of(network, seen, tuple(config.style_layer_weights), config.style_loss, None)
     targets = features_of(network, content, config.content_layer_weights)
-    return Objective(network, targets, [Region(grams)], config)
+    return Objective(network, targets, [Region(found, 1 / len(masks), mask) for mask in masks], config)
 
 
 @pytest.mark.parametrize(
-    ("precision", "limits"), [("fp32", (1e-5, 2e-4)), ("fp16", (2e-3, 3e-2)), ("bf16", (2e-2, 0.15))]
+    ("kind", "precision", "limits"),
+    [
+        ("gram", "fp32", (1e-5, 2e-4)),
+        ("gram", "fp16", (2e-3, 3e-2)),
+        ("wasserstein", "fp16", (2e-3, 3e-2)),
+        ("wasserstein", "bf16", (2e-2, 0.15)),
+    ],
 )
-def test_on_a_gpu(on_cpu, net, precision, limits):
+def test_on_a_gpu(on_cpu, net, kind, precision, limits):
     """cuDNN's network and cuBLAS, played by this CPU: the scale of 16-bit gradients is one for all windows."""
-    config = Config(content_layers=("relu2_2",), style_layers=("relu1_1", "relu2_1", "relu3_1"), style_weight=300.0)
-    generator = torch.Generator().manual_seed(5)
-    pixels, *pictures = torch.rand(3, 1, 3, 114, 135, generator=generator)
+    layers = ("relu1_1", "relu2_1", "relu2_2")
+    config = Config(style_loss=kind, content_layers=layers[2:], style_layers=layers[:2])
+    config = replace(config, style_weight=300.0 if kind == "gram" else 3.0)
+    pixels, *pictures = torch.rand(3, 1, 3, 82, 99, generator=torch.Generator().manual_seed(5))
+    pictures[1] = pictures[1] ** 3
+    plane = np.zeros((82, 99), np.float32)
+    plane[:, :40] = 1
+    masks = (None,) if kind == "gram" else (plane, 1 - plane)
     with pytest.MonkeyPatch.context() as patch:  # not for the truth
         patch.setattr(torch.Tensor, "is_cuda", property(lambda self: False))
-        exact = open_network(net, LAYERS, "cpu", 1)(vgg.Spec(114, 135, LAYERS))
-        wanted, slope = objective(exact, pictures, config).evaluate(pixels)
-    opened = open_network(net, LAYERS, "cudnn", 1)
-    own = windows.Windowed(vgg.Spec(114, 135, LAYERS, precision=precision, nhwc=precision != "fp32"), 96, opened)
+        exact = open_network(net, layers, "cpu", 1)(vgg.Spec(82, 99, layers))
+        wanted, slope = objective(exact, pictures, config, masks).evaluate(pixels)
+    spec = vgg.Spec(82, 99, layers, precision=precision, nhwc=precision != "fp32")
+    own = windows.Windowed(spec, 64, open_network(net, layers, "cudnn", 1))
     assert len(own.parts) == 4
-    seen = objective(own, pictures, config)
+    seen = objective(own, pictures, config, masks)
     assert seen.recorded is None
     assert seen._chained == {}
-    found, gradient = seen.evaluate(pixels)
+    for other in (pixels.flip(3), pixels):  # what is left of one evaluation is of no use to the next
+        found, gradient = seen.evaluate(other)
     assert float(found.total) == pytest.approx(float(wanted.total), rel=limits[0])
     assert error(gradient.numpy(), slope.numpy()) < limits[1]
+
+
+def test_memory_of_windows_on_a_gpu(on_cpu, net):
+    spec = vgg.Spec(300, 400, LAYERS, precision="fp16", nhwc=True)
+    own = windows.Windowed(spec, 192, open_network(net, LAYERS, "cudnn", 1))
+    taken = sum(each.nbytes for each in own.memory if each.dtype != torch.uint8)  # but for the workspace
+    config = Config(window=192, content_layers=("relu2_2",), style_layers=LAYERS)
+    assert forecast._network(forecast.Setup("cudnn", "fp16", 2, None), spec, config, ()) == taken
+
+
+@pytest.mark.parametrize("size", [96, 110, 111])
+def test_no_window_is_as_large_as_the_picture(size):
+    assert Config(window=96).window_for((size, 64)) is None
+    assert Config(window=110).window_for((112, 64)) == 96
 
 
 def test_memory_is_that_of_a_window(net):
@@ -252,8 +269,8 @@ def test_memory_is_that_of_a_window(net):
     taken, of_pictures = (sum(each.nbytes for each in one) for one in (found.memory, (found.image, found.gradient)))
     assert taken - of_pictures < sum(each.nbytes for each in whole.memory) / 4
     config = Config(window=192, content_layers=("relu2_2",), style_layers=LAYERS)
-    means = forecast.Means("cpu", "fp32", 2, None)
-    assert forecast._network(means, spec, config, ()) == taken
+    setup = forecast.Setup("cpu", "fp32", 2, None)
+    assert forecast._network(setup, spec, config, ()) == taken
     assert windows.spec_of(spec, 192).height <= 192 + 15
 
 
@@ -285,12 +302,12 @@ def test_a_window_is_chosen_where_memory_is_short(stylizer, little, caplog):
         assert found.total <= 0.9 * share * whole.total < previous
         (line,) = told
         assert line.startswith(f"this would take about {forecast.short(whole.total)} of memory, and ")
-        assert forecast.short(found.total) in line
+        assert f"it takes {forecast.short(found.total)}, and some " in line
         window = int(line.split("--window ")[1].split()[0])
         little(None)
         assert stylizer.forecast(content, style, replace(config, window=window)) == found
         # It is the largest that goes.
-        larger = min((each for each in windows.choices(900, config.layers) if each > window), default=900)
+        larger = min((each for each in windows.choices(900, config.layers, wrap=False) if each > window), default=900)
         assert stylizer.forecast(content, style, replace(config, window=larger)).total > 0.9 * share * whole.total
         previous = found.total
 
@@ -299,20 +316,117 @@ def test_what_is_chosen_is_what_is_painted(stylizer, little, caplog):
     content, style = noise(150, 200, 0), noise(64, 64, 1)
     config = Config(size=200, scales=1, optimizer="adam", iterations=1, **SHALLOW)
     little(None)
-    chosen = next(windows.choices(200, config.layers))
-    needed = stylizer.forecast(content, style, replace(config, window=chosen)).total
-    little(int(needed / 0.9) + 2)
-    (step,) = stylizer.steps(content, style, config)
-    assert step.manifest([], 0.0)["options"]["window"] == chosen
-    # One that is asked for stays, and no window helps where there is nothing.
-    (step,) = stylizer.steps(content, style, replace(config, window=192))
-    assert step.manifest([], 0.0)["options"]["window"] == 192
+    largest, *_, least = windows.choices(200, config.layers, wrap=False)
+    for chosen, share in ((largest, 0.9), (least, 1)):  # the least that is to stay free is the last thing to be taken
+        little(None)
+        needed = stylizer.forecast(content, style, replace(config, window=chosen)).total
+        little(int(needed / share) + 2)
+        (step,) = stylizer.steps(content, style, config)
+        assert step.manifest([], 0.0)["options"]["window"] == chosen
+        assert stylizer.fitted(content, style, config) == replace(config, window=chosen)
     little(2**20)
+    for window in ("auto", 192):  # one that is asked for stays, and none helps where there is nothing
+        caplog.clear()
+        (step,) = stylizer.steps(content, style, replace(config, window=window))
+        assert step.manifest([], 0.0)["options"]["window"] == window
+        (line,) = [each.message for each in caplog.records]
+        assert "and 1 MiB are free: less is needed with a smaller --size" in line
+
+
+def test_pairs_are_given_up_where_no_window_helps(stylizer, little, caplog):
+    content, style = np.zeros((300, 400, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    config = Config(size=400, scales=1, iterations=60, **SHALLOW)
+    caplog.set_level(logging.INFO)
+    little(None)
+    least = windows.choices(400, config.layers, wrap=False)[-1]
+    totals = {
+        count: stylizer.forecast(content, style, replace(config, window=least, history=count)).total
+        for count in (50, 20, 10, 5)
+    }
+    assert list(totals.values()) == sorted(totals.values(), reverse=True)
+    for count in (20, 10, 5):
+        little(int(totals[count] / 0.9) + 2)
+        caplog.clear()
+        found = stylizer.fitted(content, style, config)
+        assert found.history == count
+        assert f"--history {count}" in caplog.records[-1].message
+        assert stylizer.forecast(content, style, found).total <= totals[count]
+        kept = stylizer.fitted(content, style, replace(config, history=50))
+        assert (kept.history, caplog.records[-1].levelname) == (50, "WARNING")
+
+
+def test_a_resumed_run_sees_and_remembers_as_before(stylizer, little):
+    content, style = noise(150, 200, 0), noise(64, 64, 1)
+    config = Config(size=200, scales=1, iterations=5, **SHALLOW)
+    little(None)
+    before = replace(config, window=96, history=5)
+    *_, last = stylizer.steps(content, style, before)
+    saved = next(step.checkpoint() for step in stylizer.steps(content, style, before) if step.iteration == 3)
+    *_, resumed = stylizer.steps(content, style, config, resume=saved)
+    assert resumed.loss == last.loss
+    assert torch.equal(resumed.pixels, last.pixels)
+    assert resumed.manifest([], 0.0)["options"] == last.manifest([], 0.0)["options"]
+    saved = next(step.checkpoint() for step in stylizer.steps(content, style, config) if step.iteration == 3)
+    little(2**20)  # no pairs are given up now
+    *_, resumed = stylizer.steps(content, style, config, resume=saved)
+    assert resumed.manifest([], 0.0)["options"]["history"] == "auto"
+    with pytest.raises(ValueError, match="another history"):
+        stylizer.steps(content, style, replace(config, history=4), resume=saved)
+
+
+def test_what_is_kept_makes_room(stylizer, little, monkeypatch):
+    content, style = np.zeros((150, 200, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    config = Config(size=200, scales=1, iterations=2, **SHALLOW)
+    cache = Cache(2**30)
+    for name, value in {"device": "cudnn", "precision": "fp16", "keeps_networks": True, "_cache": cache}.items():
+        monkeypatch.setattr(stylizer, name, value)
+    monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    cache.get("another", lambda: torch.zeros(2**18), lambda tensor: [tensor])
+    little(2**40)
+    needed = stylizer.forecast(content, style, config).total
+    assert len(cache) == 1
+    monkeypatch.setattr(forecast, "available", lambda device: 2 * needed if not len(cache) else needed // 2)
+    assert stylizer.fitted(content, style, config).window == "auto"
+    assert len(cache) == 0
+
+
+def test_a_batch_knows_its_pictures_whatever_was_chosen(tmp_path, little, caplog):
+    caplog.set_level(logging.INFO)
+    for seed, name in enumerate(("content", "style")):
+        Image.fromarray((255 * noise(150, 200, seed)).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    own = ["--weights", "embedded", "--device", "cpu", "--size", "200", "--optimizer", "adam", "--style-size", "64"]
+    own += ["--iterations", "1", "--scales", "1", "--content-layers", "relu2_2", "--style-layers", "relu1_1,relu3_1"]
+    given = ["--contents", str(tmp_path / "content.png"), "--styles", str(tmp_path / "style.png"), *own]
+    run = [*given, "-o", str(tmp_path / "made")]
+    little(2 * 10**7)
+    assert stylize.main(run) == 0
+    (made,) = (tmp_path / "made").glob("*.png")
+    with Image.open(made) as picture:
+        assert json.loads(picture.text["gatys-engine"])["options"]["window"] != "auto"
     caplog.clear()
-    (step,) = stylizer.steps(content, style, config)
-    assert step.manifest([], 0.0)["options"]["window"] == "auto"
-    (line,) = [each.message for each in caplog.records]
-    assert "and 1 MiB are free: less is needed with a smaller --size" in line
+    assert stylize.main(run) == 0
+    assert "1 of 1 pictures are there already" in caplog.text
+    assert "other options" not in caplog.text
+    assert stylize.main([*run, "--seed", "1", "--init-noise", "0.1"]) == 0
+    assert "1 of these were made with other options" in caplog.text
+
+
+def test_a_video_is_fitted_once(stylizer, little, monkeypatch):
+    config = Config(size=200, scales=1, iterations=1, **SHALLOW)
+    film, seen, steps = Video(stylizer, noise(64, 64, 1), config, iterations=1), [], Stylizer.steps
+
+    def watched(self, content, style, config, **named):
+        seen.append(config)
+        return steps(self, content, style, config, **named)
+
+    monkeypatch.setattr(Stylizer, "steps", watched)
+    little(None)
+    needed = stylizer.forecast(noise(150, 200, 0), noise(64, 64, 1), replace(config, window=96)).total
+    for left in (int(needed / 0.9) + 2, None):
+        little(left)
+        film(noise(150, 200, 0))
+    first, second = (each.window for each in seen)
+    assert first == second != "auto"
 
 
 def test_the_command_line(tmp_path, little, capsys):
@@ -320,16 +434,17 @@ def test_the_command_line(tmp_path, little, capsys):
     for seed, path in enumerate(paths[:2]):
         Image.fromarray((255 * noise(150, 200, seed)).astype(np.uint8)).save(path)
     own = ["--weights", "embedded", "--device", "cpu", "--size", "200", "--optimizer", "adam", "--style-size", "64"]
+    own += ["--content-layers", "relu2_2", "--style-layers", "relu1_1,relu3_1"]
     little(None)
     told = []
-    for window in ("192", "auto"):
+    for window in ("96", "auto"):
         assert stylize.main([*paths[:2], *own, "--forecast", "--window", window]) == 0
         told.append(capsys.readouterr().out)
     assert len(set(told)) == 2
     assert stylize.main([*paths[:2], *own, "--window", "20", "--forecast"]) == 2
     assert "window 20: give a number from 64" in capsys.readouterr().err
-    run = [*paths[:2], "-o", paths[2], *own, "--iterations", "1", "--scales", "1", "--window", "192", "--quiet"]
+    run = [*paths[:2], "-o", paths[2], *own, "--iterations", "1", "--scales", "1", "--window", "96", "--quiet"]
     assert stylize.main(run) == 0
     with Image.open(paths[2]) as picture:
         assert picture.size == (200, 150)
-        assert json.loads(picture.text["gatys-engine"])["options"]["window"] == 192
+        assert json.loads(picture.text["gatys-engine"])["options"]["window"] == 96
