@@ -75,7 +75,7 @@ class Features(Protocol):
 
     @property
     def products(self) -> kernels.Products | None:
-        """The matrix products of the losses that suit this runtime best on a CPU; None is BLAS."""
+        """The matrix products of the losses that suit this runtime best on a CPU; None is BLAS, or cuBLAS on a GPU."""
 
     def use(self) -> AbstractContextManager[None]:
         """Own the memory; on a GPU, on the stream of the runtime, which is ordered with the caller's at both ends.

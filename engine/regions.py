@@ -1,4 +1,4 @@
-"""What a style statistic sees of a layer: its features without their mean or shifted, and one region of the picture.
+"""What a style statistic sees of a layer: its features, shifted or less a mean, and one region of the picture.
 
 Every statistic is the second moment of X = (F - s 1^T) diag(g) over the M positions: G = X X^T / M, with the mean
 m = F g^2 / M. The shift s is zero for Gram matrices and one for shifted ones; for covariances it is near m, and what is

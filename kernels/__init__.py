@@ -1,8 +1,8 @@
 """The arithmetic between the two graphs: Gram matrices, losses with their gradients, and the optimisers.
 
 Everything takes torch tensors: on the CPU it runs through BLAS, or the `Products` of a runtime, on a GPU through the
-CUDA sources beside it, on the current stream and without a host synchronisation. `<operation>_reference` is the same
-formula in NumPy, in the dtype of its input, and serves as the oracle.
+CUDA sources beside it, on the current stream and without a host synchronisation, but for the losses of features in
+pieces. `<operation>_reference` is the same formula in NumPy, in the dtype of its input, and serves as the oracle.
 """
 
 from ._cuda import own_stream, processors

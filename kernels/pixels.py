@@ -131,8 +131,8 @@ class Pixels:
     """Finishes loss and gradient at pixels (1, 3, H, W) fp32, H, W >= 2, with total variation of this weight.
 
     `power`, `wrap` and `form` are those of the formula. `vjp`, like the pixels, is the gradient of the other terms
-    times `scale`, a 0-dim fp32 tensor; `terms` is what `Layers.losses` writes. All are kept, and used again at each
-    call.
+    times `scale`, a 0-dim fp32 tensor; `terms` is what `Layers` or `Summed` writes. All are kept, and used again
+    at each call.
     """
 
     def __init__(

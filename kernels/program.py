@@ -46,7 +46,7 @@ _PATIENCE = 200  # looks at a counter before the processor is offered to others
 class Threads:
     """`count` threads, the caller's own among them, that run programs; they sleep in between.
 
-    They are `layers.Products` too, for fp32 features in NHWC order whose channels are a multiple of BLOCK.
+    They are `summed.Products` too, for fp32 features in NHWC order whose channels are a multiple of BLOCK.
     """
 
     def __init__(self, count: int) -> None:

@@ -88,8 +88,8 @@ class Layer:
     fp16 or bf16, and one layout: contiguous, or the transpose of a contiguous (M, C) (NHWC). On a CPU the cotangent may
     be the features themselves, and takes their place; None is for losses alone and, on a GPU, for a `Term`. `target` A
     is (C, C) fp32, None unless it is a style layer. `distance` takes the place of the distance of Gram matrices, for
-    features without their mean: A is then zero. The weights are the layer's own, beside those of all content and style
-    losses.
+    features less the style's mean: A is then zero. The weights are the layer's own, beside those of all content and
+    style losses.
     """
 
     features: Tensor
@@ -106,7 +106,8 @@ class Summed:
 
     Each piece holds the same layers, with the same targets and weights, at other positions of the features. The one
     whose turn it is, from the first on, is `piece`: its features are there to be measured, and once more for its
-    gradients. `products` computes the matrix products, by default BLAS, or cuBLAS. A GPU is waited for in `conclude`.
+    gradients. `products` computes the matrix products, by default BLAS, or cuBLAS. On a GPU `conclude` waits for what
+    it finds.
     """
 
     ratio: Tensor | None = None  # nothing comes ahead

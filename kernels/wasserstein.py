@@ -38,8 +38,8 @@ class Wasserstein:
     X are the image's features less the style's mean n, which is known before they are. `mean` (C,) fp32 is where their
     own mean m has to stand when the object is called; the gradient of L with respect to it is 1 / C times the `slope`
     (C,) fp32 that a call leaves. The eigenvalues are the host's to wait for, so that a call cannot be part of a CUDA
-    graph. Raises FloatingPointError for a target that is not
-    finite, and gives NaN for a covariance of the image that is not.
+    graph. Raises FloatingPointError for a target that is not finite, and gives NaN for a covariance of the image that
+    is not.
     """
 
     def __init__(self, mean: Tensor, target_mean: Tensor, target: Tensor) -> None:
