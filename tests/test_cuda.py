@@ -24,7 +24,7 @@ from blas import Cublas
 from cuda_host import Shifted
 
 from engine import kernels
-from engine.kernels import _blas, _cuda, _graphs, lbfgs, network
+from engine.kernels import _blas, _cuda, _graphs, lbfgs, network, summed
 from engine.kernels import layers as layers_module
 from engine.kernels.content import content_gradient_reference, content_loss_reference
 from engine.kernels.gram import gram_reference
@@ -450,6 +450,25 @@ def test_gradients_of_faint_and_loud_features(host, dtype, factor):
         1e-6 * float(layers.scale) * style_gradient_reference(numbers(f), gram_reference(numbers(f)), numbers(target))
     )
     assert error(layer.cotangent, truth) < 2 * max(ROUNDING[dtype], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("nhwc", [False, True])
+@pytest.mark.parametrize("factor", [1e-3, 3e4])
+def test_losses_and_gradients_by_cublas(cublas, monkeypatch, dtype, nhwc, factor):
+    """Of features in pieces, in strips; G - A may be as large as no 16 bits hold."""
+    monkeypatch.setattr(summed, "_STRIP", 240)
+    f, p = (features(24, 70, seed=seed, dtype=dtype, nhwc=nhwc) for seed in (0, 1))
+    x, y, own = numbers(f), numbers(p), summed.Cublas()
+    assert float(own.content_loss(f, p)) == pytest.approx(content_loss_reference(x, y), rel=2 * ROUNDING[dtype])
+    assert error(own.gram(f, torch.full((24, 24), torch.nan)), gram_reference(x)) < 1e-5
+    difference = factor * torch.from_numpy(gram_reference(y) - gram_reference(x)).float()
+    out = torch.full_like(f, torch.nan)
+    own.style_gradient(f, difference, 0.5 / factor, out, False)
+    truth = 0.5 / factor * numbers(difference) @ x
+    assert error(out, truth) < 3 * max(ROUNDING[dtype], 1e-6)
+    own.style_gradient(f, difference, 0.5 / factor, out, True)
+    assert error(out, 2 * truth) < 4 * max(ROUNDING[dtype], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
