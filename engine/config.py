@@ -112,8 +112,8 @@ class Config:
     )
     window: int | str = _option(
         "auto",
-        "let the network see so many pixels of a side at a time, for less memory and 1.6 times the time or more; auto: "
-        "all of them, unless that needs more memory than there is",
+        "let the network see so many pixels of a side at a time, for less memory and about 1.5 times the time or more; "
+        "auto: all of them, unless that needs more memory than there is",
     )
     clamp: bool = _option(
         True, "keep the pixels of lbfgs in range at every step, as adam does; without, they are cut off at the end"
@@ -287,7 +287,9 @@ class Config:
 
     def window_for(self, size: tuple[int, int]) -> int | None:
         """The most pixels on a side of what the network sees of a picture of this size; None is all of it."""
-        most = MAX_SIZE if self.window == "auto" else int(self.window) // WHOLE * WHOLE
+        if self.window == "auto":
+            return None
+        most = int(self.window) // WHOLE * WHOLE
         return most if max(size) // WHOLE * WHOLE > most else None
 
     def schedule(self, aspect: float) -> list[tuple[int, int]]:

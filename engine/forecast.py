@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .cache import Cache
 from .config import FITTED, Config
 from .export import vgg
 from .features import DTYPES
-from .goal import Goal, canvas, final_size, style_size, visible
+from .goal import Goal, canvas, final_size, style_size
 from .kernels.summed import SCRATCH
 from .networks import spec_of
 
@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cudnn")  # where all memory is ours; what ONNX Runtime and TensorRT take is theirs to know
 _SYSTEM = Path("/")
-_AT_MOST = 8192  # bytes of a pixel that no run takes for each region
+_AT_MOST = 16384  # bytes of a pixel that a run hardly takes for a region
 _SURE = 0.9  # of what is free: forecasts are not exact, and others take memory meanwhile
-_FEWER_PAIRS = (20, 10, 5)
+# Iterations to a loss with so few pairs, over those with 50 (benchmarks/README.md).
+_SLOWER = {20: 1.2, 10: 1.5, 5: 2.0}
 _RECOLOURED = 8 * 12  # bytes of a pixel of the pictures while their colours are changed
 
 
@@ -71,42 +72,67 @@ class Setup:
 def fit(setup: Setup, goal: Goal, *, same_pairs: bool = False) -> Goal:
     """The goal, fitted to the memory that there is, where its run would take more and this is forecast; it is logged.
 
-    What is kept for later runs is let go first. Then the options FITTED make room if they are `auto`: the network gets
-    the largest window with which there is enough; and L-BFGS fewer pairs, unless they are to stay the `same_pairs`. If
-    nothing helps there is a warning. Runs side by side do not know of each other.
+    The options FITTED make room if they are `auto`, in the way that slows the run down least: the network gets a
+    window, L-BFGS fewer pairs, unless they are to stay the `same_pairs`. If nothing helps there is a warning. Runs side
+    by side do not know of each other. What is kept for later runs counts as free.
     """
-    config = goal.config
-    left = available(setup.device) if setup.device in DEVICES else None
-    if left is None or _rough(goal) < left:
+    left, config = _free(setup), goal.config
+    if left is None or not _is_short(left, setup, goal):
         return goal
     needed = forecast(setup, goal).total
-    if needed > _SURE * left and setup.cache is not None and len(setup.cache):
-        setup.cache.clear()
-        left = available(setup.device) or left
-    if needed <= _SURE * left:
-        return goal
-    seen, pairs = [config.window], [config.history]
+    seen, pairs = [config.window], [(config.history, 1.0)]
     if config.window == "auto":
         seen += windows.choices(max(map(max, _sizes(goal))), goal.layers, wrap=config.tile)
     if config.history == "auto" and config.optimizer == "lbfgs" and not same_pairs:
-        pairs += [count for count in _FEWER_PAIRS if count < kernels.pairs("auto", setup.device == "cudnn")]
-    for most, history in product((_SURE * left, left), pairs):
-        choices = (replace(goal, config=replace(config, window=window, history=history)) for window in seen)
-        totals = ((each, forecast(setup, each).total) for each in choices)
-        if forecast(setup, replace(goal, config=replace(config, window=seen[-1], history=history))).total <= most:
-            found, total = next((each, total) for each, total in totals if total <= most)
-            log.info(
-                "this would take about %s of memory, and %s are free, of which a tenth is to stay so: with %s it takes "
-                "%s, and some %.1f times as long",
-                *(short(needed), short(left), _changes(goal, found), short(total), _cost(setup, found)),
-            )
-            return found
+        usual = kernels.pairs("auto", setup.device == "cudnn")
+        pairs += [(count, slower) for count, slower in _SLOWER.items() if count < usual]
+    for most in (_SURE * left, left) if needed > left else (_SURE * left,):
+        choices = []
+        for history, slower in pairs:
+            given = [replace(goal, config=replace(config, window=window, history=history)) for window in seen]
+            if forecast(setup, given[-1]).total <= most:  # and of the windows that fit, the largest
+                found = given[bisect_left(given, -most, key=lambda each: -forecast(setup, each).total)]
+                choices.append((slower * _cost(setup, found), found))
+        if choices:
+            return _chosen(setup, goal, min(choices, key=lambda each: each[0])[1], needed, left)
     if needed > left:
         text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
+        text += ", a smaller --window" if config.window != "auto" else ""
         if config.optimizer == "lbfgs":
-            text += "" if config.history == "auto" else ", a --history of few pairs"
+            text += ", a --history of few pairs" if config.history != "auto" else ""
             text += " or --optimizer adam"
         log.warning(text, short(needed), short(left))
+    return goal
+
+
+def _chosen(setup: Setup, asked: Goal, found: Goal, needed: int, left: int) -> Goal:
+    """What was found, which the log is told."""
+    pairs = [(name, getattr(asked.config, name), getattr(found.config, name)) for name in FITTED]
+    changes = " and ".join(f"--{name} {new}" for name, old, new in pairs if new != old)
+    text = "this would take about %s of memory, more than nine tenths of the %s that are free: with %s it takes %s"
+    times = _cost(setup, found) / _cost(setup, asked)
+    text += f", and an evaluation some {times:.1f} times as long" if found.config.window != asked.config.window else ""
+    log.info(text, short(needed), short(left), changes, short(forecast(setup, found).total))
+    return found
+
+
+def _free(setup: Setup) -> int | None:
+    """Bytes that are free, or kept for later runs; None where memory is not forecast, or the system does not tell."""
+    left = available(setup.device) if setup.device in DEVICES else None
+    return left if left is None or setup.cache is None else left + setup.cache.bytes
+
+
+def begin(setup: Setup, goal: Goal, identity: Mapping[str, Any] | None) -> Goal:
+    """The goal as its run begins: fitted, and what is kept for later ones let go, if it needs the memory.
+
+    A frame behind another has what was chosen for the first one; with the `identity` of a checkpoint the run goes on.
+    """
+    if identity is not None:
+        setup = replace(setup, precision=identity["precision"])  # it may have fallen back
+    if goal.carried is None:
+        goal = fit(setup, goal, same_pairs=identity is not None)
+    if setup.cache is not None and _is_short(available(setup.device) if setup.device in DEVICES else None, setup, goal):
+        setup.cache.clear()
     return goal
 
 
@@ -115,8 +141,13 @@ def fitted_again(config: Config, identity: Mapping[str, Any]) -> Config:
     return replace(config, **{name: identity[name] for name in FITTED if getattr(config, name) == "auto"})
 
 
+def _is_short(left: int | None, setup: Setup, goal: Goal) -> bool:
+    """Whether the run takes more than is surely free; a forecast takes some time, and small pictures need none."""
+    return left is not None and _rough(goal) >= left and forecast(setup, goal).total > _SURE * left
+
+
 def _rough(goal: Goal) -> int:
-    """Bytes that the run surely does not take."""
+    """Bytes that the run takes with uncommon options only."""
     regions = max(1, len(goal.masks))
     sources = [each for each in (goal.content, *goal.styles) if isinstance(each, images.Picture)]
     return _AT_MOST * regions * max(map(math.prod, _sizes(goal))) + _RECOLOURED * max(
@@ -129,11 +160,6 @@ def _sizes(goal: Goal) -> list[tuple[int, int]]:
     size = _size(goal)
     styles = zip(goal.styles, goal.own, strict=True)
     return [size, *(style_size(each, max(size), own) for each, own in styles if isinstance(each, images.Picture))]
-
-
-def _changes(before: Goal, after: Goal) -> str:
-    pairs = [(name, getattr(before.config, name), getattr(after.config, name)) for name in FITTED]
-    return " and ".join(f"--{name} {new}" for name, old, new in pairs if new != old)
 
 
 def _cost(setup: Setup, goal: Goal) -> float:
@@ -220,9 +246,9 @@ def _style_phase(setup: Setup, goal: Goal, side: int) -> dict[str, int]:
         window = config.window_for(size)
         if setup.device == "cudnn":
             own += max(_products(spec, window, [layer], 1) for layer in spec.layers)
-        mask = visible(style, mask)
-        if config.style_loss != "gram" or mask is not None:  # what is made of the features; with a mask, on a way
-            element = DTYPES[spec.precision].itemsize + 4 * (mask is not None)
+        masked = mask is not None or style.alpha is not None
+        if config.style_loss != "gram" or masked:  # what is made of the features; with a mask, on a way
+            element = DTYPES[spec.precision].itemsize + 4 * masked
             own += element * max(windows.largest(spec, window).values())
         most = max(most, own)
     return {"network of the style": most, **(_beside(setup, spec, config) if spec else {})}

@@ -22,7 +22,7 @@ from .checkpoint import load as load_checkpoint
 from .config import Config
 from .export import vgg
 from .features import Features, features_of, within
-from .forecast import Forecast, Setup, fit, fitted_again, forecast
+from .forecast import Forecast, Setup, begin, fit, fitted_again, forecast
 from .goal import Goal, canvas, final_size, load_part, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
@@ -127,18 +127,17 @@ class Stylizer:
         """The same run as an iterator over its iterations: leave it, and it stops.
 
         `resume`, the `Step.checkpoint()` of such a run, makes it go on behind that step; on a CPU every later step is
-        that of the uninterrupted run, bit for bit. Pictures and options are checked now, the work is done as the
-        iterator advances. Raises ValueError for a checkpoint that is damaged or of other pictures, options, weights,
-        device or precision.
+        that of the uninterrupted run, bit for bit (but for a window that memory asks for by now). Pictures and options
+        are checked now, the work is done as the iterator advances. Raises ValueError for a checkpoint that is damaged
+        or of other pictures, options, weights, device or precision.
 
         `carried`, of the size of the result, is what a frame of a video begins with and is held to: see `engine.video`.
         """
-        asked, checkpoint = config or Config(), None
-        if resume is not None:
-            checkpoint = load_checkpoint(resume)
+        asked, checkpoint = config or Config(), None if resume is None else load_checkpoint(resume)
+        if checkpoint is not None:
             asked = fitted_again(asked, checkpoint.identity)
         given = replace(self._goal(content, style, asked, masks, freeze), carried=carried)
-        given = fit(self._setup, given, same_pairs=checkpoint is not None)
+        given = begin(self._setup, given, None if checkpoint is None else checkpoint.identity)
         config, asked = given.config, replace(asked, window=given.config.window, history=given.config.history)
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)

@@ -89,7 +89,7 @@ class Video:
         self._style: list[Any] | None = self._given  # of the frames behind a first one
         later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
         self._later = replace(later, colour="none") if self._colour in _MATCHED else later
-        self._fits = False
+        self._has_chosen = False
         self._before: tuple[Picture, Picture] | None = None  # the frame before, what was made of it
 
     def __call__(self, content: Any) -> Frame:
@@ -102,7 +102,7 @@ class Video:
         carried = self._carried(now, frame.name or "a frame")
         if carried is None:
             self._match(frame)
-        self._fit(frame)
+        self._choose(frame)
         config = self._first if carried is None else self._later
         style = self._given if carried is None else self._style
         (step,) = deque(self._stylizer.steps(frame, style, config, carried=carried), 1)
@@ -114,13 +114,13 @@ class Video:
             flicker = float((carried.certain[..., None] * abs(made.rgb - carried.picture.rgb)).mean()) / kept
         return Frame(step.picture, step.loss, kept, flicker)
 
-    def _fit(self, frame: Picture) -> None:
+    def _choose(self, frame: Picture) -> None:
         """Let the memory that there is at the first frame choose for all."""
-        if self._fits:
+        if self._has_chosen:
             return
         self._first = self._stylizer.fitted(frame, self._given, self._first)
         self._later = replace(self._later, **{name: getattr(self._first, name) for name in FITTED})
-        self._fits = True
+        self._has_chosen = True
 
     def take(self, content: Any, painted: Any) -> None:
         """Go on from a frame that was painted before; ValueError if its size is not that of the result.
