@@ -31,6 +31,7 @@ GRADIENT_ERROR = {"fp32": 2e-2, "fp16": 5e-2, "bf16": 1e-1}
 MAX_GRADIENT_ERROR = {"fp32": 8e-2, "fp16": 2e-1, "bf16": 4e-1}  # routed elsewhere where values agree but for rounding
 END_ERROR, OTHER_END_ERROR = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.05}, {"fp32": 0.1, "fp16": 0.2, "bf16": 0.2}
 LEVELS, FEW = 3, 0.01  # by which pixels may differ that should be the same, and the share of those that differ by more
+WINDOW = 320  # pixels
 _CONVS = {"content_layers": ("conv4_2",), "style_layers": ("conv1_1", "conv3_1", "relu3_1:2")}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -155,7 +156,8 @@ def options(
 
 
 def going_on(rows: Rows, device: str, engines: Iterable[str] = ENGINES, size: int = 128, iterations: int = 30) -> None:
-    """A run that goes on from a checkpoint ends where it would have, a frame of a video where a CPU has it; threads."""
+    """A run that goes on from a checkpoint ends where it would have, a frame of a video where a CPU has it; losses and
+    gradient through windows are those of the whole picture; threads do not disturb each other."""
     problem = cases.load(size)
     content, style = problem.content.rgb, problem.style.rgb
     for name in engines:
@@ -171,6 +173,8 @@ def going_on(rows: Rows, device: str, engines: Iterable[str] = ENGINES, size: in
                     _compare(rows, f"{name} {optimizer}, resumed", found, truth)
             with rows.attempt(f"{name}, a frame of a video"):
                 _frame(rows, name, stylizer, problem, iterations)
+            with rows.attempt(f"{name}, through windows"):
+                _windows(rows, name, stylizer, problem)
             with rows.attempt(f"{name}, threads"):
                 _threads(rows, name, stylizer, problem, replace(problem.config, iterations=iterations))
 
@@ -188,6 +192,26 @@ def _frame(rows: Rows, name: str, stylizer: Stylizer, problem: cases.Problem, it
     held = [float((certain[..., None] * abs(end.picture.rgb - carried.picture.rgb)).mean()) for end in ends]
     passed = error < END_ERROR[stylizer.precision] and abs(held[0] / held[1] - 1) < 0.1
     rows.add(f"{name}, a frame of a video", passed, loss_error=error, moved=held[0], moved_on_cpu=held[1])
+
+
+def _windows(rows: Rows, name: str, stylizer: Stylizer, problem: cases.Problem) -> None:
+    """Four windows, without and with masks and means, against the same engine on all of the picture."""
+    content = images.resize(problem.content, (WINDOW + 80, WINDOW + 39))
+    picture, across = (np.random.default_rng(seed).random(content.rgb.shape, np.float32) for seed in (0, 1))
+    for kind, masks in (("gram", None), ("wasserstein", [across[..., 0]])):
+        config = replace(problem.config, style_loss=kind, style_size=WINDOW + 40)
+        given = picture, content, problem.style
+        whole, found = (
+            stylizer.evaluate(*given, each, masks=masks) for each in (config, replace(config, window=WINDOW))
+        )
+        errors = {
+            "loss_error": abs(found.loss / whole.loss - 1),
+            "gradient_error": float(np.linalg.norm(found.gradient - whole.gradient) / np.linalg.norm(whole.gradient)),
+        }
+        passed = all(
+            errors[each] <= most for each, most in limits("default", stylizer.precision).items() if each in errors
+        )
+        rows.add(f"{name}, through windows, {kind}", passed, **errors)
 
 
 def _threads(rows: Rows, name: str, stylizer: Stylizer, problem: cases.Problem, config: Config) -> None:

@@ -384,14 +384,21 @@ def forecast(
     engine: str = "engine-cudnn-fp16",
     sizes: Iterable[int] = (256, 512, 1024),
     iterations: int = 30,
+    window: int = 512,
 ) -> None:
-    """What runs over all scales have in use at their peaks, by torch's books, against their forecasts."""
+    """What runs over all scales have in use at their peaks, by torch's books, against their forecasts.
+
+    The largest one also through windows.
+    """
     before = torch.cuda.memory_allocated()  # once: workspaces of a size serve the next one
-    for kept, size in product((False, True), sizes):  # in this order: handles of cuBLAS stay with their streams
-        name = f"{engine} {size}" + ("" if kept else ", networks let go")
+    runs = [(kept, size, "auto") for kept, size in product((False, True), sizes)]
+    for kept, size, seen in (*runs, (False, runs[-1][1], window)):  # in this order: cuBLAS's handles stay with streams
+        name = (
+            f"{engine} {size}" + ("" if kept else ", networks let go") + ("" if seen == "auto" else f", window {seen}")
+        )
         with rows.attempt(name):
             problem = cases.load(size, device=device)
-            config = replace(problem.config, iterations=iterations)
+            config = replace(problem.config, iterations=iterations, window=seen)
             stylizer = Stylizer(problem.weights, *cases.ENGINES[engine], keep_networks=kept)
             told = stylizer.forecast(problem.content, problem.style, config).total / 2**20
             gc.collect()  # what went before is gone
