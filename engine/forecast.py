@@ -96,7 +96,11 @@ def fit(setup: Setup, goal: Goal, *, same_pairs: bool = False) -> Goal:
         if choices:
             return _chosen(setup, goal, min(choices, key=lambda each: each[0])[1], needed, left)
     if needed > left:
-        text = "this will take about %s of memory, and %s are free: less is needed with a smaller --size"
+        text = "this will take about %s of memory, and %s are free"
+        least = replace(goal, config=replace(config, window=seen[-1], history=pairs[-1][0]))
+        if least != goal:
+            text += f", where {_changes(goal, least)} would take {short(forecast(setup, least).total)}"
+        text += ": less is needed with a smaller --size"
         text += ", a smaller --window" if config.window != "auto" else ""
         if config.optimizer == "lbfgs":
             text += ", a --history of few pairs" if config.history != "auto" else ""
@@ -107,13 +111,18 @@ def fit(setup: Setup, goal: Goal, *, same_pairs: bool = False) -> Goal:
 
 def _chosen(setup: Setup, asked: Goal, found: Goal, needed: int, left: int) -> Goal:
     """What was found, which the log is told."""
-    pairs = [(name, getattr(asked.config, name), getattr(found.config, name)) for name in FITTED]
-    changes = " and ".join(f"--{name} {new}" for name, old, new in pairs if new != old)
     text = "this would take about %s of memory, more than nine tenths of the %s that are free: with %s it takes %s"
     times = _cost(setup, found) / _cost(setup, asked)
-    text += f", and an evaluation some {times:.1f} times as long" if found.config.window != asked.config.window else ""
-    log.info(text, short(needed), short(left), changes, short(forecast(setup, found).total))
+    text += f", an evaluation some {times:.1f} times as long" if found.config.window != asked.config.window else ""
+    if found.config.history != asked.config.history:
+        text += f", and the same loss some {_SLOWER[int(found.config.history)]} times the iterations"
+    log.info(text, short(needed), short(left), _changes(asked, found), short(forecast(setup, found).total))
     return found
+
+
+def _changes(asked: Goal, found: Goal) -> str:
+    pairs = [(name, getattr(asked.config, name), getattr(found.config, name)) for name in FITTED]
+    return " and ".join(f"--{name} {new}" for name, old, new in pairs if new != old)
 
 
 def _free(setup: Setup) -> int | None:

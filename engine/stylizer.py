@@ -107,8 +107,7 @@ class Stylizer:
         Raises ValueError, TypeError or OSError for pictures and options that cannot be used, FloatingPointError if the
         run meets a NaN or an infinity (`steps` then still has the last good picture).
         """
-        start = time.perf_counter()
-        trace = []
+        start, trace = time.perf_counter(), list[tuple[int, float, float]]()
         for step in self.steps(content, style, config, masks=masks, freeze=freeze):
             trace.append((step.scale, step.loss, time.perf_counter() - start))
         return Result(step.image, step, tuple(trace))
@@ -181,10 +180,12 @@ class Stylizer:
             images.load(goal.config.start_file)
         return forecast(self._setup, fit(self._setup, goal))
 
-    def fitted(self, content: Any, style: Any, config: Config, *, masks: Any = None, freeze: Any = None) -> Config:
+    def fitted(
+        self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
+    ) -> Config:
         """The options that the same call will have: with a window, or fewer pairs, if memory is short."""
-        chosen = fit(self._setup, self._goal(content, style, config, masks, freeze)).config
-        return replace(config, window=chosen.window, history=chosen.history)
+        chosen = fit(self._setup, self._goal(content, style, config or Config(), masks, freeze)).config
+        return replace(config or Config(), window=chosen.window, history=chosen.history)
 
     def evaluate(
         self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None

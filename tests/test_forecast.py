@@ -291,6 +291,8 @@ def test_a_run_that_takes_more_than_there_is_is_warned_of(
     (found,) = [each.message for each in caplog.records if "of memory" in each.message] or [""]
     assert bool(found) == told
     if told:
-        assert "of memory, and 1 MiB are free: less is needed with a smaller --size" in found
+        assert "of memory, and 1 MiB are free" in found
+        assert "less is needed with a smaller --size" in found
         assert ("--optimizer adam" in found) == ("--optimizer" not in options)
-        assert ("--history" in found) == ("--history" in options)  # it has given up pairs of its own
+        assert ("a --history of few pairs" in found) == ("--history" in options)
+        assert ("where --history 5 would take" in found) == (not options)

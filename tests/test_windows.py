@@ -303,7 +303,7 @@ def test_a_window_is_chosen_where_memory_is_short(stylizer, little, caplog):
         assert found.total <= 0.9 * share * whole.total < previous
         (line,) = told
         assert line.startswith(f"this would take about {forecast.short(whole.total)} of memory, more than ")
-        assert f"it takes {forecast.short(found.total)}, and an evaluation some " in line
+        assert f"it takes {forecast.short(found.total)}, an evaluation some " in line
         window = int(line.split("--window ")[1].split()[0])
         little(None)
         assert stylizer.forecast(content, style, replace(config, window=window)) == found
@@ -331,7 +331,9 @@ def test_what_is_chosen_is_what_is_painted(stylizer, little, caplog):
         (step,) = stylizer.steps(content, style, replace(config, window=window))
         assert step.manifest([], 0.0)["options"]["window"] == window
         (line,) = [each.message for each in caplog.records]
-        assert "and 1 MiB are free: less is needed with a smaller --size" in line
+        assert "and 1 MiB are free" in line
+        assert ("free, where --window 64 would take " in line) == (window == "auto")
+        assert ": less is needed with a smaller --size" in line
 
 
 def test_pairs_are_given_up_where_windows_do_not_help_or_cost_more(stylizer, little, caplog):
@@ -360,7 +362,7 @@ def test_pairs_are_given_up_where_windows_do_not_help_or_cost_more(stylizer, lit
         _, _, window, history = min(fitting)
         assert (found.window, found.history) == (window or "auto", history)
         (line,) = [each.message for each in caplog.records]
-        assert (f"--history {history}" in line) == (history != "auto")
+        assert (f"--history {history}" in line) == ("times the iterations" in line) == (history != "auto")
         assert (f"--window {window}" in line) == ("times as long" in line) == (window is not None)
         several.add((window is None, history))
         kept = stylizer.fitted(content, style, replace(config, history=50, window=400))
