@@ -20,7 +20,6 @@ from .config import FITTED, Config
 from .export import vgg
 from .features import DTYPES
 from .goal import Goal, canvas, final_size, style_size
-from .kernels.summed import SCRATCH
 from .networks import spec_of
 
 log = logging.getLogger(__name__)
@@ -77,9 +76,11 @@ def fit(setup: Setup, goal: Goal, *, same_pairs: bool = False) -> Goal:
     by side do not know of each other. What is kept for later runs counts as free.
     """
     left, config = _free(setup), goal.config
-    if left is None or not _is_short(left, setup, goal):
+    if left is not None and setup.cache is not None:
+        left += setup.cache.bytes
+    needed = _too_much(left, setup, goal)
+    if left is None or needed is None:
         return goal
-    needed = forecast(setup, goal).total
     seen, pairs = [config.window], [(config.history, 1.0)]
     if config.window == "auto":
         seen += windows.choices(max(map(max, _sizes(goal))), goal.layers, wrap=config.tile)
@@ -126,9 +127,8 @@ def _changes(asked: Goal, found: Goal) -> str:
 
 
 def _free(setup: Setup) -> int | None:
-    """Bytes that are free, or kept for later runs; None where memory is not forecast, or the system does not tell."""
-    left = available(setup.device) if setup.device in DEVICES else None
-    return left if left is None or setup.cache is None else left + setup.cache.bytes
+    """Bytes that are free; None where memory is not forecast, or the system does not tell."""
+    return available(setup.device) if setup.device in DEVICES else None
 
 
 def begin(setup: Setup, goal: Goal, identity: Mapping[str, Any] | None) -> Goal:
@@ -140,7 +140,7 @@ def begin(setup: Setup, goal: Goal, identity: Mapping[str, Any] | None) -> Goal:
         setup = replace(setup, precision=identity["precision"])  # it may have fallen back
     if goal.carried is None:
         goal = fit(setup, goal, same_pairs=identity is not None)
-    if setup.cache is not None and _is_short(available(setup.device) if setup.device in DEVICES else None, setup, goal):
+    if setup.cache is not None and _too_much(_free(setup), setup, goal) is not None:
         setup.cache.clear()
     return goal
 
@@ -150,9 +150,15 @@ def fitted_again(config: Config, identity: Mapping[str, Any]) -> Config:
     return replace(config, **{name: identity[name] for name in FITTED if getattr(config, name) == "auto"})
 
 
-def _is_short(left: int | None, setup: Setup, goal: Goal) -> bool:
-    """Whether the run takes more than is surely free; a forecast takes some time, and small pictures need none."""
-    return left is not None and _rough(goal) >= left and forecast(setup, goal).total > _SURE * left
+def _too_much(left: int | None, setup: Setup, goal: Goal) -> int | None:
+    """The bytes that the run takes, if that is more than is surely free: None if not, or if nobody knows.
+
+    A forecast takes some time, and small pictures need none.
+    """
+    if left is None or _rough(goal) < left:
+        return None
+    needed = forecast(setup, goal).total
+    return needed if needed > _SURE * left else None
 
 
 def _rough(goal: Goal) -> int:
@@ -173,9 +179,8 @@ def _sizes(goal: Goal) -> list[tuple[int, int]]:
 
 def _cost(setup: Setup, goal: Goal) -> float:
     """How many times as long an evaluation at the last scale takes as without windows."""
-    size, config = _size(goal), goal.config
-    spec = _spec(setup, size, goal.layers, config, "circular" if config.tile else config.padding)
-    return windows.cost(spec, config.window_for(size))
+    size = _size(goal)
+    return windows.cost(_spec_of_run(setup, goal, size), goal.config.window_for(size))
 
 
 def _size(goal: Goal) -> tuple[int, int]:
@@ -267,10 +272,15 @@ def _spec(setup: Setup, size: tuple[int, int], layers: tuple[str, ...], config: 
     return spec_of(setup.device, setup.precision, size, layers, config.pooling, padding)
 
 
+def _spec_of_run(setup: Setup, goal: Goal, size: tuple[int, int]) -> vgg.Spec:
+    config = goal.config
+    return _spec(setup, size, goal.layers, config, "circular" if config.tile else config.padding)
+
+
 def _run_phase(setup: Setup, goal: Goal, size: tuple[int, int], steps: int) -> dict[str, int]:
     """While one scale is optimised."""
     config, gpu, count = goal.config, setup.device == "cudnn", 3 * math.prod(size)
-    spec = _spec(setup, size, goal.layers, config, "circular" if config.tile else config.padding)
+    spec = _spec_of_run(setup, goal, size)
     own, made = _losses(goal, spec, gpu)
     return {
         "network": _network(setup, spec, config, made),
@@ -303,7 +313,7 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
         if config.style_loss == "wasserstein":  # roots of covariances, fp64
             total += 16 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)
         if window is not None:
-            return total + SCRATCH, ()
+            return total + kernels.SCRATCH, ()
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}
         made = [name for name in asked if not (views and name in styles) and fused.chains(spec, name, **asked[name])]
         return total, tuple(made)

@@ -98,13 +98,11 @@ class Windowed:
         down, across = spans(spec, most)
         self._windows = tuple(product(down.each, across.each))
         (self._seen,) = self._network.parts
+        same, parts = forward_only or self._seen.cotangents is self._seen.features, []
         memory = {name: self._seen.features[name].new_empty(count) for name, count in largest(spec, most).items()}
-        own = memory
-        if not forward_only and self._seen.cotangents is not self._seen.features:
-            own = {name: torch.empty_like(each) for name, each in memory.items()}
+        own = memory if same else {name: torch.empty_like(each) for name, each in memory.items()}
         self._given = {} if forward_only else {name: self._seen.cotangents[name] for name in spec.layers}
-        self._memory = [*memory.values(), *(own.values() if own is not memory else ())]
-        same, parts = own is memory, []
+        self._memory = [*memory.values(), *(() if same else own.values())]
         for rows, columns in self._windows:
             areas = {name: (_places(name, rows), _places(name, columns)) for name in spec.layers}
             features = {name: self._placed(name, area, memory[name]) for name, area in areas.items()}

@@ -11,7 +11,7 @@ from .adam import RATE, Adam
 from .layers import Layers, Term, gram, losses, memory_of_products
 from .lbfgs import DIVERGED, Lbfgs, pairs
 from .pixels import Pixels
-from .summed import Layer, Products, Summed
+from .summed import SCRATCH, Layer, Products, Summed
 from .temporal import Temporal
 from .trail import Trail
 from .wasserstein import Wasserstein
@@ -19,6 +19,7 @@ from .wasserstein import Wasserstein
 __all__ = [
     "DIVERGED",
     "RATE",
+    "SCRATCH",
     "Adam",
     "Counters",
     "Layer",
