@@ -236,7 +236,7 @@ class Objective:
         target = statistic.matrix
         if config.style_loss == "wasserstein":
             if term not in self._distances:
-                self._distances[term] = kernels.Wasserstein(view.mean.clone(), statistic.mean, statistic.matrix)
+                self._distances[term] = kernels.Wasserstein(view.away.clone(), statistic.matrix)
             target = torch.zeros_like(target)
         self._shares[term] = name, region.share
         self._views[turn][term] = view
@@ -260,8 +260,8 @@ class Objective:
         for term, distance in self._distances.items():
             views = [each[term] for each in self._views]
             positions = [view.features.shape[1] for view in views]
-            means = (count / sum(positions) * view.mean for count, view in zip(positions, views, strict=True))
-            distance.mean.copy_(torch.stack(list(means)).sum(0))
+            aways = (count / sum(positions) * view.away for count, view in zip(positions, views, strict=True))
+            distance.away.copy_(torch.stack(list(aways)).sum(0))
         self._layers.conclude()
 
     def _cotangents(self, layers: Collection[str]) -> None:

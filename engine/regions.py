@@ -2,7 +2,8 @@
 
 Every statistic is the second moment of X = (F - s 1^T) diag(g) over the M positions: G = X X^T / M, with the mean
 m = F g^2 / M. The shift s is zero for Gram matrices and one for shifted ones; for covariances it is near m, and what is
-left of m is taken off G: G - (m - s) (m - s)^T. So s is known before m, and all features need not be there at once. The
+left of m is taken off G: G - (m - s) (m - s)^T. So s is known before m, and all features need not be there at once. As
+X is rounded to 16 bits, m - s is taken of what it has become, X g / M: else G - (m - s) (m - s)^T is no covariance. The
 guide g of a region is its mask at the layer with mean(g^2) = 1 (Gatys et al. 2017, section 4), and one without masks.
 If dL/dX = D X, then dL/dF = (D X + b g^T) diag(g), where b belongs to the mean: the kernels of Gram matrices serve all
 of them.
@@ -38,7 +39,7 @@ class View:
 
     All are in the layout and dtype of F. X and dL/dX have memory of their own, or as much as they need of `room`, two
     flat tensors that others use at other times; without target there is no dL/dX. `shift` is s, a number or (C,) fp32;
-    `guide` (M,) fp32, None for the whole picture.
+    `guide` (M,) fp32, None for the whole picture; `away` m - s (C,) fp32.
     """
 
     def __init__(
@@ -56,16 +57,16 @@ class View:
         self.cotangent: Tensor | None = None
         if target is not None:
             self.cotangent = torch.empty_like(features) if room is None else alike(features, room[1])
-        self.mean = torch.zeros(len(features), device=features.device)
+        self.away = torch.zeros(len(features), device=features.device)
 
     def read(self) -> None:
-        """F -> X, m."""
-        source, guide = self._source, self._guide
-        self.mean.copy_((source if guide is None else source * guide.square()).mean(1, dtype=torch.float32))
+        """F -> X, m - s."""
+        found, guide = self.features, self._guide
         if guide is None:
-            torch.sub(source, self._shift, out=self.features)
+            torch.sub(self._source, self._shift, out=found)
         else:
-            torch.mul(source - self._shift, guide, out=self.features)
+            torch.mul(self._source - self._shift, guide, out=found)
+        self.away.copy_((found if guide is None else found * guide).mean(1, dtype=torch.float32))
 
     def write(self, slope: Tensor | None) -> None:
         """Add dL/dF to the cotangent of F, from dL/dX and b = `slope` (C,) fp32 (None is zero)."""
@@ -99,24 +100,23 @@ class Moments:
         if self._sums is None and self._statistic == "wasserstein":
             self._shift = features.mean(1, dtype=torch.float32)
         if self._statistic == "gram" and guide is None:
-            seen, mean = features, features.mean(1, dtype=torch.float32)
+            seen, away = features, features.mean(1, dtype=torch.float32)
         else:
             view = View(features, self._shift, guide)
             view.read()
-            seen, mean = view.features, view.mean
+            seen, away = view.features, view.away
         share = features.shape[1] / self._positions
-        own = share * kernels.gram(seen, self._products), share * mean
+        own = share * kernels.gram(seen, self._products), share * away
         self._sums = own if self._sums is None else (self._sums[0] + own[0], self._sums[1] + own[1])
 
     @property
     def statistic(self) -> Statistic:
         """What all of them have."""
         assert self._sums is not None
-        matrix, mean = self._sums
+        matrix, away = self._sums
         if self._statistic == "wasserstein":
-            away = mean - self._shift
             matrix = matrix - torch.outer(away, away)
-        return Statistic(matrix, mean)
+        return Statistic(matrix, self._shift + away)
 
 
 def statistics_of(

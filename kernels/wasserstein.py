@@ -33,18 +33,17 @@ def wasserstein_reference(
 
 
 class Wasserstein:
-    """L to a style's mean (C,) and covariance (C, C), both fp32; computed in fp64, where the tensors are.
+    """L to a style's mean n and covariance T (C, C) fp32; computed in fp64, where the tensors are.
 
-    X are the image's features less the style's mean n, which is known before they are. `mean` (C,) fp32 is where their
-    own mean m has to stand when the object is called; the gradient of L with respect to it is 1 / C times the `slope`
-    (C,) fp32 that a call leaves. The eigenvalues are the host's to wait for, so that a call cannot be part of a CUDA
-    graph. Raises FloatingPointError for a target that is not finite, and gives NaN for a covariance of the image that
-    is not.
+    X are the image's features less n, which is known before they are. `away` (C,) fp32 is where their mean, m - n, has
+    to stand when the object is called; the gradient of L with respect to it is 1 / C times the `slope` (C,) fp32 that a
+    call leaves. The eigenvalues are the host's to wait for, so that a call cannot be part of a CUDA graph. Raises
+    FloatingPointError for a target that is not finite, and gives NaN for a covariance of the image that is not.
     """
 
-    def __init__(self, mean: Tensor, target_mean: Tensor, target: Tensor) -> None:
-        self.mean, self._target_mean, self.slope = mean, target_mean, torch.zeros_like(mean)
-        self._ridge = EPSILON * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+    def __init__(self, away: Tensor, target: Tensor) -> None:
+        self.away, self.slope = away, torch.zeros_like(away)
+        self._ridge = EPSILON * torch.eye(len(away), dtype=torch.float64, device=away.device)
         covariance = target.double() + self._ridge
         if not torch.isfinite(covariance).all():
             raise FloatingPointError("the covariance of a style is not finite")
@@ -54,7 +53,7 @@ class Wasserstein:
 
     def __call__(self, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L, D and mean (m - n)^2 for X X^T / M (C, C) fp32: dL/dX = D X / (C^2 M) beside what the slope gives."""
-        away, channels = (self.mean - self._target_mean).double(), len(moment)
+        away, channels = self.away.double(), len(moment)
         own = moment.double() - torch.outer(away, away) + self._ridge
         try:
             values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)

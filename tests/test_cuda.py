@@ -480,7 +480,7 @@ def test_a_wasserstein_distance_beside_a_gram_matrix(host, dtype, weight):
     target = torch.from_numpy(gram_reference(numbers(a))).float()
 
     def make(dtype, group):
-        distance = Wasserstein(f.float().mean(1), a.mean(1), torch.cov(a))
+        distance = Wasserstein(x.float().mean(1), torch.cov(a))
         given = [each.to(dtype, copy=True) for each in (f, x)]
         return group({
             "gram": Layer(given[0], torch.full_like(given[0], torch.nan), None, target),
