@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long lon
 }
 
 constexpr int STRETCH = 32;  // positions that the warps of a group multiply at once
+constexpr int EARLY = 5;     // turns from the first that is on its way to the one that the second cache asks for
 
 // The same for one NHWC layer of C channels, row `found` of the layers: a block has a share of its positions, and reads each
 // of their features once. Its warps are groups, which take turns at the positions. In a group each warp has two of the
@@ -74,7 +75,13 @@ __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, l
         }
         end_group();
     };
+    // A block that has a multiprocessor for itself would wait for memory in each turn.
+    const auto announce = [&](long long from) {
+        const long long line = from * C + threadIdx.x * 64;
+        if (threadIdx.x < POSITIONS * C / 64 && line < end * C) fetch_early(features + line);
+    };
     for (int stage = 0; stage < STAGES - 1; ++stage) ask(begin + stage * POSITIONS, stage);
+    for (int turn = STAGES - 1; turn < EARLY; ++turn) announce(begin + turn * POSITIONS);
     const int lower = STRIPS - 1 - member;
     Sums sums = {};
     int stage = 0;
@@ -82,6 +89,7 @@ __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, l
         wait_for_groups<STAGES - 2>();
         __syncthreads();  // and nobody reads the stage before this one any more
         ask(at + (STAGES - 1) * POSITIONS, stage == 0 ? STAGES - 1 : stage - 1);
+        announce(at + EARLY * POSITIONS);
 #pragma unroll
         for (int k = 0; k < STRETCH; k += 16) {
             const auto fragment = [&](unsigned (&q)[4], int strip) {

@@ -278,6 +278,11 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) network_style(const H* inco
     };
     for (unsigned first = 16 * (blockIdx.x * WARPS + threadIdx.x / 32); first < positions;
          first += 16 * WARPS * gridDim.x) {
+        const unsigned line = (first + 16 * WARPS * gridDim.x) * C + 64 * lane;  // of what this warp takes next
+        if (lane < 16 * C / 64 && line < positions * C) {
+            fetch_early(features + line);
+            if (incoming) fetch_early(incoming + line);
+        }
         const auto position = [&](int half) { return first + 8 * half + lane / 4; };
         const auto item_of = [&](int half, int part) { return position(half) * (C / EIGHT) + 4 * part + lane % 4; };
         Piece passed[PARTS][2] = {}, arrived[PARTS][2] = {}, found[FIRST ? PARTS : 1][2] = {};
