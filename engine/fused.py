@@ -13,37 +13,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import math
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from . import kernels, provider
+from .convolutions import CHOICES, Convolution, Library
 from .export import graph, vgg
-from .export.ort import BackendError
 from .export.weights import Weights
 from .features import DTYPES, Losses, Whole, ignore, nhwc_zeros, on_stream
 from .kernels import network
 
-log = logging.getLogger(__name__)
-
 PLACE = torch.device(provider.place("cudnn"))
-PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
-REPLAYS = 5  # of one round of timing
-WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
 LIBRARIES = 16 << 20  # bytes of workspaces of a network, half of them cuBLAS's; cuDNN's as seen on an H200
 TORCHS_CUBLAS = 32 << 20  # bytes that torch keeps for a stream on which it multiplies matrices itself
-_chosen: dict[Hashable, int] = {}  # plan of each convolution
-_timing = threading.Lock()  # what runs beside it would spoil it
-_free_handles: list[int] = []
 
 
 class Network:
@@ -83,129 +73,6 @@ class Network:
         return array.contiguous(memory_format=torch.channels_last)
 
 
-class _Library:
-    """cuDNN on a stream: its handle, and the workspace of all its convolutions, which run one after the other.
-
-    Handles are used again and never destroyed: that would break the capture of a graph that is going on elsewhere.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        import cudnn
-
-        try:
-            self.handle: int = _free_handles.pop()
-        except IndexError:
-            self.handle = cudnn.create_handle()
-        weakref.finalize(self, _free_handles.append, self.handle).atexit = False
-        cudnn.set_stream(handle=self.handle, stream=stream.cuda_stream)
-        self.counters = kernels.Counters(2 * len(vgg.CONVS), PLACE)  # there and back
-        self.workspace = torch.empty(1, dtype=torch.uint8, device=PLACE)
-
-    def reserve(self, size: int) -> None:
-        """Let the workspace have this many bytes at least."""
-        if size > len(self.workspace):
-            self.workspace = torch.empty(size, dtype=torch.uint8, device=PLACE)
-
-
-class _Convolution:
-    """target = convolution of source, with `bias` plus that, and `rectified` the ReLU of that; all on fixed memory."""
-
-    def __init__(
-        self,
-        library: _Library,
-        source: Tensor,
-        kernel: Tensor,
-        target: Tensor,
-        padding: int,
-        bias: Tensor | None = None,
-        rectified: bool = False,
-    ) -> None:
-        import cudnn
-
-        io = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}[source.dtype]
-        kind, exact = getattr(cudnn.data_type, io), cudnn.data_type.FLOAT
-        plans = cudnn.pygraph(
-            io_data_type=kind, intermediate_data_type=exact, compute_data_type=exact, handle=library.handle
-        )
-
-        def tensor(memory: Tensor) -> Any:
-            return plans.tensor(dim=list(memory.shape), stride=list(memory.stride()), data_type=kind)
-
-        self._memory = {tensor(source): source, tensor(kernel): kernel}
-        image, weight = self._memory
-        one, frame = [1, 1], [padding, padding]
-        result = plans.conv_fprop(image=image, weight=weight, padding=frame, stride=one, dilation=one)
-        if bias is not None:
-            line = tensor(bias)
-            self._memory[line] = bias
-            result = plans.bias(input=result, bias=line)
-        if rectified:
-            result = plans.relu(input=result)
-        result.set_output(True).set_data_type(kind).set_dim(list(target.shape)).set_stride(list(target.stride()))
-        self._memory[result] = target
-        self._plans, self._library, self._counter = plans, library, library.counters.take()
-        try:
-            plans.validate()
-            plans.build_operation_graph()
-            plans.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            plans.deselect_behavior_notes([cudnn.behavior_note.RUNTIME_COMPILATION])
-            plans.deselect_workspace_greater_than(WORKSPACE)
-            if source.dtype == torch.float32:
-                plans.deselect_numeric_notes([cudnn.numerical_note.TENSOR_CORE])  # they would round to TF32
-            plans.check_support()
-        except Exception as error:  # of cuDNN, or of what the frontend makes of it
-            raise BackendError(f"device cudnn: no convolution {tuple(kernel.shape)} in {io} ({error})") from error
-        shapes = (tuple(each.shape) for each in (source, kernel, target))
-        key = torch.cuda.get_device_name(), io, padding, bias is None, rectified, *shapes
-        with _timing:
-            if key not in _chosen:
-                _chosen[key] = self._fastest(key)
-        try:
-            self._take(_chosen[key])
-        except Exception as error:  # as above; there may be less room than when it was chosen
-            raise BackendError(f"device cudnn: the plan of {key} cannot be had again ({error})") from error
-
-    def run(self) -> None:
-        """Queue it on the stream of the handle."""
-        library = self._library
-        workspace = self._counter if self._only_counts else library.workspace
-        self._plans.execute_plan_at_index(self._memory, workspace, self._plan, handle=library.handle)
-
-    def _take(self, plan: int) -> None:
-        """Raises an error of cuDNN's if this plan cannot be had."""
-        self._plans.build_plan_at_index(plan)
-        size = self._plans.get_workspace_size_plan_at_index(plan)
-        self._only_counts = size <= len(self._counter)
-        if not self._only_counts:
-            self._library.reserve(size)
-        self._plan = plan
-
-    def _fastest(self, key: Hashable) -> int:
-        """The plan to take of the first ones, which are thought to be the best.
-
-        They are timed as graphs: what a plan does besides, like clearing its workspace, and what the host needs to
-        launch it, count as they will.
-        """
-        best, least, tried = -1, math.inf, 0
-        failure: Exception | None = None
-        for plan in range(self._plans.get_execution_plan_count()):
-            if tried == PLANS:
-                break
-            try:
-                self._take(plan)
-                taken = kernels.seconds(self.run, PLACE, REPLAYS)
-            except Exception as error:  # a plan that is not wanted, or that the GPU has no room for
-                log.debug("plan %d of %s: %s", plan, key, error)
-                failure = error
-                continue
-            tried += 1
-            if taken < least:
-                best, least = plan, taken
-        if best < 0:
-            raise BackendError(f"device cudnn: none of the plans for {key} runs here ({failure})") from failure
-        return best
-
-
 class Features(Whole):
     """The two passes of one `spec` (see `features.Features`); all ReLU outputs stay.
 
@@ -235,11 +102,12 @@ class Features(Whole):
         # All of the memory above comes from the stream of the caller, to be of use to its next network, and so do the
         # cotangents that its losses ask for.
         with on_stream(self._stream):
-            self._library = _Library(self._stream)
+            self._library = Library(self._stream, PLACE)
             self._ready: list[tuple[str, int]] = []  # each loss layer, and the steps until its features are there
             self._forward = self._forward_steps()
             self._joint = ("", 0)  # the first convolution on the way back that has a further loss, and the steps to it
             self._vjp = [] if forward_only else self._vjp_steps()
+        CHOICES.keep()
 
     @property
     def overlapping(self) -> Features | None:
@@ -378,7 +246,7 @@ class Features(Whole):
                     zeros = 1 - frame
                 else:
                     x, zeros = self._framed(x, steps)
-                steps.append(_Convolution(self._library, x, pair[0], out, zeros, pair[1], rectified).run)
+                steps.append(Convolution(self._library, x, pair[0], out, zeros, pair[1], rectified).run)
             if not rectified:
                 self._ready.append((conv.name, len(steps)))
                 steps.append(partial(torch.clamp_min, out, 0, out=relu))
@@ -415,7 +283,7 @@ class Features(Whole):
             grown = 2 * int(folds)
             channels = network.EIGHT if at_pixels else conv.in_channels
             incoming = self._room(1, (1, channels, x.shape[2] + grown, x.shape[3] + grown))
-            steps.append(_Convolution(self._library, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
+            steps.append(Convolution(self._library, source, self._parameters[f"{conv.name}.vjp"], incoming, zeros).run)
             pooling = spec.pooling if conv.after_pool else ""
         assert incoming is not None
         steps.append(partial(network.uncentre, incoming, self.gradient, spec.padding))

@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long lon
     const long long across = divide_up(C, tile<T>), pairs = across * (across + 1) / 2;
     const long long local = block - layer.gram_block;
     const long long share = local / pairs;  // blocks that read the same positions run side by side
+    if (share >= layer.shares) return;
     long long row = 0, column = local % pairs;
     for (; column >= across - row; ++row) column -= across - row;
     column += row;
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, l
     Memory& shared = *reinterpret_cast<Memory*>(memory);
     static_assert(sizeof(Memory) <= 48 << 10);
     const Layer layer = layers[found];
+    if (blockIdx.x >= layer.shares) return;
     take_turn();  // the table is always the same
     const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / MEMBERS, member = threadIdx.x / 32 % MEMBERS;
     const long long begin = blockIdx.x * layer.share, end = smaller(begin + layer.share, layer.positions);

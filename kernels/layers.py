@@ -33,9 +33,11 @@ from .summed import LONGEST, Blas, Layer, Products, Summed
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
 _SPAN = 16384  # elements of F that one block of the losses covers at least
-# Blocks for each multiprocessor of what runs beside the network, of one layer: where one runs, no convolution can, and
-# those of the deep layers leave about a fifth of the multiprocessors of an H200 alone at 512.
+# Blocks for each multiprocessor of what runs beside the network, of one layer: where one runs, or waits for its turn, a
+# convolution cannot, and those of the deep layers leave about a fifth of the multiprocessors of an H200 alone at 512.
+# They have clusters too, which find no place between blocks that are scattered.
 _NARROW_BESIDE, _WIDE_BESIDE, _CONTENT_BESIDE = 0.2, 0.2, 0.2
+_CLUSTER = 8
 _FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
@@ -138,31 +140,37 @@ class Layers:
 
         return {way: partial(losses, way) for way in (_BY_KERNEL, _BY_CUBLAS)}
 
+    def _is_beside(self, begin: int) -> bool:
+        """Whether launches for the layers from `begin` on run beside the network."""
+        return self._factors_of_last is not None and begin + 1 < len(self._layers)
+
     def _launch_products(self, way: str, part: slice) -> None:
         """features -> F F^T of each share of the positions, and distances from the content, of some layers."""
         element, layers_of_part = _cuda.ELEMENTS[self._dtype], (part.start, part.stop - part.start)
+        beside = self._is_beside(part.start)
         for i in range(part.start, part.stop):
             features, products = self._layers[i].features, self._partial[i]
             if products is not None and self._narrow[i]:
                 kernel = f"gram_narrow<{element}, {len(features)}>"
-                _cuda.launch("gram", kernel, (len(products),), self._table, i)
+                _launch("gram", kernel, (len(products),), self._table, i, beside=beside)
             elif products is not None and way == _BY_CUBLAS:
                 _blas.products(features, self._part[i], products)
         content_blocks = max(self._content_blocks[part])
         if content_blocks:
             grid = content_blocks, part.stop - part.start
-            _cuda.launch("losses", f"layer_contents<{element}>", grid, self._table, part.start, self._sums)
+            given = self._table, part.start, self._sums
+            _launch("losses", f"layer_contents<{element}>", grid, *given, beside=beside)
         blocks = self._gram_blocks[part.stop] - self._gram_blocks[part.start]
         if way == _BY_KERNEL and blocks:
-            kernel = f"gram<{element}, {self._nhwc}>"
-            _cuda.launch("gram", kernel, (blocks,), self._table, *layers_of_part, self._gram_blocks[part.start])
+            kernel, start = f"gram<{element}, {self._nhwc}>", self._gram_blocks[part.start]
+            _launch("gram", kernel, (blocks,), self._table, *layers_of_part, start, beside=beside)
 
     def _launch_losses(self, begin: int) -> None:
         """Products of the layers from `begin` on -> sums, differences."""
         start, stop = self._loss_blocks[begin], self._loss_blocks[-1]
         if any(layer.target is not None for layer in self._layers[begin:]):
             given = (self._table, begin, len(self._layers) - begin, start, self._sums)
-            _cuda.launch("losses", "layer_losses", (stop - start,), *given)
+            _cuda.launch("losses", "layer_losses", (stop - start,), *given, early=not self._is_beside(begin))
 
     def _launch_factors(self, begin: int, terms: Tensor | None, factors: Tensor, ratio: Tensor | None) -> None:
         """sums of the layers from `begin` on -> terms, factors, lifted, ratio."""
@@ -171,7 +179,8 @@ class Layers:
         bytes_lifted = sum(each.nbytes for each in self._lifted[begin:] if each is not None)
         enough = -(-bytes_lifted // (16 * _cuda.THREADS))  # for 16 bytes a thread
         blocks = max(1, min(_FULL * _cuda.processors(self.terms.device), enough))
-        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (blocks,), *given)
+        kernel = f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>"
+        _cuda.launch("losses", kernel, (blocks,), *given, early=not self._is_beside(begin))
 
     def _factors_of(self, i: int) -> Tensor:
         last = self._factors_of_last if i == len(self.names) - 1 else None
@@ -233,9 +242,8 @@ class Layers:
         # Beside the network cuBLAS takes less time than our kernel; timings of either alone would not show it.
         self._way = _BY_CUBLAS if lies_well else ""
         processors, last = _cuda.processors(device), len(self._layers) - 1
-        ahead = self._factors_of_last is not None
         styles = [i for i, layer in enumerate(self._layers) if layer.target is not None]
-        shapes = [(*self._layers[i].features.shape, ahead and i < last) for i in styles]
+        shapes = [(*self._layers[i].features.shape, self._is_beside(i)) for i in styles]
         found = _shares(shapes, tile, processors, lies_well)
         self._part = [found[styles.index(i)] if i in styles else 0 for i in range(last + 1)]  # positions of a share
         self._partial = list[Tensor | None]()  # products of all shares
@@ -258,7 +266,7 @@ class Layers:
             products = None
             grams = losses = 0
             content_span = _SPAN
-            if ahead and i < last:
+            if self._is_beside(i):
                 content_span = max(_SPAN, -(-channels * positions // _few(_CONTENT_BESIDE, processors)) // 8 * 8)
             spans = -(-channels * positions // content_span)
             if layer.target is not None:
@@ -347,7 +355,14 @@ def _shares(shapes: Sequence[tuple[int, int, bool]], tile: int, processors: int,
 
 
 def _few(share: float, processors: int) -> int:
-    return max(1, int(share * processors))
+    return _CLUSTER * max(1, round(share * processors / _CLUSTER))
+
+
+def _launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: _cuda.Argument, beside: bool) -> None:
+    """As `_cuda.launch`; beside the network in clusters, for which there may be blocks with nothing to do."""
+    if beside:
+        grid = -(-grid[0] // _CLUSTER) * _CLUSTER, *grid[1:]
+    _cuda.launch(name, kernel, grid, *arguments, early=not beside, cluster=_CLUSTER if beside else 1)
 
 
 def _wanted(shapes: Iterable[tuple[int, int]], tile: int, blocks: int) -> int:

@@ -31,7 +31,7 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
     constexpr int WIDE = 16 / sizeof(T);
     using Wide = Vector<T, WIDE>;
     float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (long long i = WIDE * threadIdx.x; i + WIDE <= count; i += WIDE * THREADS) {
         const Wide left = *reinterpret_cast<const Wide*>(a + i), right = *reinterpret_cast<const Wide*>(b + i);
         for (int e = 0; e < WIDE; ++e) {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
 
 // Writes the shares of the other blocks in |F - P|^2, of layers from `begin` on. A block has `content_span` elements of F.
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) layer_contents(const Layer* layers, long long begin, double* sums) {
+__global__ void __launch_bounds__(THREADS, 2) layer_contents(const Layer* layers, long long begin, double* sums) {
     const Layer& layer = layers[begin + blockIdx.y];
     const long long from = blockIdx.x * layer.content_span, count = layer.channels * layer.positions;
     if (!layer.content || from >= count) return;

@@ -126,7 +126,7 @@ def on_cpu(host, monkeypatch):
     """A library whose convolutions torch makes, on a device that is the CPU."""
     import torch
 
-    from engine import fused, kernels
+    from engine import convolutions, fused, kernels
 
     class Convolution:
         def __init__(self, library, source, kernel, target, padding, bias=None, rectified=False):
@@ -145,8 +145,8 @@ def on_cpu(host, monkeypatch):
 
     library = SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda handle, stream: None)
     monkeypatch.setitem(sys.modules, "cudnn", library)
-    monkeypatch.setattr(fused, "_Convolution", Convolution)
-    monkeypatch.setattr(fused, "_free_handles", [])
+    monkeypatch.setattr(fused, "Convolution", Convolution)
+    monkeypatch.setattr(convolutions, "_free_handles", [])
     monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
     stream = SimpleNamespace(cuda_stream=1, wait_stream=lambda other: None)
     monkeypatch.setattr(kernels, "own_stream", lambda owner, place: stream)

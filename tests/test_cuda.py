@@ -945,7 +945,7 @@ def test_bf16_products_without_tensor_cores(programs):
 def test_what_a_launch_hands_to_the_driver(monkeypatch, capability, early):
     from cuda.bindings import driver
 
-    seen, result = [], driver.CUresult.CUDA_SUCCESS
+    seen, told, result = [], [], driver.CUresult.CUDA_SUCCESS
 
     def launched(launching, function, parameters, extra):
         if result != driver.CUresult.CUDA_SUCCESS:
@@ -955,10 +955,14 @@ def test_what_a_launch_hands_to_the_driver(monkeypatch, capability, early):
         grid = launching.gridDimX, launching.gridDimY, launching.gridDimZ
         block = launching.blockDimX, launching.blockDimY, launching.blockDimZ
         seen.append((values, grid, block, int(launching.hStream), launching.numAttrs, int(function), extra))
-        if launching.numAttrs:
-            (attribute,) = launching.attrs
-            assert attribute.id.name == "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
-            assert attribute.value.programmaticStreamSerializationAllowed == 1
+        told.append(
+            {
+                each.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_"): each.value.clusterDim.x
+                if "CLUSTER" in each.id.name
+                else each.value.programmaticStreamSerializationAllowed
+                for each in launching.attrs
+            }
+        )
         return (result,)
 
     cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda index: contextlib.nullcontext()))
@@ -971,7 +975,11 @@ def test_what_a_launch_hands_to_the_driver(monkeypatch, capability, early):
     tensor = torch.arange(6.0)[2:]
     table = _cuda.Table([(tensor, 3, None, 0.5)], torch.device("cpu"))
     _cuda.launch("adam", "adam_step", (3, 2), tensor, table, -3, 0.5, None, 2**40)
-    ((values, *others),) = seen
+    for given in ({"early": False}, {"early": False, "cluster": 3}):
+        _cuda.launch("adam", "adam_step", (3, 2), tensor, table, -3, 0.5, None, 2**40, **given)
+    turns, clusters = {"PROGRAMMATIC_STREAM_SERIALIZATION": 1}, {"CLUSTER_DIMENSION": 3}
+    assert told == ([turns, {}, clusters] if early else [{}] * 3)
+    (values, *others), *_ = seen
     assert others == [(3, 2, 1), (_cuda.THREADS, 1, 1), 55, early, 77, 0]
     assert [int.from_bytes(values[i], "little", signed=True) for i in (0, 1, 2, 4, 5)] == [
         tensor.data_ptr(), table.tensor.data_ptr(), -3, 0, 2**40

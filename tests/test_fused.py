@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import json
 import random
 import sys
 import threading
@@ -17,14 +18,14 @@ import pytest
 import torch
 from conftest import check_alone
 
-from engine import BackendError, Config, features, fused, kernels
+from engine import BackendError, Config, convolutions, features, fused, kernels
 from engine.export import vgg, weights
 from engine.features import network as open_network
 from engine.kernels import _blas, _cuda
 from engine.losses import Objective, Region
 from engine.targets import Statistic
 
-CONVOLUTION = fused._Convolution
+CONVOLUTION = fused.Convolution
 STYLE_AND_CONTENT = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu4_2", "relu5_1")
 
 
@@ -143,19 +144,27 @@ class Node:
         return self
 
 
+def choices(monkeypatch, home):
+    """As a new process has them, with this folder for what is kept."""
+    monkeypatch.setenv("STYLIZE_HOME", str(home))
+    monkeypatch.setattr(convolutions, "CHOICES", convolutions.Choices())
+    monkeypatch.setattr(fused, "CHOICES", convolutions.CHOICES)
+
+
 @pytest.fixture
-def told(on_cpu, monkeypatch):
+def told(on_cpu, monkeypatch, tmp_path):
     """cuDNN with `Graph`s in the place of `on_cpu`'s convolutions: the graphs that were made, and what was timed."""
     made, timed = [], []
     notes = SimpleNamespace(RUNTIME_COMPILATION="compiles", TENSOR_CORE="rounds")
     library = SimpleNamespace(
         pygraph=lambda **given: (made.append(Graph(**given)), made[-1])[1], create_handle=lambda: "handle",
         set_stream=lambda handle, stream: None, heur_mode=SimpleNamespace(A=0, FALLBACK=1), behavior_note=notes,
+        backend_version=lambda: 91900, __version__="1.22",
         data_type=SimpleNamespace(FLOAT="FLOAT", HALF="HALF", BFLOAT16="BFLOAT16"), numerical_note=notes,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cudnn", library)
-    monkeypatch.setattr(fused, "_Convolution", CONVOLUTION)
-    monkeypatch.setattr(fused, "_chosen", {})
+    monkeypatch.setattr(fused, "Convolution", CONVOLUTION)
+    choices(monkeypatch, tmp_path)
     monkeypatch.setattr(kernels, "seconds", lambda *given: (timed.append(given), 1.0)[1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
     return made, timed
@@ -170,7 +179,7 @@ def test_what_cudnn_is_told_is_vgg(told, net, spec, precision):
     spec = replace(spec, precision=precision)
     check_features(net, spec, precision)
     for each in made:
-        assert each.said["deselect_workspace_greater_than"] == (fused.WORKSPACE,)
+        assert each.said["deselect_workspace_greater_than"] == (convolutions.WORKSPACE,)
         assert each.said["deselect_behavior_notes"] == (["compiles"],)
         assert ("deselect_numeric_notes" in each.said) == (each.io == "FLOAT")
     assert {each.io for each in made} == {{"fp32": "FLOAT", "fp16": "HALF", "bf16": "BFLOAT16"}[precision]}
@@ -181,7 +190,7 @@ def test_what_cudnn_is_told_is_vgg(told, net, spec, precision):
 
 def test_convolutions_that_differ_have_plans_of_their_own(told):
     _, timed = told
-    library = fused._Library(SimpleNamespace(cuda_stream=1))
+    library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
 
     def make(size=5, padding=1, bias=False, rectified=False, dtype=torch.float32):
         grown = size + 2 * padding - 2
@@ -504,11 +513,11 @@ class Plans:
         clock.append(self.seconds[plan])
 
 
-clock = []
+clock, times = [], []  # seconds that have passed, and those of the plans of the next graphs
 
 
 @pytest.fixture
-def plans(monkeypatch):
+def plans(monkeypatch, tmp_path):
     """cuDNN with `Plans`, and events that tell the time from the plans that ran between them."""
 
     class Event:
@@ -527,48 +536,95 @@ def plans(monkeypatch):
     made = []
 
     def pygraph(**options):
-        made.append(Plans(next(seconds)))
+        made.append(Plans(times.pop(0) if times else [None, 3.0, 1.0, 2.0]))
         return made[-1]
 
-    seconds = iter([[None, 3.0, 1.0, 2.0], [None, 1.0, 9.0, 9.0], [None, None]])
     names = SimpleNamespace(FLOAT=0, HALF=1, BFLOAT16=2)
     notes = SimpleNamespace(RUNTIME_COMPILATION=0, TENSOR_CORE=0)
     library = SimpleNamespace(
         pygraph=pygraph, create_handle=itertools.count(1).__next__,
         set_stream=lambda handle, stream: None, data_type=names,
         heur_mode=SimpleNamespace(A=0, FALLBACK=1), behavior_note=notes, numerical_note=notes,
+        backend_version=lambda: 91900, __version__="1.22",
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cudnn", library)
     monkeypatch.setattr(fused, "PLACE", torch.device("cpu"))
-    monkeypatch.setattr(fused, "_chosen", {})
-    monkeypatch.setattr(fused, "_free_handles", [])
+    choices(monkeypatch, tmp_path)
+    monkeypatch.setattr(convolutions, "_free_handles", [])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
     clock.clear()
+    times.clear()
     return made
 
 
 def test_the_fastest_plan_is_taken_and_remembered(plans):
-    library = fused._Library(SimpleNamespace(cuda_stream=1))
+    times[:] = [None, 3.0, 1.0, 2.0], [None, 1.0, 9.0, 9.0], [None, None]
+    library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
     tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
-    fused._Convolution(library, *tensors, 1).run()
+    convolutions.Convolution(library, *tensors, 1).run()
     first = len(clock)
     assert plans[0].built[-1] == 2
     assert plans[0].built[:3] == [1, 2, 3]
-    fused._Convolution(library, *tensors, 1).run()
+    convolutions.Convolution(library, *tensors, 1).run()
     assert plans[1].built == [2]
     assert len(clock) == first + 1
     with pytest.raises(BackendError, match="none of the plans"):
-        fused._Convolution(library, *tensors, 1, torch.zeros(1, 8, 1, 1), rectified=True)
+        convolutions.Convolution(library, *tensors, 1, torch.zeros(1, 8, 1, 1), rectified=True)
+
+
+def test_plans_are_kept_for_the_next_process(plans, monkeypatch, tmp_path, caplog):
+    library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
+    tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
+    made = partial(convolutions.Convolution, library, *tensors, 1)
+    made()
+    convolutions.CHOICES.keep()
+    (file,) = (tmp_path / "cudnn").iterdir()
+    ((about, plan),) = json.loads(file.read_text()).items()
+    assert plan == 2
+    timed = len(clock)
+    choices(monkeypatch, tmp_path)
+    made()
+    assert plans[1].built == [2]
+    assert len(clock) == timed
+    # What another process has added meanwhile stays; what is no plan, or none any more, is chosen anew.
+    file.write_text(json.dumps({"another": 7, about: 0}))
+    choices(monkeypatch, tmp_path)
+    with caplog.at_level("INFO"):
+        made()
+    assert "cannot be had again: CUDNN_STATUS_NOT_SUPPORTED" in caplog.text
+    convolutions.CHOICES.keep()
+    assert json.loads(file.read_text()) == {"another": 7, about: 2}
+    for damage in ("", "[]", json.dumps({about: "2"}), json.dumps({about: 99})):
+        file.write_text(damage)
+        choices(monkeypatch, tmp_path)
+        made()
+        convolutions.CHOICES.keep()
+        assert json.loads(file.read_text())[about] == 2
+    monkeypatch.setattr(sys.modules["cudnn"], "backend_version", lambda: 92000)
+    made()
+    convolutions.CHOICES.keep()
+    assert len(list(file.parent.iterdir())) == 2
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(plans, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    choices(monkeypatch, tmp_path / "file")
+    library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
+    convolutions.Convolution(library, torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5), 1)
+    with caplog.at_level("INFO"):
+        convolutions.CHOICES.keep()
+        convolutions.CHOICES.keep()
+    assert caplog.text.count("not kept for the next process") == 1
 
 
 def test_handles_are_used_again(plans):
-    first = fused._Library(SimpleNamespace(cuda_stream=1))
+    first = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
     handle = first.handle
-    assert fused._Library(SimpleNamespace(cuda_stream=2)).handle == handle + 1
+    assert convolutions.Library(SimpleNamespace(cuda_stream=2), fused.PLACE).handle == handle + 1
     del first
-    assert handle in fused._free_handles
-    assert fused._Library(SimpleNamespace(cuda_stream=3)).handle in (handle, handle + 1)
+    assert handle in convolutions._free_handles
+    assert convolutions.Library(SimpleNamespace(cuda_stream=3), fused.PLACE).handle in (handle, handle + 1)
 
 
 def test_what_the_library_refuses_is_said(plans, monkeypatch):
@@ -576,10 +632,10 @@ def test_what_the_library_refuses_is_said(plans, monkeypatch):
         raise RuntimeError("CUDNN_STATUS_BAD_PARAM")
 
     monkeypatch.setattr(Plans, "validate", refuse, raising=False)
-    library = fused._Library(SimpleNamespace(cuda_stream=1))
+    library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
     tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
     with pytest.raises(BackendError, match=r"device cudnn: no convolution \(8, 8, 3, 3\) in FLOAT .*BAD_PARAM"):
-        fused._Convolution(library, *tensors, 1)
+        convolutions.Convolution(library, *tensors, 1)
 
 
 def test_streams_are_nobody_elses(monkeypatch):
