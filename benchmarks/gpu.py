@@ -43,7 +43,7 @@ LIMITS = {  # seconds for each section, in order of value
     "going-on": 60,
     "runs": 90,
     "iteration-512": 60,
-    "equal-512": 60,
+    "equal-512": 100,
     "forecast": 90,
     "pictures": 60,
     "kernel-times": 60,

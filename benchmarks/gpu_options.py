@@ -25,11 +25,12 @@ from .styles import engraving, geometric, mosaic
 Array = NDArray[np.float32]  # (H, W, 3) in [0, 1], or a mask (H, W)
 ENGINES = ("engine-cudnn-fp16", "engine-cuda-fp16", "engine-tensorrt-fp16")
 # Relative, against a CPU: of the loss of a picture, of its gradient, of the loss of a run's result. In 40 iterations
-# runs part by some percent, as a few ReLUs flip; what only a run can show changes its end by more than the limit.
+# runs part by some percent, as a few ReLUs flip, those with max pooling by up to 15 on a CPU alone, where the content
+# differs by 3e-4; what only a run can show changes its end by more than the limit.
 LOSS_ERROR = {"fp32": 2e-3, "fp16": 5e-3, "bf16": 2e-2}
 GRADIENT_ERROR = {"fp32": 2e-2, "fp16": 5e-2, "bf16": 1e-1}
 MAX_GRADIENT_ERROR = {"fp32": 8e-2, "fp16": 2e-1, "bf16": 4e-1}  # routed elsewhere where values agree but for rounding
-END_ERROR, OTHER_END_ERROR = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.05}, {"fp32": 0.1, "fp16": 0.2, "bf16": 0.2}
+END_ERROR, OTHER_END_ERROR = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.05}, {"fp32": 0.1, "fp16": 0.3, "bf16": 0.3}
 LEVELS, FEW = 3, 0.01  # by which pixels may differ that should be the same, and the share of those that differ by more
 WINDOW = 320  # pixels
 _CONVS = {"content_layers": ("conv4_2",), "style_layers": ("conv1_1", "conv3_1", "relu3_1:2")}

@@ -257,12 +257,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "VJP after all losses": {"overlapping": None},
     "by our kernels": {},
     "wide ones with a rest": {"_share": lambda positions, wanted: wanted},
-    "wide ones by half as many blocks": {"_WIDE_BESIDE": 0.1},
-    "wide ones by twice as many blocks": {"_WIDE_BESIDE": 0.4},
-    "narrow ones by half as many blocks": {"_NARROW_BESIDE": 0.1},
-    "narrow ones by twice as many blocks": {"_NARROW_BESIDE": 0.4},
-    "contents by half as many blocks": {"_CONTENT_BESIDE": 0.1},
-    "contents by twice as many blocks": {"_CONTENT_BESIDE": 0.4},
+    "wide ones in twice as many shares": {"_CUBLAS_WAVES": 2},
+    "narrow ones in 10 turns": {"_LEAST": 10},
+    "narrow ones in 10 turns, 128 channels by as many blocks as 64": {"_LEAST": 10, "_NARROW": {64: 1.0, 128: 1.0}},
 }
 
 

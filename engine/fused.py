@@ -202,8 +202,8 @@ class Features(Whole):
             fork = self._to_fork(pixels)
             with self._joined():
                 self._forward_read(losses.read, fork)
+                self._queue_beside(losses.go_on)
                 losses.begin()
-                self._queue_beside(losses.go_on)  # which would leave it no room before
                 _make(self._vjp[:steps])
             _make(self._vjp[steps:])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 NAMES = ("gram", "losses", "gradients", "pixels", "temporal", "adam", "lbfgs", "network")
 THREADS = 256  # of every block
 MAX_BLOCKS = 1024  # of a kernel that strides over its input
-_OVERLAPPING = 9, 0  # compute capability from which on a kernel can come ahead of its turn, or in clusters
+_OVERLAPPING = 9, 0  # compute capability from which on a kernel can be brought to the device ahead of its turn
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _CHOICES = {
     "typename T": tuple(ELEMENTS.values()),
@@ -118,14 +118,11 @@ def own_stream(owner: object, place: torch.device) -> torch.cuda.Stream:
 Argument = Tensor | Table | int | float | None
 
 
-def launch(
-    name: str, kernel: str, grid: tuple[int, ...], *arguments: Argument, early: bool = True, cluster: int = 1
-) -> None:
+def launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: Argument) -> None:
     """Launch `kernel` of `name`.cu with THREADS threads a block, on the device of the first tensor.
 
     A tensor or a table is passed as its address, None as the null pointer, an int as a 64-bit, a float as a 32-bit
-    number. Where the device can, the kernel is brought there `early`, while the one before it still runs (see
-    `take_turn`), and each `cluster` of its blocks, which divides the first number of the grid, stays close together.
+    number. Where the device can, the kernel is brought there while the one before it still runs: see `take_turn`.
     """
     import cupy
     from cuda.bindings import driver
@@ -137,17 +134,10 @@ def launch(
     launching.blockDimX, launching.blockDimY, launching.blockDimZ = THREADS, 1, 1
     launching.hStream = driver.CUstream(init_value=torch.cuda.current_stream(device).cuda_stream)
     if torch.cuda.get_device_capability(device) >= _OVERLAPPING:
-        attributes = []
-        if early:
-            attributes.append(driver.CUlaunchAttribute())
-            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attributes[-1].value.programmaticStreamSerializationAllowed = 1
-        if cluster > 1:
-            attributes.append(driver.CUlaunchAttribute())
-            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            size = attributes[-1].value.clusterDim
-            size.x, size.y, size.z = cluster, 1, 1
-        launching.attrs, launching.numAttrs = attributes, len(attributes)
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        launching.attrs, launching.numAttrs = [early], 1
     cells = np.concatenate([_cell(argument) for argument in arguments])
     addresses = cells.ctypes.data + 8 * np.arange(len(arguments), dtype=np.uint64)
     with cupy.cuda.Device(device):

@@ -14,7 +14,6 @@ __global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long lon
     const long long across = divide_up(C, tile<T>), pairs = across * (across + 1) / 2;
     const long long local = block - layer.gram_block;
     const long long share = local / pairs;  // blocks that read the same positions run side by side
-    if (share >= layer.shares) return;
     long long row = 0, column = local % pairs;
     for (; column >= across - row; ++row) column -= across - row;
     column += row;
@@ -40,7 +39,6 @@ __global__ void __launch_bounds__(THREADS, 2) gram(const Layer* layers, long lon
 }
 
 constexpr int STRETCH = 32;  // positions that the warps of a group multiply at once
-constexpr int EARLY = 5;     // turns from the first that is on its way to the one that the second cache asks for
 
 // The same for one NHWC layer of C channels, row `found` of the layers: a block has a share of its positions, and reads each
 // of their features once. Its warps are groups, which take turns at the positions. In a group each warp has two of the
@@ -61,7 +59,6 @@ __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, l
     Memory& shared = *reinterpret_cast<Memory*>(memory);
     static_assert(sizeof(Memory) <= 48 << 10);
     const Layer layer = layers[found];
-    if (blockIdx.x >= layer.shares) return;
     take_turn();  // the table is always the same
     const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / MEMBERS, member = threadIdx.x / 32 % MEMBERS;
     const long long begin = blockIdx.x * layer.share, end = smaller(begin + layer.share, layer.positions);
@@ -77,13 +74,7 @@ __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, l
         }
         end_group();
     };
-    // A block that has a multiprocessor for itself would wait for memory in each turn.
-    const auto announce = [&](long long from) {
-        const long long line = from * C + threadIdx.x * 64;
-        if (threadIdx.x < POSITIONS * C / 64 && line < end * C) fetch_early(features + line);
-    };
     for (int stage = 0; stage < STAGES - 1; ++stage) ask(begin + stage * POSITIONS, stage);
-    for (int turn = STAGES - 1; turn < EARLY; ++turn) announce(begin + turn * POSITIONS);
     const int lower = STRIPS - 1 - member;
     Sums sums = {};
     int stage = 0;
@@ -91,7 +82,6 @@ __global__ void __launch_bounds__(THREADS, 2) gram_narrow(const Layer* layers, l
         wait_for_groups<STAGES - 2>();
         __syncthreads();  // and nobody reads the stage before this one any more
         ask(at + (STAGES - 1) * POSITIONS, stage == 0 ? STAGES - 1 : stage - 1);
-        announce(at + EARLY * POSITIONS);
 #pragma unroll
         for (int k = 0; k < STRETCH; k += 16) {
             const auto fragment = [&](unsigned (&q)[4], int strip) {

@@ -32,21 +32,18 @@ from .summed import LONGEST, Blas, Layer, Products, Summed
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
-_SPAN = 16384  # elements of F that one block of the losses covers at least
-# Blocks for each multiprocessor of what runs beside the network, of one layer: where one runs, or waits for its turn, a
-# convolution cannot, and those of the deep layers leave about a fifth of the multiprocessors of an H200 alone at 512.
-# They have clusters too, which find no place between blocks that are scattered.
-_NARROW_BESIDE, _WIDE_BESIDE, _CONTENT_BESIDE = 0.2, 0.2, 0.2
-_CLUSTER = 8
+_CUBLAS_WAVES = 1  # for which cuBLAS gets shares beside the network, where fewer disturb it less
+_SPAN = 16384  # elements of F that one block of the losses covers
 _FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu
 _TILES = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # as in tiles.cuh
 MAX_LAYERS = 256  # as in losses.cu
 _FACTORS = 3  # numbers of each layer among the factors, as in layers.cuh
-# Channels for which Gram matrices have a kernel of their own, and turns of a block of it: with more its sums get too
-# long, with fewer there are too many to add up.
-_NARROW = 64, 128
-_LEAST, _MOST = 8, 64
+# Channels for which Gram matrices have a kernel of their own, and its blocks for each multiprocessor: no more, unless a
+# block had more than the MOST turns, whose sums get too long, and fewer, if one had less than the LEAST. Few blocks
+# disturb the network beside which they run little.
+_NARROW = {64: 1.0, 128: 0.5}
+_LEAST, _MOST = 20, 64
 _ELEMENTS = 8192  # of F in a turn, as in gram.cu
 _BY_KERNEL, _BY_CUBLAS = "Gram matrices by our kernels", "Gram matrices by cuBLAS but for narrow ones"
 
@@ -106,11 +103,11 @@ class Layers:
         self.conclude()
 
     def measure(self, names: Sequence[str]) -> None:
-        """features of these layers, which follow each other in `names` -> products; see `conclude`."""
+        """Take the features of these layers, which follow each other in `names`, into account; see `conclude`."""
         part = self._part_of(names)
         if not self._way:
             self._way = self._fastest(self.ways())
-        self._launch_products(self._way, part)
+        self._launch_measures(self._way, part)
 
     def _part_of(self, names: Collection[str]) -> slice:
         first = self.names.index(next(iter(names)))
@@ -121,12 +118,10 @@ class Layers:
     def conclude_last(self) -> None:
         """What has been measured of the last layer -> what its cotangent needs."""
         assert self._factors_of_last is not None
-        self._launch_losses(len(self.names) - 1)
         self._launch_factors(len(self.names) - 1, None, self._factors_of_last, None)
 
     def conclude(self) -> None:
         """What has been measured of all layers -> terms, scale."""
-        self._launch_losses(0)
         self._launch_factors(0, self.terms, self._factors, self.ratio)
         self._finish_distances()
 
@@ -134,43 +129,29 @@ class Layers:
         """The ways to `losses`, but for distances; narrow layers have their kernel in either."""
 
         def losses(way: str) -> None:
-            self._launch_products(way, slice(0, len(self.names)))
-            self._launch_losses(0)
+            self._launch_measures(way, slice(0, len(self.names)))
             self._launch_factors(0, self.terms, self._factors, None)
 
         return {way: partial(losses, way) for way in (_BY_KERNEL, _BY_CUBLAS)}
 
-    def _is_beside(self, begin: int) -> bool:
-        """Whether launches for the layers from `begin` on run beside the network."""
-        return self._factors_of_last is not None and begin + 1 < len(self._layers)
-
-    def _launch_products(self, way: str, part: slice) -> None:
-        """features -> F F^T of each share of the positions, and distances from the content, of some layers."""
+    def _launch_measures(self, way: str, part: slice) -> None:
+        """features -> F F^T of each share of the positions -> sums, of some layers."""
         element, layers_of_part = _cuda.ELEMENTS[self._dtype], (part.start, part.stop - part.start)
-        beside = self._is_beside(part.start)
         for i in range(part.start, part.stop):
             features, products = self._layers[i].features, self._partial[i]
             if products is not None and self._narrow[i]:
                 kernel = f"gram_narrow<{element}, {len(features)}>"
-                _launch("gram", kernel, (len(products),), self._table, i, beside=beside)
+                _cuda.launch("gram", kernel, (len(products),), self._table, i)
             elif products is not None and way == _BY_CUBLAS:
                 _blas.products(features, self._part[i], products)
-        content_blocks = max(self._content_blocks[part])
-        if content_blocks:
-            grid = content_blocks, part.stop - part.start
-            given = self._table, part.start, self._sums
-            _launch("losses", f"layer_contents<{element}>", grid, *given, beside=beside)
         blocks = self._gram_blocks[part.stop] - self._gram_blocks[part.start]
         if way == _BY_KERNEL and blocks:
-            kernel, start = f"gram<{element}, {self._nhwc}>", self._gram_blocks[part.start]
-            _launch("gram", kernel, (blocks,), self._table, *layers_of_part, start, beside=beside)
-
-    def _launch_losses(self, begin: int) -> None:
-        """Products of the layers from `begin` on -> sums, differences."""
-        start, stop = self._loss_blocks[begin], self._loss_blocks[-1]
-        if any(layer.target is not None for layer in self._layers[begin:]):
-            given = (self._table, begin, len(self._layers) - begin, start, self._sums)
-            _cuda.launch("losses", "layer_losses", (stop - start,), *given, early=not self._is_beside(begin))
+            kernel = f"gram<{element}, {self._nhwc}>"
+            _cuda.launch("gram", kernel, (blocks,), self._table, *layers_of_part, self._gram_blocks[part.start])
+        start, stop = self._loss_blocks[part.start], self._loss_blocks[part.stop]
+        if stop > start:
+            given = (self._table, *layers_of_part, start, self._sums)
+            _cuda.launch("losses", f"layer_losses<{element}>", (stop - start,), *given)
 
     def _launch_factors(self, begin: int, terms: Tensor | None, factors: Tensor, ratio: Tensor | None) -> None:
         """sums of the layers from `begin` on -> terms, factors, lifted, ratio."""
@@ -179,8 +160,7 @@ class Layers:
         bytes_lifted = sum(each.nbytes for each in self._lifted[begin:] if each is not None)
         enough = -(-bytes_lifted // (16 * _cuda.THREADS))  # for 16 bytes a thread
         blocks = max(1, min(_FULL * _cuda.processors(self.terms.device), enough))
-        kernel = f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>"
-        _cuda.launch("losses", kernel, (blocks,), *given, early=not self._is_beside(begin))
+        _cuda.launch("losses", f"layer_factors<{_cuda.ELEMENTS[self._dtype]}>", (blocks,), *given)
 
     def _factors_of(self, i: int) -> Tensor:
         last = self._factors_of_last if i == len(self.names) - 1 else None
@@ -241,34 +221,31 @@ class Layers:
         self._narrow = [a.target is not None and lies_well and len(a.features) in _NARROW for a in self._layers]
         # Beside the network cuBLAS takes less time than our kernel; timings of either alone would not show it.
         self._way = _BY_CUBLAS if lies_well else ""
-        processors, last = _cuda.processors(device), len(self._layers) - 1
-        styles = [i for i, layer in enumerate(self._layers) if layer.target is not None]
-        shapes = [(*self._layers[i].features.shape, self._is_beside(i)) for i in styles]
-        found = _shares(shapes, tile, processors, lies_well)
-        self._part = [found[styles.index(i)] if i in styles else 0 for i in range(last + 1)]  # positions of a share
-        self._partial = list[Tensor | None]()  # products of all shares
-        self._content_blocks = list[int]()
+        layers = zip(self._layers, self._narrow, strict=True)
+        wide = [tuple(a.features.shape) for a, narrow in layers if a.target is not None and not narrow]
+        wanted = _wanted(wide, tile, (_CUBLAS_WAVES if lies_well else _WAVES) * _cuda.processors(device))
         rows = []
+        self._part, self._partial = list[int](), list[Tensor | None]()  # positions of a share, products of all shares
         self._shares = torch.tensor([0.0, 1.0], device=device)  # what is left of a cotangent when cuBLAS adds to it
         self._lifted = [
             None if each is None else torch.empty_like(each, dtype=self._dtype) for each in self._differences
         ]
         self._gram_blocks, self._loss_blocks = [0], [0]  # before each layer, and in all
         self._gradient_blocks = 0
-        columns = (self._layers, self._differences, self._lifted, self._narrow, self._part)
-        for i, (layer, difference, lifted, narrow, share) in enumerate(zip(*columns, strict=True)):
+        columns = (self._layers, self._differences, self._lifted, self._narrow)
+        for layer, difference, lifted, narrow in zip(*columns, strict=True):
             channels, positions = layer.features.shape
             begins = (self._gram_blocks[-1], self._loss_blocks[-1], self._gradient_blocks)
-            shares = -(-positions // share) if share else 0
+            share = _share(positions, wanted)
+            if narrow:
+                share = _share_narrow(channels, positions, _cuda.processors(device))
+            shares = -(-positions // share)
             # Threads that add up one element of G.
             lanes = next((lanes for lanes in (1, 2, 4, 8, 16) if shares <= 16 * lanes), 32)
             span = _ROUNDS * _cuda.THREADS // lanes
             products = None
             grams = losses = 0
-            content_span = _SPAN
-            if self._is_beside(i):
-                content_span = max(_SPAN, -(-channels * positions // _few(_CONTENT_BESIDE, processors)) // 8 * 8)
-            spans = -(-channels * positions // content_span)
+            spans = -(-channels * positions // _SPAN)
             if layer.target is not None:
                 products = torch.empty((shares, channels, channels), device=device)
                 grams = 0 if narrow else _tiles(channels, tile) * shares
@@ -276,16 +253,16 @@ class Layers:
                 self._gradient_blocks += -(-channels // tile) * -(-positions // tile)
             else:
                 self._gradient_blocks += spans
-            self._content_blocks.append(spans if layer.content is not None else 0)
-            losses += self._content_blocks[-1]
+            losses += spans if layer.content is not None else 0
             self._gram_blocks.append(begins[0] + grams)
             self._loss_blocks.append(begins[1] + losses)
+            self._part.append(share)
             self._partial.append(products)
             tensors = (layer.features, layer.content, layer.cotangent, layer.target, difference, products)
             # 16 bytes at a time are read from these, and whole rows of fp32 in between
             assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (*tensors, lifted))
             weights = (float(layer.content_weight), 0.0 if layer.distance else float(layer.style_weight))
-            rows.append((channels, positions, *tensors, shares, share, span, content_span, *begins, *weights, lifted))
+            rows.append((channels, positions, *tensors, shares, share, span, _SPAN, *begins, *weights, lifted))
         self._table = _cuda.Table(rows, device)
         self._sums = torch.empty((self._loss_blocks[-1], 2), dtype=torch.float64, device=device)
 
@@ -334,42 +311,8 @@ def _tiles(channels: int, tile: int) -> int:
     return across * (across + 1) // 2
 
 
-def _shares(shapes: Sequence[tuple[int, int, bool]], tile: int, processors: int, lies_well: bool) -> list[int]:
-    """Positions of a share of each style layer (channels, positions, beside the network): what one block of a kernel
-    takes, or one product of cuBLAS.
-
-    Of 16-bit features in NHWC order, which lie well, narrow layers have a kernel of their own.
-    """
-    narrow = [lies_well and channels in _NARROW for channels, *_ in shapes]
-    alone = [each[:2] for each, own in zip(shapes, narrow, strict=True) if not (own or each[2])]
-    wanted, found = _wanted(alone, tile, _WAVES * processors), list[int]()
-    for (channels, positions, beside), own in zip(shapes, narrow, strict=True):
-        if own:
-            blocks = _few(_NARROW_BESIDE, processors) if beside else _WAVES * processors
-            found.append(_share_narrow(channels, positions, blocks))
-        elif beside:
-            found.append(_share(positions, _wanted([(channels, positions)], tile, _few(_WIDE_BESIDE, processors))))
-        else:
-            found.append(_share(positions, wanted))
-    return found
-
-
-def _few(share: float, processors: int) -> int:
-    return _CLUSTER * max(1, round(share * processors / _CLUSTER))
-
-
-def _launch(name: str, kernel: str, grid: tuple[int, ...], *arguments: _cuda.Argument, beside: bool) -> None:
-    """As `_cuda.launch`; beside the network in clusters, for which there may be blocks with nothing to do."""
-    if beside:
-        grid = -(-grid[0] // _CLUSTER) * _CLUSTER, *grid[1:]
-    _cuda.launch(name, kernel, grid, *arguments, early=not beside, cluster=_CLUSTER if beside else 1)
-
-
-def _wanted(shapes: Iterable[tuple[int, int]], tile: int, blocks: int) -> int:
-    """Positions of a share with which there are about so many blocks, one for each tile and share.
-
-    cuBLAS gets shares of this length as well.
-    """
+def _wanted(shapes: Iterable[tuple[int, ...]], tile: int, blocks: int) -> int:
+    """Positions of a share with which there are about so many blocks, one for each tile and share."""
     work = sum(_tiles(channels, tile) * positions for channels, positions in shapes)
     return _CHUNK * min(LONGEST // _CHUNK, max(1, -(-work // (_CHUNK * blocks))))
 
@@ -383,17 +326,17 @@ def _share(positions: int, wanted: int) -> int:
     return next((share for share in equal if share % 8 == 0 and share <= LONGEST), wanted)
 
 
-def _share_narrow(channels: int, positions: int, blocks: int) -> int:
+def _share_narrow(channels: int, positions: int, processors: int) -> int:
     at_once = _ELEMENTS // channels
-    return at_once * min(_MOST, max(_LEAST, -(-positions // (at_once * blocks))))
+    turns = -(-positions // (at_once * max(1, int(_NARROW[channels] * processors))))
+    return at_once * min(_MOST, max(_LEAST, turns))
 
 
 def memory_of_products(shapes: Sequence[tuple[int, int]], processors: int) -> int:
-    """Bytes of the products of all shares, for the style losses of `Layers` of 16-bit features (C, M) in NHWC order.
-
-    Beside the network there are fewer.
-    """
-    shares = _shares([(*shape, False) for shape in shapes], _TILES[torch.float16], processors, True)
+    """Bytes of the products of all shares, for the style losses of `Layers` of 16-bit features (C, M) in NHWC order."""
+    wide = [shape for shape in shapes if shape[0] not in _NARROW]
+    wanted = _wanted(wide, _TILES[torch.float16], _CUBLAS_WAVES * processors)
+    shares = (_share_narrow(c, m, processors) if c in _NARROW else _share(m, wanted) for c, m in shapes)
     return sum(4 * c * c * -(-m // share) for (c, m), share in zip(shapes, shares, strict=True))
 
 
@@ -404,7 +347,7 @@ def gram(features: Tensor, products: Products | None = None) -> Tensor:
         return (products or Blas()).gram(features, target)
     alone = Layers({"": Layer(features, None, None, target)}, 0, 1)
     alone._way = alone._way or _BY_KERNEL  # once for a style: nothing to choose
-    alone.losses()
+    alone.measure(alone.names)
     (difference,) = alone._differences
     assert difference is not None
     return difference

@@ -9,11 +9,6 @@ constexpr double QUIET = 1e-30;  // the least that a cotangent is taken for
 // Elements of the upper triangle of a matrix, with its diagonal.
 __device__ inline long long triangle(long long rows) { return rows * (rows + 1) / 2; }
 
-// Those that share out G - A of a layer, before those of its content.
-__device__ inline long long style_blocks(const Layer& layer) {
-    return layer.target ? divide_up(triangle(layer.channels), layer.span) : 0;
-}
-
 // An element of the upper triangle, where each row from above is followed by one from below, so that together they have
 // C + 1 elements.
 struct Element {
@@ -31,7 +26,7 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
     constexpr int WIDE = 16 / sizeof(T);
     using Wide = Vector<T, WIDE>;
     float sum = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (long long i = WIDE * threadIdx.x; i + WIDE <= count; i += WIDE * THREADS) {
         const Wide left = *reinterpret_cast<const Wide*>(a + i), right = *reinterpret_cast<const Wide*>(b + i);
         for (int e = 0; e < WIDE; ++e) {
@@ -46,65 +41,57 @@ __device__ inline double distance(const T* a, const T* b, long long count) {
     return sum;
 }
 
-// Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, of `count` layers
-// from `begin` on, whose blocks are those from `start` on of a launch for all. A block has `span` elements of G, in
-// ROUNDS. Those that the content of a layer has behind these are left to layer_contents.
+// Writes sums (blocks, 2): the shares of each block in |G - A|^2 and in trace(G) of its style layer, or in |F - P|^2; of
+// `count` layers from `begin` on, whose blocks are those from `start` on of a launch for all. A block has `span` elements
+// of G, in ROUNDS.
+template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, long long begin, long long count,
                                                            long long start, double* sums) {
     __shared__ float shares[ROUNDS][THREADS];
     const long long block = start + blockIdx.x;
     const Layer layer = layers[begin + locate(layers + begin, count, &Layer::loss_block, block)];
     const long long C = layer.channels, M = layer.positions, local = block - layer.loss_block;
-    if (local >= style_blocks(layer)) return;
+    const long long style_blocks = layer.target ? divide_up(triangle(C), layer.span) : 0;
     // Elements of G at once, the threads that add up one of them, and which of those this one is.
     const int elements = layer.span / ROUNDS, lanes = THREADS / elements, lane = threadIdx.x / elements;
     unsigned place[ROUNDS];
     float wanted[ROUNDS], sum[ROUNDS] = {};
-    for (int r = 0; r < ROUNDS; ++r) {
+    for (int r = 0; r < ROUNDS && local < style_blocks; ++r) {
         place[r] = local * layer.span + r * elements + threadIdx.x % elements;
         const Element own(place[r], C);
         wanted[r] = place[r] < triangle(C) ? layer.target[own.row * C + own.column] : 0.f;
     }
     take_turn();  // the table and the targets are always the same
     double found[2] = {};  // squares, trace
-    for (int r = 0; r < ROUNDS; ++r) {
-        const Element own(place[r], C);
-        const float* share = layer.partial + own.row * C + own.column;
-        if (place[r] < triangle(C))
+    if (local < style_blocks) {
+        for (int r = 0; r < ROUNDS; ++r) {
+            const Element own(place[r], C);
+            const float* share = layer.partial + own.row * C + own.column;
+            if (place[r] < triangle(C))
 #pragma unroll 8
-            for (long long s = lane; s < layer.shares; s += lanes) sum[r] += share[s * C * C];
-        shares[r][threadIdx.x] = sum[r];
-    }
-    __syncthreads();
-    for (int r = 0; r < ROUNDS && lane == 0; ++r) {
-        if (place[r] >= triangle(C)) continue;
-        const Element own(place[r], C);
-        for (int other = 1; other < lanes; ++other) sum[r] += shares[r][other * elements + threadIdx.x];
-        const float gram = sum[r] / M, d = gram - wanted[r];
-        layer.difference[own.row * C + own.column] = layer.difference[own.column * C + own.row] = d;
-        found[0] += (own.row == own.column ? 1. : 2.) * d * d;
-        if (own.row == own.column) found[1] += gram;
+                for (long long s = lane; s < layer.shares; s += lanes) sum[r] += share[s * C * C];
+            shares[r][threadIdx.x] = sum[r];
+        }
+        __syncthreads();
+        for (int r = 0; r < ROUNDS && lane == 0; ++r) {
+            if (place[r] >= triangle(C)) continue;
+            const Element own(place[r], C);
+            for (int other = 1; other < lanes; ++other) sum[r] += shares[r][other * elements + threadIdx.x];
+            const float gram = sum[r] / M, d = gram - wanted[r];
+            layer.difference[own.row * C + own.column] = layer.difference[own.column * C + own.row] = d;
+            found[0] += (own.row == own.column ? 1. : 2.) * d * d;
+            if (own.row == own.column) found[1] += gram;
+        }
+    } else {
+        const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
+        const long long from = (local - style_blocks) * layer.content_span;
+        const long long end = smaller(from + layer.content_span, C * M);
+        found[0] = distance(features + from, content + from, end - from);
     }
     block_sums(found);
     if (threadIdx.x > 0) return;
     sums[2 * block] = found[0];
     sums[2 * block + 1] = found[1];
-}
-
-// Writes the shares of the other blocks in |F - P|^2, of layers from `begin` on. A block has `content_span` elements of F.
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 2) layer_contents(const Layer* layers, long long begin, double* sums) {
-    const Layer& layer = layers[begin + blockIdx.y];
-    const long long from = blockIdx.x * layer.content_span, count = layer.channels * layer.positions;
-    if (!layer.content || from >= count) return;
-    const long long block = layer.loss_block + style_blocks(layer) + blockIdx.x;
-    const T *features = static_cast<const T*>(layer.features), *content = static_cast<const T*>(layer.content);
-    take_turn();  // the table is always the same
-    const long long length = smaller(layer.content_span, count - from);
-    const double found = block_sum(distance(features + from, content + from, length));
-    if (threadIdx.x > 0) return;
-    sums[2 * block] = found;
-    sums[2 * block + 1] = 0;
 }
 
 // Of `count` layers from `begin` on, whose sums (blocks, 2), up to `blocks`, come from layer_losses. The weights are those
@@ -146,7 +133,7 @@ __global__ void layer_factors(const Layer* layers, long long begin, long long co
     __syncthreads();
     take_turn();  // the table is always the same
     for (int i = warp; i < count; i += WARPS) {
-        const long long first = style_blocks(layer);
+        const long long first = layer.target ? divide_up(triangle(layer.channels), layer.span) : 0;
         double found[3] = {};  // squares of G - A, the trace of G, squares of F - P
 #pragma unroll 8
         for (long long b = layer.loss_block + lane; b < end; b += 32) {

@@ -58,8 +58,7 @@ __global__ void network_image(const float* image, const float* means, T* out, lo
 }
 
 constexpr int CHANNELS = 64;  // of the first convolution
-// Blocks on a multiprocessor that make the share of the style loss at so many channels, as in network.py.
-constexpr int resident(int channels) { return channels == 64 ? 2 : 2; }
+constexpr int RESIDENT = 2;   // blocks on a multiprocessor that make the share of the style loss, as in network.py
 constexpr int TAPS = 27, FILLED = 32;  // products of a position with the first convolution: places and colours; with zeros
 
 // image (3, height, width), means (3,), kernel (CHANNELS, FILLED) by place and colour, bias (CHANNELS,) -> out (height,
@@ -246,7 +245,7 @@ __global__ void network_mask(const T* incoming, const T* own, const T* behind, c
 // and gets eight neighbouring ones of each 32, at its two positions: what it reads is an operand as it is, and what it
 // gets joins what it has read, and is an operand of the second product.
 template <typename H, int C>
-__global__ void __launch_bounds__(THREADS, resident(C)) network_style(const H* incoming, const H* own, const H* behind,
+__global__ void __launch_bounds__(THREADS, RESIDENT) network_style(const H* incoming, const H* own, const H* behind,
                                                                    const H* features, H* out, long long height,
                                                                    long long width, const float* factors,
                                                                    const H* lifted, const float* ratio, const H* taps,
@@ -279,11 +278,6 @@ __global__ void __launch_bounds__(THREADS, resident(C)) network_style(const H* i
     };
     for (unsigned first = 16 * (blockIdx.x * WARPS + threadIdx.x / 32); first < positions;
          first += 16 * WARPS * gridDim.x) {
-        const unsigned line = (first + 16 * WARPS * gridDim.x) * C + 64 * lane;  // of what this warp takes next
-        if (lane < 16 * C / 64 && line < positions * C) {
-            fetch_early(features + line);
-            if (incoming) fetch_early(incoming + line);
-        }
         const auto position = [&](int half) { return first + 8 * half + lane / 4; };
         const auto item_of = [&](int half, int part) { return position(half) * (C / EIGHT) + 4 * part + lane % 4; };
         Piece passed[PARTS][2] = {}, arrived[PARTS][2] = {}, found[FIRST ? PARTS : 1][2] = {};

@@ -18,7 +18,7 @@ _WAYS = ("", "avg", "max")
 CHAINED = 128  # channels for which `mask` makes the share of the style loss itself; for more, cuBLAS is faster
 TAPS, FILLED = 27, 32  # what a position sees in the first convolution: places and colours; with zeros
 _POSITIONS = 128  # that a block takes at a time to make that share
-_RESIDENT = {64: 2, 128: 2}  # blocks on a multiprocessor that do so, by channels, as in network.cu
+_RESIDENT = 2  # blocks on a multiprocessor that do so, as in network.cu
 
 
 def centre(image: Tensor, means: Tensor, out: Tensor, padding: str) -> None:
@@ -109,7 +109,7 @@ def _style(
     taps: Tensor | None,
 ) -> None:
     _, channels, height, width = features.shape
-    blocks = min(_RESIDENT[channels] * _cuda.processors(out.device), -(-height * width // _POSITIONS))
+    blocks = min(_RESIDENT * _cuda.processors(out.device), -(-height * width // _POSITIONS))
     kernel = f"network_style<{_cuda.ELEMENTS[out.dtype]}, {channels}>"
     assert term is None or term.content is None
     factors, lifted = (term.factors, term.lifted) if term else (None, None)

@@ -82,8 +82,7 @@ class Host:
         process.communicate()
         return errors.read_text() or "it ended"
 
-    def launch(self, name, kernel, grid, *arguments, early=True, cluster=1):
-        assert grid[0] % cluster == 0
+    def launch(self, name, kernel, grid, *arguments):
         kernels = self.extra[name][1] if name in self.extra else _cuda.expressions(name)
         tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
         for table in arguments:
