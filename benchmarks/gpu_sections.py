@@ -255,6 +255,8 @@ def our_part(rows: Rows, device: str, engines: Iterable[str] = HALF_ENGINES, siz
 WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "VJP after all losses": {"overlapping": None},
+    "losses beside the deepest convolution": {"_fork": staticmethod(lambda ready: ready[-1][1] - 1)},
+    "losses behind it": {"_fork": staticmethod(lambda ready: ready[-1][1])},
     "by our kernels": {},
     "wide ones with a rest": {"_share": lambda positions, wanted: wanted},
     "wide ones in twice as many shares": {"_CUBLAS_WAVES": 2},
@@ -266,7 +268,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def gram_matrices(
     rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (512, 1024, 256)
 ) -> None:
-    """Our part of an iteration by ways and shares of the Gram matrices, and by when the VJP begins.
+    """Our part of an iteration by ways and shares of the Gram matrices, by when the losses of all layers but the deepest
+    are computed, and by when the VJP begins.
 
     Timings of each way alone do not tell.
     """

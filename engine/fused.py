@@ -16,7 +16,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -152,9 +152,14 @@ class Features(Whole):
         finally:
             torch.cuda.current_stream(PLACE).wait_stream(self._beside)
 
+    @staticmethod
+    def _fork(ready: Sequence[tuple[str, int]]) -> int:
+        """Steps of the forward pass until all layers but the deepest are there, to be read on the second stream."""
+        return ready[-2][1] if len(ready) > 1 else 1
+
     def _to_fork(self, pixels: Tensor | None) -> int:
-        """Make the steps of the forward pass before the second stream has something to read; how many they are."""
-        fork = self._ready[-2][1] if len(self._ready) > 1 else 1
+        """Make the steps of the forward pass before the second stream reads; how many they are."""
+        fork = self._fork(self._ready)
         _make(self._forward[:fork], self.image if pixels is None else pixels)
         return fork
 
