@@ -268,8 +268,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def gram_matrices(
     rows: Rows, device: str, engine: str = "engine-cudnn-fp16", sizes: Iterable[int] = (512, 1024, 256)
 ) -> None:
-    """Our part of an iteration by ways and shares of the Gram matrices, by when the losses of all layers but the deepest
-    are computed, and by when the VJP begins.
+    """Our part of an iteration by ways and shares of the Gram matrices, by when the losses of all layers but the
+    deepest are computed, and by when the VJP begins.
 
     Timings of each way alone do not tell.
     """
