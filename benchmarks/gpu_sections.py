@@ -257,7 +257,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "VJP after all losses": {"overlapping": None},
     "losses beside the deepest convolution": {"_fork": staticmethod(lambda ready: ready[-1][1] - 1)},
     "losses behind it": {"_fork": staticmethod(lambda ready: ready[-1][1])},
-    "by our kernels": {},
+    "by our kernels": {"_CUBLAS_WAVES": 2},
     "wide ones with a rest": {"_share": lambda positions, wanted: wanted},
     "wide ones in twice as many shares": {"_CUBLAS_WAVES": 2},
     "narrow ones in 10 turns": {"_LEAST": 10},

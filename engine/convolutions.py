@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from . import kernels
 from .export import vgg
 from .export.ort import BackendError
 from .export.weights import cache_folder
-from .image import atomic
 
 log = logging.getLogger(__name__)
 
@@ -29,66 +30,104 @@ WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32
 _free_handles: list[int] = []
 
 
-class Choices:
-    """The plan that was chosen for each convolution, by what it is: its number among cuDNN's suggestions.
+_FORMAT = "1"  # of the files of `Choices`: of the names in them, and how the fastest one is found
 
-    Timing them takes longer than a picture, so they are kept in the cache folder, in a file for each GPU and version of
-    cuDNN and its frontend. A file that cannot be read is written anew.
+
+class Choices:
+    """Which plan each convolution has, by what it is and by the plan's name: the fastest one, once it was timed.
+
+    Timing them takes longer than a picture, so they are kept in the cache folder, in a file for each kind of GPU and
+    version of cuDNN and its frontend. Processes time one after the other, as what runs beside it would spoil it, and
+    threads too. A file that cannot be read is written anew.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # what runs beside a timing would spoil it
-        self._files: dict[Path, dict[str, int]] = {}
-        self._new: set[Path] = set()
+        self._lock = threading.Lock()
+        self._known: dict[tuple[Path, str], int] = {}
+        self._said: set[Path] = set()
 
-    def plan(self, about: str, choose: Callable[[], int], count: int) -> int:
-        """The plan for a convolution with `count` suggestions, from `choose` if it is not known yet."""
-        file = self._file()
+    def plan(
+        self,
+        about: str,
+        names: Callable[[], Sequence[str]],
+        works: Callable[[int], bool],
+        fastest: Callable[[], int],
+    ) -> int:
+        """The index of the plan for a convolution among those of these `names`.
+
+        That of another process has to be one that `works`; else it is the `fastest`, whose errors are passed on.
+        """
+        file = _file()
         with self._lock:
-            if file not in self._files:
-                self._files[file] = _read(file)
-            known = self._files[file]
-            if not 0 <= known.get(about, -1) < count:
-                known[about] = choose()
-                self._new.add(file)
-            return known[about]
+            if (file, about) not in self._known:
+                called = names()
+                found = _kept(file, about, called, works)
+                if found is None:
+                    with self._alone(file):
+                        found = _kept(file, about, called, works)
+                        if found is None:
+                            found = fastest()
+                            self._keep(file, about, called[found])
+                self._known[file, about] = found
+            return self._known[file, about]
 
-    def forget(self, about: str) -> None:
-        """Let the next one who asks for this plan choose anew."""
-        with self._lock:
-            self._files[self._file()].pop(about, None)
+    @contextlib.contextmanager
+    def _alone(self, file: Path) -> Iterator[None]:
+        """While no other process times; where no file can be written, nobody knows of the others."""
+        from filelock import FileLock
 
-    def keep(self) -> None:
-        """Write what is new, beside what another process has written meanwhile."""
-        with self._lock:
-            for file in self._new:
-                try:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic(file) as part:
-                        part.write_text(json.dumps(_read(file) | self._files[file], indent=0, sort_keys=True) + "\n")
-                except OSError as error:
-                    log.info("cuDNN's plans are not kept for the next process: %s (%s)", file, error.strerror)
-            self._new.clear()
+        lock = FileLock(f"{file}.lock")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+            self._say(file, error)
+        try:
+            yield
+        finally:
+            lock.release()
 
-    @staticmethod
-    def _file() -> Path:
-        import cudnn
+    def _keep(self, file: Path, about: str, name: str) -> None:
+        part = file.with_suffix(".part")  # which has one writer, as it has the lock
+        try:
+            part.write_text(json.dumps(_read(file) | {about: name}, indent=0, sort_keys=True) + "\n")
+            part.replace(file)
+        except OSError as error:
+            self._say(file, error)
 
-        parts = torch.cuda.get_device_name(), str(cudnn.backend_version()), cudnn.__version__
-        return cache_folder() / "cudnn" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.json"
+    def _say(self, file: Path, error: Exception) -> None:
+        if file not in self._said:
+            log.info("cuDNN's plans are not kept for the next process: %s", error)
+        self._said.add(file)
 
 
-def _read(file: Path) -> dict[str, int]:
+def _file() -> Path:
+    import cudnn
+
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    parts = device.name, device.multi_processor_count, cudnn.backend_version(), cudnn.__version__, _FORMAT
+    return cache_folder() / "cudnn" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
+
+
+def _kept(file: Path, about: str, names: Sequence[str], works: Callable[[int], bool]) -> int | None:
+    """The plan in the file, if it is there and works."""
+    name = _read(file).get(about)
+    if name not in names:
+        return None
+    index = names.index(name)
+    return index if works(index) else None
+
+
+def _read(file: Path) -> dict[str, str]:
     """What a file holds; nothing if it is none of ours."""
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    whole = isinstance(found, dict) and all(type(plan) is int for plan in found.values())
-    return found if whole else {}
+    return found if isinstance(found, dict) else {}
 
 
-CHOICES = Choices()
+_choices = Choices()
 
 
 class Library:
@@ -165,15 +204,12 @@ class Convolution:
             raise BackendError(f"device cudnn: no convolution {tuple(kernel.shape)} in {io} ({error})") from error
         shapes = (tuple(each.shape) for each in (source, kernel, target))
         about = f"{io} {padding}{' biased' * (bias is not None)}{' rectified' * rectified} {' '.join(map(str, shapes))}"
-        count = self._plans.get_execution_plan_count()
         try:
-            self._take(CHOICES.plan(about, lambda: self._fastest(about), count))
+            self._take(_choices.plan(about, self._names, partial(self._works, about), partial(self._fastest, about)))
         except BackendError:
             raise
-        except Exception as error:  # as above: another process, or one with more room, has chosen it
-            log.info("cuDNN's plan for %s cannot be had again: %s", about, error)
-            CHOICES.forget(about)
-            self._take(CHOICES.plan(about, lambda: self._fastest(about), count))
+        except Exception as error:  # as above; there may be less room than when it was chosen
+            raise BackendError(f"device cudnn: the plan of {about} cannot be had again ({error})") from error
 
     def run(self) -> None:
         """Queue it on the stream of the handle."""
@@ -189,6 +225,20 @@ class Convolution:
         if not self._only_counts:
             self._library.reserve(size)
         self._plan = plan
+
+    def _names(self) -> list[str]:
+        return [self._plans.get_plan_name_at_index(plan) for plan in range(self._plans.get_execution_plan_count())]
+
+    def _works(self, about: str, plan: int) -> bool:
+        try:
+            self._take(plan)
+            self.run()
+        except torch.OutOfMemoryError:  # is no fault of the plan's
+            raise
+        except Exception as error:  # as above
+            log.info("cuDNN's plan %d for %s, which was kept, does not run here: %s", plan, about, error)
+            return False
+        return True
 
     def _fastest(self, about: str) -> int:
         """The plan to take of the first ones, which are thought to be the best.

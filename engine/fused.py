@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import kernels, provider
-from .convolutions import CHOICES, Convolution, Library
+from .convolutions import Convolution, Library
 from .export import graph, vgg
 from .export.weights import Weights
 from .features import DTYPES, Losses, Whole, ignore, nhwc_zeros, on_stream
@@ -107,7 +107,6 @@ class Features(Whole):
             self._forward = self._forward_steps()
             self._joint = ("", 0)  # the first convolution on the way back that has a further loss, and the steps to it
             self._vjp = [] if forward_only else self._vjp_steps()
-        CHOICES.keep()
 
     @property
     def overlapping(self) -> Features | None:

@@ -32,7 +32,7 @@ from .summed import LONGEST, Blas, Layer, Products, Summed
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
-_CUBLAS_WAVES = 1  # for which cuBLAS gets shares beside the network, where fewer disturb it less
+_CUBLAS_WAVES = 1  # for which 16-bit features get shares for cuBLAS: fewer disturb the network beside them less
 _SPAN = 16384  # elements of F that one block of the losses covers
 _FULL = 4  # blocks for each multiprocessor that keep memory busy
 _ROUNDS = 2  # in which one block of the losses adds up its elements of G, as in losses.cu

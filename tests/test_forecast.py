@@ -96,7 +96,7 @@ def test_on_a_gpu_it_is_what_was_measured_there(on_a_gpu, monkeypatch):
     sections = json.loads((ROOT / "benchmarks/results/nvidia-h200-16c-gpu.json").read_text())["sections"]
     pair = [np.zeros((height, width, 3), np.uint8) for height, width in ((1024, 1536), (1024, 1024))]
     with monkeypatch.context() as then:
-        then.setattr(kernels.layers, "_CUBLAS_WAVES", 2)
+        then.setattr(kernels.layers, "_CUBLAS_WAVES", 2)  # at the commit of that ledger
         for row in sections["forecast"]["rows"]:
             size, let_go, window = re.fullmatch(
                 r"engine-cudnn-fp16 (\d+)(, networks let go)?(?:, window (\d+))?", row["name"]

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import check_alone
+from filelock import FileLock
 
 from engine import BackendError, Config, convolutions, features, fused, kernels
 from engine.export import vgg, weights
@@ -110,6 +112,9 @@ class Graph:
     def get_execution_plan_count(self):
         return 1
 
+    def get_plan_name_at_index(self, plan):
+        return f"plan {plan}"
+
     def get_workspace_size_plan_at_index(self, plan):
         return 0
 
@@ -144,11 +149,13 @@ class Node:
         return self
 
 
-def choices(monkeypatch, home):
+def choices(monkeypatch, home, gpu="GPU A", processors=132):
     """As a new process has them, with this folder for what is kept."""
     monkeypatch.setenv("STYLIZE_HOME", str(home))
-    monkeypatch.setattr(convolutions, "CHOICES", convolutions.Choices())
-    monkeypatch.setattr(fused, "CHOICES", convolutions.CHOICES)
+    monkeypatch.setattr(convolutions, "_choices", convolutions.Choices())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    device = SimpleNamespace(name=gpu, multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
 
 
 @pytest.fixture
@@ -166,7 +173,6 @@ def told(on_cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(fused, "Convolution", CONVOLUTION)
     choices(monkeypatch, tmp_path)
     monkeypatch.setattr(kernels, "seconds", lambda *given: (timed.append(given), 1.0)[1])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
     return made, timed
 
 
@@ -174,7 +180,7 @@ def told(on_cpu, monkeypatch, tmp_path):
     ("spec", "precision"),
     [*itertools.product([SPECS[i] for i in (0, 2, 3, 5)], ["fp32", "fp16"]), (SPECS[4], "bf16")],
 )
-def test_what_cudnn_is_told_is_vgg(told, net, spec, precision):
+def test_what_cudnn_is_told_is_vgg(told, net, monkeypatch, tmp_path, spec, precision):
     made, timed = told
     spec = replace(spec, precision=precision)
     check_features(net, spec, precision)
@@ -184,8 +190,10 @@ def test_what_cudnn_is_told_is_vgg(told, net, spec, precision):
         assert ("deselect_numeric_notes" in each.said) == (each.io == "FLOAT")
     assert {each.io for each in made} == {{"fp32": "FLOAT", "fp16": "HALF", "bf16": "BFLOAT16"}[precision]}
     before = len(timed)
-    fused.Features(spec, fused.Network(net))
-    assert len(timed) == before <= len(made) / 2
+    for _ in range(2):  # in this process, and in the next one
+        fused.Features(spec, fused.Network(net))
+        assert len(timed) == before <= len(made) / 2
+        choices(monkeypatch, tmp_path)
 
 
 def test_convolutions_that_differ_have_plans_of_their_own(told):
@@ -500,6 +508,9 @@ class Plans:
     def get_execution_plan_count(self):
         return len(self.seconds)
 
+    def get_plan_name_at_index(self, plan):
+        return f"plan {plan}"
+
     def build_plan_at_index(self, plan):
         if self.seconds[plan] is None:
             raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
@@ -552,7 +563,6 @@ def plans(monkeypatch, tmp_path):
     choices(monkeypatch, tmp_path)
     monkeypatch.setattr(convolutions, "_free_handles", [])
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
     clock.clear()
     times.clear()
     return made
@@ -573,49 +583,124 @@ def test_the_fastest_plan_is_taken_and_remembered(plans):
         convolutions.Convolution(library, *tensors, 1, torch.zeros(1, 8, 1, 1), rectified=True)
 
 
-def test_plans_are_kept_for_the_next_process(plans, monkeypatch, tmp_path, caplog):
+@pytest.fixture
+def convolution(plans):
+    """Makes one, always the same."""
     library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
     tensors = [torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5)]
-    made = partial(convolutions.Convolution, library, *tensors, 1)
-    made()
-    convolutions.CHOICES.keep()
-    (file,) = (tmp_path / "cudnn").iterdir()
-    ((about, plan),) = json.loads(file.read_text()).items()
-    assert plan == 2
+    return partial(convolutions.Convolution, library, *tensors, 1)
+
+
+ABOUT = "FLOAT 1 (1, 8, 5, 5) (8, 8, 3, 3) (1, 8, 5, 5)"
+
+
+def kept(home):
+    (file,) = (home / "cudnn").glob("*.json")
+    return file, json.loads(file.read_text())
+
+
+def test_plans_are_kept_for_the_next_process(plans, convolution, monkeypatch, tmp_path):
+    convolution()
+    assert kept(tmp_path)[1] == {ABOUT: "plan 2"}
     timed = len(clock)
     choices(monkeypatch, tmp_path)
-    made()
-    assert plans[1].built == [2]
-    assert len(clock) == timed
-    # What another process has added meanwhile stays; what is no plan, or none any more, is chosen anew.
-    file.write_text(json.dumps({"another": 7, about: 0}))
+    convolution()
+    assert plans[1].built == [2, 2]
+    assert len(clock) == timed + 1  # it was run once, to see whether it can be
+    for other in ({"gpu": "GPU B"}, {"processors": 114}):
+        choices(monkeypatch, tmp_path, **other)
+        convolution()
+    monkeypatch.setattr(sys.modules["cudnn"], "backend_version", lambda: 92000)
+    convolution()
+    assert len(list((tmp_path / "cudnn").glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "[" * 100000, json.dumps({ABOUT: 2}), json.dumps({ABOUT: "plan 9"})])
+def test_a_file_that_is_none_of_ours_is_written_anew(convolution, monkeypatch, tmp_path, damage):
+    convolution()
+    file, whole = kept(tmp_path)
+    file.write_text(damage)
+    choices(monkeypatch, tmp_path)
+    convolution()
+    assert kept(tmp_path)[1] == whole
+
+
+def test_a_kept_plan_that_does_not_run_here_is_chosen_anew(plans, convolution, monkeypatch, tmp_path, caplog):
+    convolution()
+    file, _ = kept(tmp_path)
+    file.write_text(json.dumps({ABOUT: "plan 0", "another": "plan 7"}))
     choices(monkeypatch, tmp_path)
     with caplog.at_level("INFO"):
-        made()
-    assert "cannot be had again: CUDNN_STATUS_NOT_SUPPORTED" in caplog.text
-    convolutions.CHOICES.keep()
-    assert json.loads(file.read_text()) == {"another": 7, about: 2}
-    for damage in ("", "[]", json.dumps({about: "2"}), json.dumps({about: 99})):
-        file.write_text(damage)
-        choices(monkeypatch, tmp_path)
-        made()
-        convolutions.CHOICES.keep()
-        assert json.loads(file.read_text())[about] == 2
-    monkeypatch.setattr(sys.modules["cudnn"], "backend_version", lambda: 92000)
-    made()
-    convolutions.CHOICES.keep()
-    assert len(list(file.parent.iterdir())) == 2
+        convolution()
+    assert "plan 0 for FLOAT" in caplog.text
+    assert "does not run here: CUDNN_STATUS_NOT_SUPPORTED" in caplog.text
+    assert kept(tmp_path)[1] == {ABOUT: "plan 2", "another": "plan 7"}
+    # Where there is no room for it that is no fault of the plan's.
+    choices(monkeypatch, tmp_path)
+    monkeypatch.setattr(convolutions.Library, "reserve", lambda self, size: torch.zeros(2**60))
+    monkeypatch.setattr(Plans, "get_workspace_size_plan_at_index", lambda self, plan: 2**40)
+    monkeypatch.setattr(torch, "OutOfMemoryError", RuntimeError)
+    with pytest.raises(BackendError, match="cannot be had again"):
+        convolution()
+    assert kept(tmp_path)[1] == {ABOUT: "plan 2", "another": "plan 7"}
 
 
-def test_a_cache_folder_that_cannot_be_written_is_said(plans, monkeypatch, tmp_path, caplog):
+def test_what_another_process_adds_meanwhile_stays(convolution, monkeypatch, tmp_path):
+    convolution()
+    file, whole = kept(tmp_path)
+    file.unlink()
+    choices(monkeypatch, tmp_path)
+    made = kernels.seconds
+
+    def busy(*given):
+        file.write_text(json.dumps({"another": "plan 7"}))
+        return made(*given)
+
+    monkeypatch.setattr(kernels, "seconds", busy)
+    convolution()
+    assert kept(tmp_path)[1] == whole | {"another": "plan 7"}
+
+
+def test_processes_time_one_after_the_other(plans, convolution, monkeypatch, tmp_path):
+    """What another one has found meanwhile is taken."""
+    convolution()
+    file, whole = kept(tmp_path)
+    file.unlink()
+    choices(monkeypatch, tmp_path)
+    timed = len(clock)
+    lock = FileLock(f"{file}.lock")
+    lock.acquire()
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(convolution) for _ in range(2)]
+        time.sleep(0.3)
+        assert len(clock) == timed
+        file.write_text(json.dumps(whole))
+        lock.release()
+        for each in waiting:
+            each.result()
+    assert len(clock) == timed + 1
+
+
+def test_nothing_is_kept_of_a_convolution_without_a_plan(convolution, monkeypatch, tmp_path):
+    times[:] = [[None, None], [None, 3.0, 1.0, 2.0]]
+    with pytest.raises(BackendError, match="none of the plans"):
+        convolution()
+    assert not list((tmp_path / "cudnn").glob("*.json"))
+    convolution()
+    assert kept(tmp_path)[1] == {ABOUT: "plan 2"}
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said_once(plans, convolution, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     choices(monkeypatch, tmp_path / "file")
-    library = convolutions.Library(SimpleNamespace(cuda_stream=1), fused.PLACE)
-    convolutions.Convolution(library, torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3), torch.zeros(1, 8, 5, 5), 1)
     with caplog.at_level("INFO"):
-        convolutions.CHOICES.keep()
-        convolutions.CHOICES.keep()
+        convolution()
+        convolution()
+        times[:] = [[None, 1.0]]
+        monkeypatch.setattr(convolutions._choices, "_known", {})
+        convolution()
     assert caplog.text.count("not kept for the next process") == 1
+    assert [each.built[-1] for each in plans] == [2, 2, 1]
 
 
 def test_handles_are_used_again(plans):
