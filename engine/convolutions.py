@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,8 @@ log = logging.getLogger(__name__)
 PLANS = 5  # of cuDNN's suggestions for a convolution that are timed
 REPLAYS = 5  # of one round of timing
 WORKSPACE = 32 << 20  # bytes that a convolution may ask for; some plans in fp32 would like gigabytes
-_free_handles: list[int] = []
-
-
 _FORMAT = "1"  # of the files of `Choices`: of the names in them, and how the fastest one is found
+_free_handles: list[int] = []
 
 
 class Choices:
@@ -49,25 +48,24 @@ class Choices:
     def plan(
         self,
         about: str,
-        names: Callable[[], Sequence[str]],
+        names: Callable[[], Iterator[str]],
         works: Callable[[int], bool],
         fastest: Callable[[], int],
     ) -> int:
-        """The index of the plan for a convolution among those of these `names`.
+        """The index of the plan for a convolution among those of these `names`, each of which takes its time.
 
         That of another process has to be one that `works`; else it is the `fastest`, whose errors are passed on.
         """
         file = _file()
         with self._lock:
             if (file, about) not in self._known:
-                called = names()
-                found = _kept(file, about, called, works)
+                found = _kept(file, about, names, works)
                 if found is None:
                     with self._alone(file):
-                        found = _kept(file, about, called, works)
+                        found = _kept(file, about, names, works)
                         if found is None:
                             found = fastest()
-                            self._keep(file, about, called[found])
+                            self._keep(file, about, next(itertools.islice(names(), found, None)))
                 self._known[file, about] = found
             return self._known[file, about]
 
@@ -109,13 +107,11 @@ def _file() -> Path:
     return cache_folder() / "cudnn" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
 
 
-def _kept(file: Path, about: str, names: Sequence[str], works: Callable[[int], bool]) -> int | None:
+def _kept(file: Path, about: str, names: Callable[[], Iterator[str]], works: Callable[[int], bool]) -> int | None:
     """The plan in the file, if it is there and works."""
     name = _read(file).get(about)
-    if name not in names:
-        return None
-    index = names.index(name)
-    return index if works(index) else None
+    index = None if name is None else next((i for i, each in enumerate(names()) if each == name), None)
+    return index if index is not None and works(index) else None
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -226,8 +222,8 @@ class Convolution:
             self._library.reserve(size)
         self._plan = plan
 
-    def _names(self) -> list[str]:
-        return [self._plans.get_plan_name_at_index(plan) for plan in range(self._plans.get_execution_plan_count())]
+    def _names(self) -> Iterator[str]:
+        return map(self._plans.get_plan_name_at_index, range(self._plans.get_execution_plan_count()))
 
     def _works(self, about: str, plan: int) -> bool:
         try:
