@@ -22,6 +22,7 @@ from . import kernels
 from .export import vgg
 from .export.ort import BackendError
 from .export.weights import cache_folder
+from .image import atomic
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +87,9 @@ class Choices:
             lock.release()
 
     def _keep(self, file: Path, about: str, name: str) -> None:
-        part = file.with_suffix(".part")  # which has one writer, as it has the lock
         try:
-            part.write_text(json.dumps(_read(file) | {about: name}, indent=0, sort_keys=True) + "\n")
-            part.replace(file)
+            with atomic(file) as temporary:
+                temporary.write_text(json.dumps(_read(file) | {about: name}, indent=0, sort_keys=True) + "\n")
         except OSError as error:
             self._say(file, error)
 

@@ -42,7 +42,7 @@ ALLOWED = {
     "features": {"fused", "session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
     "fused": {"convolutions", "features", "provider", "export", "kernels"},
-    "convolutions": {"export", "kernels"},
+    "convolutions": {"image", "export", "kernels"},
     "winograd": {"features", "export", "kernels"},
     "regions": {"features", "image", "targets", "kernels"},
     "targets": {"image"},
