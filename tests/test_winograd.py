@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -132,10 +132,10 @@ def test_the_transform_turns_with_the_kernel():
 @pytest.fixture(scope="module")
 def net():
     class Quiet(weights.Weights):
-        """A failed example is not printed with all its numbers."""
+        """Hypothesis prints a failed example without all its numbers."""
 
-        def __repr__(self):
-            return self.name
+        def _repr_pretty_(self, printer, cycle):
+            printer.text(self.name)
 
     found = weights.load("embedded", ("relu5_4",))
     return Quiet(found.name, found.parameters, found.mean, found.std)
@@ -189,11 +189,15 @@ def forward_and_vjp(spec, network, seed=0):
     layers=st.sets(st.sampled_from(vgg.LOSS_LAYERS), min_size=1, max_size=5),
     pooling=st.sampled_from(["avg", "max"]),
 )
+@example(height=33, width=40, layers={"relu5_4"}, pooling="avg")
 def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
     spec = vgg.Spec(height, width, tuple(layer for layer in vgg.LOSS_LAYERS if layer in layers), pooling)
     image, features, cotangents, gradient = forward_and_vjp(spec, network)
+    plain = net.module(spec.layers, pooling, torch.float32)(image)
+    bound, share = (5e-6, 2) if pooling == "avg" else (3e-7, 0.5)
     for layer, truth in net.module(spec.layers, pooling, torch.float64)(image.double()).items():
-        assert error(features[layer], truth) < (5e-6 if pooling == "avg" else 3e-7)
+        # Few values are left of a small picture in relu5_4, and any fp32 rounds them by more than the usual bound.
+        assert error(features[layer], truth) < max(bound, share * error(plain[layer], truth))
     relus = {name: value.contiguous().numpy() for name, value in features.items()}
     exact = {name: value.double() for name, value in cotangents.items()}
     assert error(gradient, validate.linear_piece_vjp(spec, net, relus, exact)) < 5e-6
