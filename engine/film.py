@@ -30,6 +30,7 @@ _BT709, _UNKNOWN = 1, 2  # of colour primaries, transfer and matrix, in ITU-T H.
 _HDR = (16, 18)  # transfers: PQ, HLG
 _HIGH = 720  # lines from which on players take a video for BT.709 that does not say
 _UNWRITTEN = "it cannot be written"
+_GAP = 10  # seconds between packets of a recording in which its clock has not jumped, as FFmpeg has it
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def read(path: str) -> Iterator[Shot]:
                 yield before
             raise
         if before is not None:
-            yield before if shot is None else replace(before, until=shot.time)
+            yield replace(before, until=math.inf if shot is None else shot.time)
         if shot is None:
             break
         before = shot
@@ -93,10 +94,13 @@ def _shots(path: str) -> Iterator[Shot]:
         return
     with _opened(path) as (container, stream), _told(path):
         rate, time = float(stream.average_rate or _RATE), 0.0
-        for number, frame in enumerate(container.decode(stream), 1):
+        frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
+        for number, frame in enumerate(frames, 1):
             _check_pixels(path, frame.width, frame.height)
             if number == 1 and frame.color_trc in _HDR:
                 log.warning("%s: its high dynamic range is left out of account, colours will be dull", path)
+            if number == 1 and frame.interlaced_frame:
+                log.warning("%s: it is interlaced, and its lines will be painted as combs: deinterlace it before", path)
             time = time + (number > 1) / rate if frame.time is None else float(frame.time)
             given = "ITU709" if frame.colorspace == _UNKNOWN and frame.height >= _HIGH else None
             levels = frame.to_ndarray(format="rgb24", src_colorspace=given)
@@ -104,18 +108,43 @@ def _shots(path: str) -> Iterator[Shot]:
             if shape and shape != 1:
                 picture = image.resize(picture, (max(1, round(frame.width * shape)), frame.height))
             upright = np.rot90(picture.rgb, round(frame.rotation / 90))
-            yield Shot(Picture(np.ascontiguousarray(upright)), f"{number:06d}", time)
+            yield Shot(Picture(np.ascontiguousarray(upright)), f"{number:06d}", time, time + 1 / rate)
+
+
+def _packets(container: Any, wanted: Any) -> Iterator[Any]:
+    """The packets of one stream of an open video, the last one empty.
+
+    The clock of a recording (MPEG-TS, -PS) has run before, and jumps where two were joined: here it begins at zero, and
+    goes on where the stream was. All streams move alike, so that sound stays with the pictures.
+    """
+    import av
+
+    if av.format.Flags.ts_discont not in av.format.Flags(container.format.flags):
+        yield from container.demux(wanted)
+        return
+    streams = {container.streams.best("video"), *container.streams.audio[:1], wanted}
+    shifts = [-(container.start_time or 0) / av.time_base]
+    places = dict[Any, tuple[float, float]]()  # of each stream its last time, and the step to it
+    for packet in container.demux(*streams):
+        if packet.dts is not None:
+            time = float(packet.dts * packet.time_base)
+            before, step = places.get(packet.stream, (time + shifts[-1], 0.0))
+            # Around a jump packets of both sides may alternate.
+            fitting = [shift for shift in shifts[-2:] if 0 <= time + shift - before <= _GAP]
+            if not fitting:
+                shifts.append(before + step - time)
+            shift = fitting[-1] if fitting else shifts[-1]
+            places[packet.stream] = time + shift, time + shift - before
+            ticks = round(shift / packet.time_base)
+            packet.dts += ticks
+            packet.pts = None if packet.pts is None else packet.pts + ticks
+        if packet.stream is wanted:
+            yield packet
 
 
 def place(path: str, shot: Shot) -> Path:
-    """Where `folder` puts the picture that is made of a frame."""
+    """Where the picture that is made of a frame stands in a folder."""
     return Path(path) / f"{shot.name}.png"
-
-
-@contextlib.contextmanager
-def folder(path: str) -> Iterator[Callable[[Shot, Picture], None]]:
-    """Writes the frames as PNG into a folder, under the names of those that they were made of."""
-    yield lambda shot, picture: image.save(picture, str(place(path, shot)))
 
 
 @contextlib.contextmanager
@@ -167,7 +196,7 @@ def _sound(path: str, source: Any, out: Any) -> Callable[[float], None]:
     if not codec or not _holds(out.format.name, given):
         log.warning("the sound (%s) is left out: %s cannot hold it", codec or "unknown", out.format.name)
         return lambda until: None
-    own, packets = out.add_stream_from_template(given), source.demux(given)
+    own, packets = out.add_stream_from_template(given), _packets(source, given)
 
     def following() -> Any:
         with _told(path):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _MATCHED = ("match", "histogram")
 _RECORD = "video.json"  # in a folder of painted frames
+_DIGITS = 16  # of the sha256 of a frame in it
+_ELSEWHERE = "give another folder, or --overwrite"
 _CUT = 0.25  # share of the pixels whose motion is certain under which a frame shows something else
 
 
@@ -196,7 +199,7 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
     Frames that are there already in a folder are left alone, and the next one goes on from them. What a run that broke,
     or was interrupted, has painted so far is written.
     """
-    source, out, done = given.content, given.out, 0
+    source, out = given.content, given.out
     total = _check(given, styles, config)
     loaded = None if list(styles) == ["none"] else [*load_styles(styles)]
     stylizer = Stylizer(given.weights, given.device, given.precision)
@@ -204,29 +207,31 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
         check_weights(given.preset, stylizer.weights_kind)
     painter = Video(stylizer, loaded, config, iterations=given.frame_iterations, temporal_weight=given.temporal_weight)
     to_file = is_video(out, written=True)
-    sink = film.video(out, source) if to_file else film.folder(out)
-    status, message, kept = 0, "", 0
+    sink = film.video(out, source) if to_file else nullcontext(lambda shot, made: image.save(made, _file(out, shot)))
+    status, message, done = 0, "", 0
     last: film.Shot | None = None
-    record: dict[str, Any] | None = None
+    record = _record(given, config, stylizer, loaded or [])
+    painted: list[str] = [] if to_file or given.overwrite else _painted(out, record)  # sha256 of what is there
     with sink as write, _Progress(given, total) as progress:
         try:
-            for shot in film.read(source):
-                if record is None:  # the first one
-                    record = _record(given, config, stylizer, shot, loaded or [])
-                    kept = 0 if to_file or given.overwrite else _painted(out, record)
-                if progress.done < kept and film.place(out, shot).exists():
+            for index, shot in enumerate(film.read(source)):
+                digest = shot.picture.digest[:_DIGITS]
+                if index < len(painted) and painted[index] != digest:
+                    raise _OtherError(f"{out} holds what was made of another frame {shot.name}: {_ELSEWHERE}")
+                if index < len(painted) and film.place(out, shot).exists():
                     last = shot
                     progress.skip()
                     continue
                 if last is not None:
                     before, last = last, None
-                    painter.take(before.picture, str(film.place(out, before)))
+                    painter.take(before.picture, _file(out, before))
                 frame = painter(replace(shot.picture, name=f"frame {shot.name}"))
                 if not (to_file or done):
-                    _keep(out, record, kept)
+                    _keep(out, record, painted)
                 write(shot, frame.picture)
-                if not to_file:  # behind the frame: an older one of its name does not count
-                    _keep(out, record, max(kept, progress.done + 1))
+                if not to_file and index >= len(painted):  # behind the frame: an older one of its name does not count
+                    painted.append(digest)
+                    _keep(out, record, painted)
                 done += 1
                 progress.tick(frame)
         except KeyboardInterrupt:
@@ -234,48 +239,65 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
                 raise
             status, message = 130, "interrupted"
         except (*BREAKS, ValueError) as error:  # a frame that is damaged, or of another size
-            if not (done or last):
+            if isinstance(error, _OtherError) or not (done or last):
                 raise
             status, message = 1, brief(error)
+    if not (to_file or status) and (others := len(_pictures(out)) - len(painted)) > 0:
+        log.warning("%s holds %d more pictures, which are not of this video", out, others)
     goes_on = "" if to_file or given.overwrite else ", and the same command goes on"
     return status, message and f"{message}; the {done} frames so far are in {out}{goes_on}"
 
 
-def _record(
-    given: argparse.Namespace, config: Config, stylizer: Stylizer, first: film.Shot, styles: Sequence[Any]
-) -> dict[str, Any]:
-    """What the frames of a folder are made of, as it is read again from JSON."""
-    config = replace(config, window="auto")  # any one makes the same frames
-    record = manifest.inputs(config, None, None) | {
+class _OtherError(ValueError):
+    """A folder holds frames of another video."""
+
+
+def _file(out: str, shot: film.Shot) -> str:
+    return str(film.place(out, shot))
+
+
+def _pictures(out: str) -> list[Path]:
+    """The pictures in a folder, if there is one."""
+    return [each for each in Path(out).iterdir() if each.suffix == ".png"] if Path(out).is_dir() else []
+
+
+def _record(given: argparse.Namespace, config: Config, stylizer: Stylizer, styles: Sequence[Any]) -> dict[str, Any]:
+    """What the frames of a folder are made of besides their contents, as it is read again from JSON."""
+    options = replace(config, window="auto")  # any one makes the same frames
+    engine = {"device": stylizer.device, "precision": stylizer.precision}
+    record = manifest.inputs(options, None, None) | {
         "frame-iterations": given.frame_iterations,
         "temporal-weight": given.temporal_weight,
-        "content": {"name": Path(given.content).name, "first": first.picture.digest},
+        "content": Path(given.content).name,
         "styles": [each.digest for each in styles],
-        "engine": {"device": stylizer.device, "precision": stylizer.precision, "weights": stylizer.weights_name},
+        "engine": engine | {"weights": stylizer.weights_digest(config.layers)},
     }
     return json.loads(json.dumps(record))
 
 
-def _painted(out: str, record: dict[str, Any]) -> int:
-    """The number of frames, from the first, that a folder holds of this video; ValueError if it holds others."""
-    path = Path(out) / _RECORD
-    if not Path(out).is_dir() or not any(each.suffix == ".png" for each in Path(out).iterdir()):
-        return 0
+def _painted(out: str, record: dict[str, Any]) -> list[str]:
+    """The first digits of the sha256 of the frames, from the first, that a folder holds painted as in this record.
+
+    Raises ValueError if it holds others, or a record that is none.
+    """
+    path, pictures = Path(out) / _RECORD, _pictures(out)
+    if not path.exists():
+        if pictures:
+            raise ValueError(f"{out} holds pictures that no video left there: {_ELSEWHERE}")
+        return []
     try:
         found = json.loads(path.read_text())
-        painted = int(found["painted"])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ValueError(f"{out} holds pictures that no video left there: give another folder") from None
+        painted = [str(each) for each in found["painted"]]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} was not written here: {_ELSEWHERE}") from None
     other = [name for name in record if found.get(name) != record[name]]
-    if other:
-        raise ValueError(
-            f"{out} holds frames of a video with another {' and '.join(other)}: give another folder, or --overwrite"
-        )
-    return painted
+    if other and pictures:
+        raise ValueError(f"{out} holds frames of a video with another {' and '.join(other)}: {_ELSEWHERE}")
+    return [] if other else painted
 
 
-def _keep(out: str, record: dict[str, Any], painted: int) -> None:
-    """Note in a folder what its frames are made of, and how many are: those behind may be another video's."""
+def _keep(out: str, record: dict[str, Any], painted: Sequence[str]) -> None:
+    """Note in a folder what its frames are made of: those behind the ones that are `painted` may be another video's."""
     Path(out).mkdir(parents=True, exist_ok=True)
     with image.atomic(Path(out) / _RECORD) as temporary:
         temporary.write_text(json.dumps(record | {"painted": painted}, indent=1))

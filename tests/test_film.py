@@ -4,6 +4,7 @@ import struct
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -37,10 +38,10 @@ def sine(seconds):
     return (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(RATE * seconds)) / RATE)).astype(np.float32)
 
 
-def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=True):
-    """A video of these frames at 10 a second, or at these times in hundredths of a second."""
+def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=True, start=0, options=None):
+    """A video of these frames at 10 a second, or at these times in hundredths of a second, from a second `start` on."""
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream = out.add_stream("libx264", rate=10, options={"crf": "4"} | (options or {}))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 100)
         if tagged:
@@ -50,14 +51,15 @@ def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=
         heard = out.add_stream(sound, rate=48000 if sound == "libopus" else RATE, layout="mono") if sound else None
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
-            picture.pts, picture.time_base = (10 * i if times is None else times[i]), Fraction(1, 100)
+            picture.pts = 100 * start + (10 * i if times is None else times[i])
+            picture.time_base = Fraction(1, 100)
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
         if heard is not None:
             samples, rate = sine(seconds or len(frames) / 10), heard.rate
-            for start in range(0, len(samples) - 1023, 1024):
-                part = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], "fltp", "mono")
-                part.sample_rate, part.pts, part.time_base = rate, start, Fraction(1, rate)
+            for i in range(0, len(samples) - 1023, 1024):
+                part = av.AudioFrame.from_ndarray(samples[None, i : i + 1024], "fltp", "mono")
+                part.sample_rate, part.pts, part.time_base = rate, start * rate + i, Fraction(1, rate)
                 out.mux(heard.encode(part))
             out.mux(heard.encode(None))
     return str(path)
@@ -141,6 +143,42 @@ def test_sound_that_mov_says_it_could_hold_is_left_out(tmp_path, caplog):
     assert "the sound (opus) is left out: mov cannot hold it" in caplog.text
     assert len(copied(source, tmp_path / "out.webm")) == 3
     assert packets(tmp_path / "out.webm")
+
+
+@pytest.mark.parametrize("starts", [(50000,), (10, 3), (30, 3000, 1), (5, 9)])
+def test_the_clock_of_a_recording_begins_at_zero_and_goes_on(tmp_path, starts):
+    """Of some that were joined, whatever it was at."""
+    parts = [make(tmp_path / f"{start}.ts", shapes(6), sound="mp2", start=start) for start in starts]
+    source = tmp_path / "in.ts"
+    source.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
+    again = copied(str(source), tmp_path / "out.mp4")
+    times = np.array([shot.time for shot in again])
+    assert len(times) == 6 * len(starts)
+    assert 0 <= times[0] < 0.1
+    steps, joints = np.diff(times), 5 + 6 * np.arange(len(starts) - 1)
+    gap = 3.5 if starts == (5, 9) else 0.1  # a few seconds may be a gap
+    assert (abs(steps[joints] - gap) < 0.06).all(), "the sound is some ms longer or shorter than the pictures"
+    assert np.delete(steps, joints) == pytest.approx(0.1, abs=2e-3)
+    sound = np.array([time for time, _ in packets(tmp_path / "out.mp4")])
+    assert [data for _, data in packets(tmp_path / "out.mp4")] == [data for _, data in packets(source)]
+    assert (np.diff(sound) > 0).all()
+    assert sound[-1] == pytest.approx(times[-1] + 0.1, abs=0.06)
+
+
+def test_the_clock_of_a_recording_runs_over(tmp_path):
+    """After 2^33 ticks of 90 kHz, 95443.7 seconds."""
+    source = make(tmp_path / "in.ts", shapes(8), sound="aac", start=95443)
+    again = copied(source, tmp_path / "out.mkv")
+    times = [shot.time for shot in again]
+    assert np.diff(times) == pytest.approx(0.1, abs=2e-3)
+    assert 0 <= times[0] < 0.1
+
+
+def test_interlaced_videos_are_told(tmp_path, caplog):
+    list(film.read(make(tmp_path / "in.mp4", shapes(2))))
+    assert not caplog.text
+    list(film.read(make(tmp_path / "in.mp4", shapes(2), options={"x264-params": "interlaced=1"})))
+    assert caplog.text.count("it is interlaced, and its lines will be painted as combs") == 1
 
 
 def test_an_odd_size_loses_a_row_and_a_column(tmp_path):
@@ -239,8 +277,10 @@ def test_what_fails_in_the_middle_is_told_as_damage(tmp_path, monkeypatch):
     shots = film.read(source)
     next(shots)
     monkeypatch.setattr(film.image, "load", broken)  # inside of the loop over the frames
+    last = next(shots)
+    assert last.until == pytest.approx(last.time + 0.1), "sound ends with it"
     with pytest.raises(ValueError, match=r"in\.mp4: damaged, or no video: Invalid data found"):
-        list(shots)
+        next(shots)
 
 
 def test_a_video_without_frames_is_told(tmp_path, monkeypatch):
@@ -279,11 +319,8 @@ def test_frames_of_a_folder_come_by_their_numbers(tmp_path):
     shots = list(film.read(str(tmp_path)))
     assert [shot.name for shot in shots] == ["f9", "f10", "f100", "other"]
     assert film.count(str(tmp_path)) == 4
-    out = tmp_path / "out"
-    out.mkdir()
-    with film.folder(str(out)) as write:
-        write(shots[0], shots[0].picture)
-    assert np.array_equal(np.asarray(Image.open(out / "f9.png")), shapes(1)[0])
+    assert film.place(str(tmp_path / "out"), shots[0]) == tmp_path / "out" / "f9.png"
+    assert np.array_equal(np.round(255 * shots[0].picture.rgb), shapes(1)[0])
 
 
 def test_nothing_is_left_of_a_video_that_could_not_be_made(tmp_path):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHALLOW, TINY
+from oracle import random_state
 from PIL import Image
+from safetensors.torch import save_file
 from test_film import make
 
 from engine import Config, Stylizer, colour, film, image, samples, stylize, video
@@ -314,6 +316,44 @@ def test_frames_of_another_video_are_neither_kept_nor_gone_on_with(tmp_path, sty
     (out / "video.json").unlink()
     assert run(other, style, "-o", out) == 2
     assert "holds pictures that no video left there" in capsys.readouterr().err
+
+
+def test_a_frame_that_changed_is_not_taken_for_painted(tmp_path, style, folder, capsys, caplog):
+    """Nor is what another video of this name made that begins with the same frame."""
+    out, words = tmp_path / "out", (folder, style, "-o", tmp_path / "out")
+    assert run(*words) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    Image.fromarray(frames(1, step=5)[0]).save(tmp_path / "frames" / "f3.png")
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert f"{out} holds what was made of another frame f3: give another folder, or --overwrite" in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "frames" / "f4.png").unlink()
+    assert run(*words, "--overwrite") == 0
+    assert f"{out} holds 1 more pictures, which are not of this video" in caplog.text
+    assert run(*words) == 0
+
+
+def test_a_record_of_another_program_stays(tmp_path, style, clip, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for text in ('{"my": "own"}', "[]", '"painted"', "no JSON"):
+        (out / "video.json").write_text(text)
+        assert run(clip, style, "-o", out) == 2
+        assert "video.json was not written here: give another folder" in capsys.readouterr().err
+        assert (out / "video.json").read_text() == text
+    assert run(clip, style, "-o", out, "--overwrite") == 0
+
+
+def test_other_weights_of_the_same_name_do_not_go_on(tmp_path, style, clip, capsys):
+    words = clip, style, "-o", tmp_path / "out", "--weights"
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        shallow = {name: value for name, value in random_state(i).items() if int(name.split(".")[1]) < 11}
+        save_file(shallow, tmp_path / str(i) / "net.safetensors")
+    assert run(*words, tmp_path / "0" / "net.safetensors") == 0
+    assert run(*words, tmp_path / "1" / "net.safetensors") == 2
+    assert "holds frames of a video with another engine" in capsys.readouterr().err
 
 
 def test_frames_left_of_another_video_are_not_taken_for_painted(tmp_path, style, clip, monkeypatch):
