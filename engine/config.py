@@ -18,6 +18,7 @@ TV_FORMS = ("mean", "sum", "block", "nine-point")
 PIXEL_RANGES = ("auto", "0-255", "0-256")
 STARTS = ("content", "noise", "style")
 COLOURS = ("none", "keep-after", "keep-before", "match", "histogram")
+MATCHED = ("match", "histogram")  # of them, those that bring the style to the content
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 MIN_WINDOW = 320  # pixels; a window has the surroundings of what it is for, up to 128 pixels on each side
 FITTED = ("window", "history")  # options that may change to fit the memory, where they are auto
@@ -220,8 +221,9 @@ class Config:
         def leave(names: str, reason: str) -> None:
             found.update(dict.fromkeys(names.split(), reason))
 
-        noise = self.init == "noise" or (self.init == "content" and not content)
-        if noise:
+        if self.init == "content" and not (content and styles):
+            leave("init", "there is no content" if styles else "the content is what is to be found")
+        if self.init == "noise" or "init" in found:
             leave("init_noise", "the start is noise")
         elif not self.init_noise and self.init != "style":
             leave("seed", "nothing of the start is drawn at random")
@@ -235,11 +237,14 @@ class Config:
             leave("style_blend", "there is one style")
         if not styles:
             leave("style_weight style_layers style_loss style_scale style_size style_blend", "there is no style")
+            if self.colour in MATCHED:
+                leave("colour", "there is no style")
             if self.tile:
                 leave("padding", "a picture that tiles has no border")
         elif not self.style_weight:
-            blend = "" if self.init == "style" else " style_blend"  # a start draws by it
-            leave("style_layers style_loss style_scale style_size" + blend, "style_weight is 0")
+            leave("style_layers style_loss style_scale style_size", "style_weight is 0")
+            if self.init != "style":  # which draws by them
+                leave("style_blend" + " colour" * (self.colour in MATCHED), "style_weight is 0")
         if self.optimizer == "adam":
             leave("history clamp", "the optimizer is adam")
         else:

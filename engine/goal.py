@@ -111,7 +111,7 @@ def load(
     if config.init == "style" and not (styles and all(isinstance(each, images.Picture) for each in styles)):
         raise ValueError("init style draws the colours of the styles: give their pictures, not targets or none")
     if picture is None:
-        if config.size == "original":
+        if config.size == "original" and image is None:
             raise ValueError("size original is that of the content, and there is none: give a number or WxH")
         if config.colour != "none":
             raise ValueError(f"colour {config.colour} needs the colours of a content: give one")
@@ -160,6 +160,8 @@ def _load_masks(
         raise ValueError(f"{len(given)} masks for {len(styles)} styles: give one for each style")
     pairs = []
     for i, (mask, style) in enumerate(zip(given, styles, strict=True), 1):
+        if isinstance(mask, tuple | list) and len(mask) != 2:
+            raise ValueError(f"mask {i} has {len(mask)} parts: give a mask of the content, or it and one of the style")
         own, theirs = mask if isinstance(mask, tuple | list) else (mask, None)
         plane, part = load_mask(own, content, f"content mask {i}"), None
         if theirs is not None:

@@ -216,7 +216,7 @@ def memory(count: int, config: Config, steps: int, gpu: bool) -> int:
 
 
 class Stall:
-    """Tells when the best loss of a scale has stalled: WINDOW evaluations lowered it by less than the share `least`."""
+    """Tells when the best loss has stalled: WINDOW evaluations lowered it by the share `least` at most; never if 0."""
 
     def __init__(self, least: float, saved: Iterable[float] = ()) -> None:
         self._least = least
@@ -226,7 +226,7 @@ class Stall:
         """Whether it has, after an evaluation with this loss."""
         self._best.append(min(loss, self._best[-1]) if self._best else loss)
         before = self._best[0]
-        return len(self._best) > WINDOW and before - self._best[-1] < self._least * before
+        return self._least > 0 and len(self._best) > WINDOW and before - self._best[-1] <= self._least * before
 
     def save(self) -> Tensor:
         """The best losses it remembers, fp64, for another one to go on."""

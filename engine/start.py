@@ -23,13 +23,14 @@ def first_pixels(
 ) -> Tensor:
     """Pixels (1, 3, H, W) of the content's size: the content, noise, colours drawn from the styles or `start`.
 
-    `config.init_noise` is the share of uniform noise that is blended in. Without a style a start from noise is a trace
-    of it on grey: full noise holds patterns that deep features take for flat colours, and an inversion keeps them.
+    `config.init_noise` is the share of uniform noise that is blended in. Without a style the content is what is to be
+    found, and a start from it or from noise is a trace of noise on grey: full noise holds patterns that deep features
+    take for flat colours, and an inversion keeps them.
     """
     generator = torch.Generator().manual_seed(config.seed)
     width, height = content.size
     noise = torch.rand(1, 3, height, width, generator=generator)
-    if config.init == "noise":
+    if config.init == "noise" or not (styles or start):
         return noise if styles else torch.lerp(torch.full_like(noise, 0.5), noise, INVERSION_NOISE)
     if config.init == "style":
         pictures = [each for each in styles if isinstance(each, images.Picture)]

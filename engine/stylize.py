@@ -247,6 +247,7 @@ def _run(given: argparse.Namespace) -> int:
         print(stylizer.forecast(job.content, job.style, config, masks=job.masks, freeze=job.freeze))  # noqa: T201
         return 0
     if given.save_targets:
+        painting.begin(stylizer, job, config)  # mistakes are told before anything is written
         _save_targets(given, stylizer, job, config)
     if grid:
         status, message = sheet.make(stylizer, job, cells, len(grid[-1][1]), given)

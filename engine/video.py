@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import colour, film, image, manifest
-from .config import FITTED, FRAME_ITERATIONS, TEMPORAL_WEIGHT, Config
+from .config import FITTED, FRAME_ITERATIONS, MATCHED, TEMPORAL_WEIGHT, Config
 from .goal import final_size, load_styles
 from .image import Picture
 from .jobs import BREAKS, VIDEOS, brief, check_apart, is_video, same_file, tell
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MATCHED = ("match", "histogram")
 _RECORD = "video.json"  # in a folder of painted frames
 _DIGITS = 16  # of the sha256 of a frame in it
 _ELSEWHERE = "give another folder, or --overwrite"
@@ -91,7 +90,7 @@ class Video:
             raise ValueError("size WxH is for pictures without content: give the long side, frames have their shape")
         self._style: list[Any] | None = self._given  # of the frames behind a first one
         later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
-        self._later = replace(later, colour="none") if self._colour in _MATCHED else later
+        self._later = replace(later, colour="none") if self._colour in MATCHED else later
         self._has_chosen = False
         self._before: tuple[Picture, Picture] | None = None  # the frame before, what was made of it
 
@@ -151,7 +150,7 @@ class Video:
     def _match(self, frame: Picture) -> None:
         """Bring the style to the colours of a first frame, for those after it; targets are refused by the run."""
         pictures = [each for each in self._given or () if isinstance(each, Picture)]
-        if self._given is not None and self._colour in _MATCHED:
+        if self._given is not None and self._colour in MATCHED:
             self._style = [*colour.prepare(self._colour, frame, pictures)[1]]
 
     def _carried(self, now: Picture, name: str) -> Carried | None:

@@ -63,7 +63,7 @@ class Wasserstein:
             return nothing[0, 0], nothing, nothing[0, 0]
         roots = values.clamp_min(EPSILON**2).sqrt()  # no eigenvalue is smaller but by rounding
         means = away.square().mean()
-        loss = means + (own.trace() + self._trace - 2 * roots.sum()) / channels
+        loss = (means + (own.trace() + self._trace - 2 * roots.sum()) / channels).clamp_min(0)  # but for rounding
         turned = self._root @ vectors
         identity = torch.eye(channels, dtype=torch.float64, device=own.device)
         matrix = 2 * channels * (identity - turned / roots @ turned.T)

@@ -308,6 +308,9 @@ def refuse(*given, **options):
         (["--style-weight", "0", "--style-layers", "relu1_1", "--style-size", "64"],
          ["--style-layers", "--style-size"]),
         (["--style-blend", "3"], ["--style-blend"]),
+        (["--style-weight", "0", "--colour", "match", "--init", "content"], ["--colour"]),
+        (["--style-weight", "0", "--colour", "match", "--init", "style"], []),
+        (["--style-weight", "0", "--colour", "keep-after"], []),
         (["--style-weight", "0", "--style-size", "64", "--save-targets", "{out}.safetensors"], []),
         (["--tile", "--padding", "reflect"], []),
     ],
@@ -334,6 +337,25 @@ def test_weights_of_what_is_not_there_are_named(pair, caplog, monkeypatch, sourc
     own += ["--content-weight", "2", "--content-layers", "relu1_1", "--style-weight", "2", "--style-layers", "relu1_1"]
     assert stylize.main([*own, "--style-size", "64", "--init", "noise", "--seed", "1", "-o", pair[2]]) == 1
     assert [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message] == told
+
+
+@pytest.mark.parametrize("sources", [("none", "style"), ("content", "none")])
+def test_a_start_from_a_content_that_is_not_there_is_named(pair, caplog, monkeypatch, sources):
+    monkeypatch.setattr("engine.stylizer.Stylizer", refuse)
+    own = [each if each == "none" else pair[each == "style"] for each in sources]
+    assert stylize.main([*own, "-o", pair[2], "--init", "content", "--init-noise", "0.1", "--seed", "1"]) == 1
+    told = [each.message.partition(" ")[0] for each in caplog.records if "no effect" in each.message]
+    assert told == ["--init", "--init-noise"]
+
+
+def test_nothing_is_written_for_a_run_that_cannot_begin(pair, tmp_path):
+    content, style, out = pair
+    kept = tmp_path / "kept.safetensors"
+    words = [content, style, "-o", out, *SMALL, "--save-targets", str(kept)]
+    assert stylize.main([*words, "--style-blend", "1,2"]) == 2
+    assert not kept.exists()
+    assert stylize.main(words) == 0
+    assert kept.exists()
 
 
 def test_a_preset_for_other_weights_is_warned_of(pair, states, caplog, monkeypatch):

@@ -280,6 +280,9 @@ def test_a_stalled_loss_is_told_after_the_window():
     falling, noisy = Stall(0.01), Stall(0.01)
     assert not any(falling(0.99**i) for i in range(200))
     assert not any(noisy(0.99**i * (1 + i % 3)) for i in range(200))  # the best counts
+    assert [Stall(0.01)(0.0) for _ in range(3)] == [False] * 3
+    done = Stall(0.01)
+    assert [done(0.0) for _ in range(21)] == [False] * 20 + [True], "there is nothing left to gain"
     off = Stall(0)
     assert not any(off(1.0) for _ in range(100))
 

@@ -162,8 +162,10 @@ def test_a_texture_has_the_size_that_was_asked_for(stylizer):
 
 
 def test_an_inversion_comes_nearer_to_the_content(stylizer, pictures):
-    config = Config(size=48, iterations=15, scales=1, init="noise")
+    config = Config(size=48, iterations=15, scales=1)  # its own default start would be the content
     result = stylizer(pictures["content"], None, config)
+    noise = stylizer(pictures["content"], None, replace(config, init="noise"))
+    assert np.array_equal(result.image, noise.image)
     assert result.image.size == (48, 34)
     assert result.trace[-1][1] < 0.2 * result.trace[0][1]
 
@@ -270,6 +272,8 @@ def test_mistakes_with_masks_are_named(stylizer):
         ([(full, empty)], "style mask 1 is empty"),
         ([turned], "shapes have to agree"),
         (["alpha"], "no alpha channel"),
+        ([(full,)], "mask 1 has 1 parts: give a mask of the content, or it and one of the style"),
+        ([[full, full, full]], "mask 1 has 3 parts"),
     ):
         with pytest.raises(ValueError, match=words):
             stylizer.steps(picture, style, masks=masks)

@@ -20,7 +20,7 @@ def picture(height, width, seed, low=0.3, high=0.7):
 
 def test_content_is_the_default_and_a_file_is_resized_to_it():
     content, start = picture(40, 60, 0), picture(20, 30, 1)
-    assert torch.equal(first_pixels(content, [], None, Config()), image.to_tensor(content))
+    assert torch.equal(first_pixels(content, [content], None, Config()), image.to_tensor(content))
     from_file = first_pixels(content, [], start, Config(init="start.png"))
     assert torch.equal(from_file, image.to_tensor(image.resize(start, (60, 40))))
 
@@ -106,7 +106,7 @@ def test_style_without_variance_gives_its_colour():
 def test_the_share_of_noise(share):
     content = picture(16, 20, 0)
     noise = first_pixels(content, [content], None, Config(init="noise", seed=5)).double()
-    blend = first_pixels(content, [], None, Config(seed=5, init_noise=share))
+    blend = first_pixels(content, [content], None, Config(seed=5, init_noise=share))
     truth = (1 - share) * image.to_tensor(content).double() + share * noise
     assert (blend - truth).abs().max() < 1e-6
 
