@@ -22,7 +22,7 @@ class _Loss(torch.autograd.Function):
         terms, gradient = objective.evaluate(pixels, with_gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return terms.total
+        return terms.total.clone()  # torch lets nobody add to a view
 
     @staticmethod
     @once_differentiable

@@ -51,11 +51,12 @@ class Choices:
         about: str,
         names: Callable[[], Iterator[str]],
         works: Callable[[int], bool],
-        fastest: Callable[[], int],
+        fastest: Callable[[], tuple[int, bool]],
     ) -> int:
         """The index of the plan for a convolution among those of these `names`, each of which takes its time.
 
-        That of another process has to be one that `works`; else it is the `fastest`, whose errors are passed on.
+        That of another process has to be one that `works`; else it is the `fastest`, whose errors are passed on, and
+        which is kept unless it says that a full GPU had no room for another one.
         """
         file = _file()
         with self._lock:
@@ -65,8 +66,9 @@ class Choices:
                     with self._alone(file):
                         found = _kept(file, about, names, works)
                         if found is None:
-                            found = fastest()
-                            self._keep(file, about, next(itertools.islice(names(), found, None)))
+                            found, crowded = fastest()
+                            if not crowded:
+                                self._keep(file, about, next(itertools.islice(names(), found, None)))
                 self._known[file, about] = found
             return self._known[file, about]
 
@@ -236,13 +238,13 @@ class Convolution:
             return False
         return True
 
-    def _fastest(self, about: str) -> int:
-        """The plan to take of the first ones, which are thought to be the best.
+    def _fastest(self, about: str) -> tuple[int, bool]:
+        """The plan to take of the first ones, which are thought to be the best; and whether one had no room.
 
         They are timed as graphs: what a plan does besides, like clearing its workspace, and what the host needs to
         launch it, count as they will.
         """
-        best, least, tried = -1, math.inf, 0
+        best, least, tried, crowded = -1, math.inf, 0, False
         failure: Exception | None = None
         for plan in range(self._plans.get_execution_plan_count()):
             if tried == PLANS:
@@ -252,11 +254,11 @@ class Convolution:
                 taken = kernels.seconds(self.run, self._library.workspace.device, REPLAYS)
             except Exception as error:  # a plan that is not wanted, or that the GPU has no room for
                 log.debug("plan %d of %s: %s", plan, about, error)
-                failure = error
+                failure, crowded = error, crowded or isinstance(error, torch.OutOfMemoryError)
                 continue
             tried += 1
             if taken < least:
                 best, least = plan, taken
         if best < 0:
             raise BackendError(f"device cudnn: none of the plans for {about} runs here ({failure})") from failure
-        return best
+        return best, crowded

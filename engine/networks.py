@@ -53,11 +53,11 @@ class Networks:
         with self._lock:
             had = (self._opened.depth, self._opened.with_max) if self._opened else (0, False)
             if had[0] < depth or had[1] < with_max:
-                self._opened = None  # before the new one is made: they need not stand side by side
                 depth, with_max = max(had[0], depth), had[1] or with_max
                 layers = vgg.LAYERS[:depth]
                 weights = load_weights(self._source, layers)
                 self._check_same(weights, depth)
+                self._opened = None  # before the new one is made: they need not stand side by side
                 opener = open_network(weights, layers, self._device, self._threads, with_max=with_max)
                 self._opened = Network(depth, with_max, weights.name, weights.kind, weights.digests, opener)
                 del weights

@@ -168,7 +168,7 @@ def attempts(device: str, precision: str, stream: int, model: bytes, captured: b
     if device == "tensorrt":
         folder = _engine_folder(model)
         known = any(folder.glob("*.engine")) if folder.is_dir() else False
-        for _ in range(2 if known else 1):
+        for last in (False, True) if known else (True,):
             if not any(folder.glob("*.engine")):
                 log.info("device tensorrt: building an engine, which takes a while; it is kept in %s", folder)
             folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,8 @@ def attempts(device: str, precision: str, stream: int, model: bytes, captured: b
                 "trt_timing_cache_enable": "1",
                 "trt_timing_cache_path": str(folder.parent),
             }
-            shutil.rmtree(folder)
+            if not last:  # other processes may have the same idea
+                shutil.rmtree(folder, ignore_errors=True)
         return
     low = precision != "fp32"
     settings = {

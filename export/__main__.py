@@ -15,7 +15,6 @@ import onnx
 
 from . import graph, validate, vgg
 from .commands import Parser, wrong_file
-from .ort import BackendError
 from .weights import Weights, load
 
 _NAME = "engine.export"
@@ -44,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{_NAME}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError, MemoryError, BackendError) as error:
-        print(f"{_NAME}: {str(error) or type(error).__name__}", file=sys.stderr)
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        print(f"{_NAME}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) or wrong_file(error) else 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(f"weights: {weights.name}", file=sys.stderr)
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0

@@ -203,7 +203,9 @@ class _StateFile:
         value = self._file.get_tensor(key) if self._file is not None else self._tensors[key]
         if not isinstance(value, Tensor):
             raise ValueError(f"{self.path}: {key} is a {type(value).__name__}, not a tensor")
-        return value
+        if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
+            raise ValueError(f"{self.path}: {key} holds no floats ({value.dtype}, {value.layout}, {value.device})")
+        return value.detach()
 
 
 def _torchvision_names() -> Iterator[str]:

@@ -42,6 +42,10 @@ def test_composes_with_other_torch_terms(objective):
     (inner,) = torch.autograd.grad(loss(y, objective), y)
     torch.testing.assert_close(x.grad, 1.5 * inner + 2 * x.detach())
     assert not torch.allclose(gradient, inner)
+    in_place = loss(y, objective)
+    in_place *= 2
+    in_place += (y**2).sum()
+    torch.testing.assert_close(torch.autograd.grad(in_place, y)[0], 2 * inner + 2 * y.detach())
 
 
 def test_two_evaluations_before_one_backward(objective):

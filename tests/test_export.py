@@ -96,6 +96,14 @@ def test_mistakes_exit_2_with_one_line(tmp_path, capsys, arguments, words):
     assert err.count("\n") == 1
 
 
+def test_a_size_beyond_the_memory_is_one_line(tmp_path, capsys):
+    words = ["--height", "1000000", "--width", "1000000", "--layers", "relu1_1", "--weights", "embedded"]
+    assert command.main(["--out", str(tmp_path), *words]) == 1
+    err = capsys.readouterr().err
+    assert "memory" in err
+    assert err.count("\n") == 1
+
+
 def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

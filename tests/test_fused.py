@@ -625,6 +625,29 @@ def test_a_file_that_is_none_of_ours_is_written_anew(convolution, monkeypatch, t
     assert kept(tmp_path)[1] == whole
 
 
+def test_what_a_full_gpu_chose_is_not_kept(plans, convolution, monkeypatch, tmp_path):
+    reserve, full = convolutions.Library.reserve, [True]
+
+    def reserving(self, size):
+        if full and size > 1500:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        reserve(self, size)
+
+    monkeypatch.setattr(Plans, "get_workspace_size_plan_at_index", lambda self, plan: 1000 * plan)
+    monkeypatch.setattr(
+        Plans, "execute_plan_at_index", lambda self, *given, handle: clock.append(self.seconds[given[2]])
+    )
+    monkeypatch.setattr(convolutions.Library, "reserve", reserving)
+    convolution()
+    convolution()
+    assert [each.built[-1] for each in plans] == [1, 1]
+    assert not list((tmp_path / "cudnn").glob("*.json"))
+    full.clear()
+    choices(monkeypatch, tmp_path)  # the next process
+    convolution()
+    assert kept(tmp_path)[1] == {ABOUT: "plan 2"}
+
+
 def test_a_kept_plan_that_does_not_run_here_is_chosen_anew(plans, convolution, monkeypatch, tmp_path, caplog):
     convolution()
     file, _ = kept(tmp_path)

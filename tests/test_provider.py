@@ -361,7 +361,6 @@ def test_engines_are_kept_apart_by_graph_and_gpu(fake_gpu, own_cache):
 def test_a_corrupt_engine_is_thrown_away(fake_gpu):
     folder = provider._engine_folder(b"graph")
     assert len(list(provider.attempts("tensorrt", "fp16", 5, b"graph"))) == 1  # nothing to throw away
-    folder.mkdir(parents=True)
     (folder / "own.engine").write_text("corrupt")
     attempts = provider.attempts("tensorrt", "fp16", 5, b"graph")
     first = next(attempts)
@@ -370,6 +369,13 @@ def test_a_corrupt_engine_is_thrown_away(fake_gpu):
     assert first == second
     assert second["user_compute_stream"] == "5"
     assert not list(folder.iterdir())
+    folder.rmdir()  # by another process
+    assert list(attempts) == []
+    attempts = provider.attempts("tensorrt", "fp16", 5, b"graph")
+    next(attempts)
+    (folder / "new.engine").write_text("of another process")
+    assert list(attempts) == []
+    assert (folder / "new.engine").exists(), "this one has not been tried"
 
 
 def test_precision_auto_is_half_on_a_gpu(monkeypatch):

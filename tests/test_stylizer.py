@@ -670,6 +670,10 @@ def test_weights_that_change_under_a_stylizer_are_refused(pictures, states, tmp_
     for _ in range(2):
         with pytest.raises(ValueError, match="have changed since they were loaded"):
             own(pictures["content"], pictures["style"], replace(TINY, pooling="max"))
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        own(pictures["content"], pictures["style"], replace(TINY, pooling="max"))
+    own(pictures["content"], pictures["style"], TINY)  # goes on with what is open
 
 
 def test_weights_that_are_downloaded_meanwhile_wait_for_the_next_stylizer(pictures, own_cache, monkeypatch):

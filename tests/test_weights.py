@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +93,13 @@ def test_the_caffe_network_in_torchvisions_names(states, tmp_path):
     assert kinds == {"torchvision": "imagenet", "caffe": "caffe"}
 
 
+def test_parameters_that_want_gradients(tmp_path):
+    state = {name: torch.nn.Parameter(value) for name, value in random_state().items()}
+    torch.save(state, tmp_path / "net.pth")
+    found = weights.load(tmp_path / "net.pth", ("relu1_2",))
+    assert np.array_equal(found.parameters["conv1_2.bias"].numpy(), state["features.2.bias"].detach().numpy())
+
+
 def test_a_cache_below_a_folder_that_may_not_be_searched_is_none(monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
@@ -130,6 +138,11 @@ def broken(tmp_path, kind):
     elif kind == "no dictionary":
         path = tmp_path / "bad.pth"
         torch.save([1, 2], path)
+    elif kind in ("sparse", "meta", "complex"):
+        path, tensor = tmp_path / "bad.pth", state["features.0.weight"]
+        kinds = {"sparse": tensor.to_sparse, "meta": partial(tensor.to, "meta")}
+        state["features.0.weight"] = kinds.get(kind, partial(tensor.to, torch.complex64))()
+        torch.save(state, path)
     elif kind == "no tensor":
         path = tmp_path / "bad.pth"
         torch.save({"features.0.weight": 3}, path)
@@ -147,8 +160,12 @@ def broken(tmp_path, kind):
         ("pickle that runs code", "safely"),
         ("no dictionary", "not a state dict"),
         ("no tensor", "not a tensor"),
+        ("sparse", r"features\.0\.weight holds no floats \(torch\.float32, torch\.sparse_coo, cpu\)"),
+        ("meta", r"holds no floats \(torch\.float32, torch\.strided, meta\)"),
+        ("complex", r"holds no floats \(torch\.complex64"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_bad_files_are_told_apart(tmp_path, kind, words):
     with pytest.raises(ValueError, match=words):
         weights.load(broken(tmp_path, kind), ("relu5_1",))
