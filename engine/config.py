@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
@@ -400,6 +401,8 @@ def _whole_or_auto(name: str, value: object, low: int, high: int) -> None:
 def _float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} has to be a number, not {value!r}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: the number is beyond all that can be computed with, give a smaller one")
     return value
 
 

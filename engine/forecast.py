@@ -60,12 +60,16 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a `Stylizer` paints with, and where it keeps networks for later runs, if it does."""
+    """What a `Stylizer` paints with, and where it keeps networks for later runs, if it does.
+
+    `lent` are the bytes of the host that will be given back before the run needs them.
+    """
 
     device: str
     precision: str
     threads: int
     cache: Cache | None
+    lent: int = 0
 
 
 def fit(setup: Setup, goal: Goal, *, same_pairs: bool = False) -> Goal:
@@ -128,7 +132,8 @@ def _changes(asked: Goal, found: Goal) -> str:
 
 def _free(setup: Setup) -> int | None:
     """Bytes that are free; None where memory is not forecast, or the system does not tell."""
-    return available(setup.device) if setup.device in DEVICES else None
+    left = available(setup.device) if setup.device in DEVICES else None
+    return None if left is None else left + setup.lent * (setup.device == "cpu")
 
 
 def begin(setup: Setup, goal: Goal, identity: Mapping[str, Any] | None) -> Goal:
@@ -306,12 +311,13 @@ def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]
         total += 2 * regions * sum(places[name] for name in styles)
         wide = 4 if config.style_loss == "wasserstein" else element  # the slope of a mean is fp32
         total += (2 if goal.masks else 1) * wide // element * max(places[name] for name in styles)
+    if config.style_loss == "wasserstein" and styles:  # fp64: covariances, roots; of one, its eigenvectors; a strip
+        squares = [spec.shapes[name][1] ** 2 for name in styles]
+        total += 24 * regions * sum(squares) + 64 * max(squares) + 8 * kernels.STRIP
     if gpu:
         from . import fused
 
         total += _products(spec, window, styles, regions)
-        if config.style_loss == "wasserstein":  # roots of covariances, fp64
-            total += 16 * regions * sum(spec.shapes[name][1] ** 2 for name in styles)
         if window is not None:
             return total + kernels.SCRATCH, ()
         asked = {name: {"style": name in styles, "content": name in contents} for name in spec.layers}

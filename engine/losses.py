@@ -65,6 +65,7 @@ class Objective:
         self._temporal = temporal
         self._views: list[dict[str, View]] = [{} for _ in network.parts]  # by term
         self._distances: dict[str, kernels.Wasserstein] = {}  # by term
+        self._aways: list[dict[str, Tensor]] = [{} for _ in network.parts]  # by term: of what a distance is measured
         self._shares: dict[str, tuple[str, float]] = {}  # by term: layer, share
         self._styles = tuple(config.style_layer_weights) if regions else ()
         self._style_weight = config.style_weight
@@ -77,9 +78,9 @@ class Objective:
             for name in self._styles
             if region.mask is not None
         }
-        pieces = [
-            self._terms(i, content[i] if content else {}, regions, guides, config) for i in range(len(network.parts))
-        ]
+        contents = content or [{}] * len(network.parts)
+        with network.use():  # which computes on as many threads as ever
+            pieces = [self._terms(i, each, regions, guides, config) for i, each in enumerate(contents)]
         terms, at_once = pieces[0], len(pieces) == 1
         direct = tuple(terms) == spec.layers  # each has one term, of the features themselves
         self._overlapping = network.overlapping if direct else None
@@ -236,8 +237,8 @@ class Objective:
         target = statistic.matrix
         if config.style_loss == "wasserstein":
             if term not in self._distances:
-                self._distances[term] = kernels.Wasserstein(view.away.clone(), statistic.matrix)
-            target = torch.zeros_like(target)
+                self._distances[term] = kernels.Wasserstein(statistic.matrix)
+            target = torch.zeros_like(target, dtype=torch.float32)
         self._shares[term] = name, region.share
         self._views[turn][term] = view
         weight = self._weights[name] * region.share
@@ -250,18 +251,19 @@ class Objective:
     def _measure(self, layers: Collection[str]) -> None:
         """Take the features of these layers of the network into account."""
         terms = [term for term in self._layers.names if self._layer_of(term) in layers]
-        for view in self._views_of(terms).values():
+        for term, view in self._views_of(terms).items():
             view.read()
+            if term in self._distances:
+                self._aways[self.network.turn][term] = view.away()
         if terms:
             self._at_turn().measure(terms)
 
     def _conclude(self) -> None:
         """What is measured of all layers -> their losses."""
         for term, distance in self._distances.items():
-            views = [each[term] for each in self._views]
-            positions = [view.features.shape[1] for view in views]
-            aways = (count / sum(positions) * view.away for count, view in zip(positions, views, strict=True))
-            distance.away.copy_(torch.stack(list(aways)).sum(0))
+            positions = [each[term].features.shape[1] for each in self._views]
+            aways = (count / sum(positions) * each[term] for count, each in zip(positions, self._aways, strict=True))
+            distance.away = torch.stack(list(aways)).sum(0)
         self._layers.conclude()
 
     def _cotangents(self, layers: Collection[str]) -> None:

@@ -39,7 +39,7 @@ class View:
 
     All are in the layout and dtype of F. X and dL/dX have memory of their own, or as much as they need of `room`, two
     flat tensors that others use at other times; without target there is no dL/dX. `shift` is s, a number or (C,) fp32;
-    `guide` (M,) fp32, None for the whole picture; `away` m - s (C,) fp32.
+    `guide` (M,) fp32, None for the whole picture.
     """
 
     def __init__(
@@ -57,16 +57,18 @@ class View:
         self.cotangent: Tensor | None = None
         if target is not None:
             self.cotangent = torch.empty_like(features) if room is None else alike(features, room[1])
-        self.away = torch.zeros(len(features), device=features.device)
 
     def read(self) -> None:
-        """F -> X, m - s."""
+        """F -> X."""
         found, guide = self.features, self._guide
         if guide is None:
             torch.sub(self._source, self._shift, out=found)
         else:
             torch.mul(self._source - self._shift, guide, out=found)
-        self.away.copy_((found if guide is None else found * guide).mean(1, dtype=torch.float32))
+
+    def away(self) -> Tensor:
+        """m - s (C,) fp64 of the X that was read."""
+        return kernels.exact_mean(self.features, self._guide)
 
     def write(self, slope: Tensor | None) -> None:
         """Add dL/dF to the cotangent of F, from dL/dX and b = `slope` (C,) fp32 (None is zero)."""
@@ -100,13 +102,14 @@ class Moments:
         if self._sums is None and self._statistic == "wasserstein":
             self._shift = features.mean(1, dtype=torch.float32)
         if self._statistic == "gram" and guide is None:
-            seen, away = features, features.mean(1, dtype=torch.float32)
+            seen, away = features, kernels.exact_mean(features)
         else:
             view = View(features, self._shift, guide)
             view.read()
-            seen, away = view.features, view.away
+            seen, away = view.features, view.away()
+        gram = kernels.exact_gram(seen) if self._statistic == "wasserstein" else kernels.gram(seen, self._products)
         share = features.shape[1] / self._positions
-        own = share * kernels.gram(seen, self._products), share * away
+        own = share * gram, share * away
         self._sums = own if self._sums is None else (self._sums[0] + own[0], self._sums[1] + own[1])
 
     @property
@@ -116,7 +119,7 @@ class Moments:
         matrix, away = self._sums
         if self._statistic == "wasserstein":
             matrix = matrix - torch.outer(away, away)
-        return Statistic(matrix, self._shift + away)
+        return Statistic(matrix, (self._shift + away).float())
 
 
 def statistics_of(

@@ -100,7 +100,8 @@ class Result:
     """A finished run.
 
     `image` is the picture in 8 bits (`last.picture` has it in float32), `last` the last step, `trace` holds scale, loss
-    and seconds since the start of each iteration.
+    and seconds since the start of each iteration. The last step holds the pictures of the call, in float32, for the
+    picture and the manifest: keep the image alone where there are many.
     """
 
     image: Image.Image

@@ -136,7 +136,7 @@ class Stylizer:
         if checkpoint is not None:
             asked = fitted_again(asked, checkpoint.identity)
         given = replace(self._goal(content, style, asked, masks, freeze), carried=carried)
-        given = begin(self._setup, given, None if checkpoint is None else checkpoint.identity)
+        given = begin(replace(self._setup, lent=len(resume or b"")), given, checkpoint and checkpoint.identity)
         config, asked = given.config, replace(asked, window=given.config.window, history=given.config.history)
         picture = given.content or canvas(config)
         schedule = config.schedule(picture.aspect)

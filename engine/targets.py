@@ -15,14 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .export import vgg
 from .image import atomic
 
-_FORMAT = "style targets 3"
+_FORMAT = "style targets 4"
+_DTYPES = {"wasserstein": torch.float64}  # of the matrices, where they are not fp32
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One layer of a style: `matrix` (C, C) fp32, its second moment as in `regions`, and `mean` (C,) fp32."""
+    """One layer of a style: `matrix` (C, C), its second moment as in `regions`, and `mean` (C,) fp32.
+
+    The matrix is fp32, a covariance fp64, see `kernels.wasserstein`.
+    """
 
     matrix: Tensor
     mean: Tensor
@@ -45,7 +50,7 @@ def blend(styles: Sequence[Statistics], shares: Sequence[float], statistic: str)
             for share, each in pairs:
                 away = each.mean.double() - mean
                 matrix += share * torch.outer(away, away)
-        found[layer] = Statistic(matrix.float(), mean.float())
+        found[layer] = Statistic(matrix.to(styles[0][layer].matrix.dtype), mean.float())
     return found
 
 
@@ -98,7 +103,8 @@ class Targets:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is not {_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = Targets(dict(json.loads(metadata["made_for"])), _unpack(tensors))
+            made_for = dict(json.loads(metadata["made_for"]))
+            found = Targets(made_for, _unpack(tensors, _DTYPES.get(made_for.get("style loss", ""), torch.float32)))
             if found.digest != metadata["sha256"]:
                 raise ValueError("its sha256 differs")
             return found
@@ -125,16 +131,21 @@ def _upper(matrix: Tensor) -> Tensor:
     return matrix[rows, columns]
 
 
-def _unpack(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Statistic]]:
+def _unpack(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[int, dict[str, Statistic]]:
+    """The statistics, whose matrices have this dtype; what a network would not have is refused."""
     sides: dict[int, dict[str, Statistic]] = {}
     for name in tensors:
         side, layer, part = name.split(".")
         if part != "mean":
             continue
-        mean = tensors[name]
-        matrix = torch.zeros(len(mean), len(mean))
+        mean, upper = tensors[name], tensors[f"{side}.{layer}.matrix"]
+        if mean.shape != (vgg.Spec(vgg.MIN_SIDE, vgg.MIN_SIDE, (layer,)).shapes[layer][1],):
+            raise ValueError(f"{layer} has not {tuple(mean.shape)} channels")
+        if mean.dtype != torch.float32 or upper.dtype != dtype:
+            raise ValueError(f"{layer} has a mean of {mean.dtype} and a matrix of {upper.dtype}")
+        matrix = torch.zeros(len(mean), len(mean), dtype=dtype)
         rows, columns = torch.triu_indices(*matrix.shape)
-        matrix[rows, columns] = matrix[columns, rows] = tensors[f"{side}.{layer}.matrix"]
+        matrix[rows, columns] = matrix[columns, rows] = upper
         sides.setdefault(int(side), {})[layer] = Statistic(matrix, mean)
     return sides
 

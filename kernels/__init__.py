@@ -14,12 +14,13 @@ from .pixels import Pixels
 from .summed import SCRATCH, Layer, Products, Summed
 from .temporal import Temporal
 from .trail import Trail
-from .wasserstein import Wasserstein
+from .wasserstein import STRIP, Wasserstein, exact_gram, exact_mean
 
 __all__ = [
     "DIVERGED",
     "RATE",
     "SCRATCH",
+    "STRIP",
     "Adam",
     "Counters",
     "Layer",
@@ -35,6 +36,8 @@ __all__ = [
     "Wasserstein",
     "announce_no_graph",
     "capturing",
+    "exact_gram",
+    "exact_mean",
     "gram",
     "losses",
     "memory_of_products",

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import _blas, _cuda, _graphs
 from .summed import LONGEST, Blas, Layer, Products, Summed
+from .wasserstein import exact_gram
 
 _CHUNK = 32  # positions that a block of the Gram kernel takes at a time
 _WAVES = 2  # blocks of the Gram launch for each multiprocessor
@@ -267,15 +268,19 @@ class Layers:
         self._sums = torch.empty((self._loss_blocks[-1], 2), dtype=torch.float64, device=device)
 
     def _finish_distances(self) -> None:
-        """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale."""
+        """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale.
+
+        They need Gram matrices of their own, in fp64.
+        """
         factors = self._factors[1:].view(-1, _FACTORS)
         for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):
             if layer.distance is None or difference is None:
                 continue
             channels, elements = len(layer.features), layer.features.numel()
             weight = self._style_weight * layer.style_weight
-            trace = difference.trace()
-            self.terms[3 + i], matrix, means = layer.distance(difference)
+            moment = exact_gram(layer.features)
+            trace = moment.trace()
+            self.terms[3 + i], matrix, means = layer.distance(moment)
             self.terms[0] += weight * self.terms[3 + i]
             difference.copy_(matrix)
             norm = torch.linalg.matrix_norm(difference).clamp_min(1e-30)

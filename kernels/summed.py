@@ -18,7 +18,7 @@ from . import _blas
 from .content import content_gradient_blas, content_loss_blas
 from .gram import gram_blas
 from .style import style_gradient_blas
-from .wasserstein import Wasserstein
+from .wasserstein import Wasserstein, exact_gram
 
 _STRIP = 1 << 22  # elements
 SCRATCH = 12 * _STRIP  # bytes that `Cublas` takes at most to compare them
@@ -129,7 +129,7 @@ class Summed:
         self.terms, self.scale = torch.zeros(3 + len(layers), device=device), torch.ones((), device=device)
         self._scale = 1.0  # the same, on the host
         self._contents = torch.zeros(len(layers), device=device)
-        # G of what has been measured; behind `conclude` G - A, or what a `distance` has in its place.
+        # G of what has been measured, of a `distance` fp64; behind `conclude` G - A, or what a `distance` has instead.
         self._moments = [None if each.target is None else torch.empty_like(each.target) for each in layers]
 
     def losses(self) -> None:
@@ -149,7 +149,10 @@ class Summed:
                 self._contents[i] = self._contents[i] + loss if self.piece else loss
             if moment is None:
                 continue
-            if self.piece:
+            if layer.distance is not None:
+                own = share * exact_gram(layer.features)
+                self._moments[i] = moment + own if self.piece else own
+            elif self.piece:
                 moment.add_(self._products.gram(layer.features, torch.empty_like(moment)), alpha=share)
             else:
                 self._products.gram(layer.features, moment)
@@ -173,8 +176,8 @@ class Summed:
                     square = float(torch.dot(flat, flat))
                     style = square / (4 * channels**2)
                 else:
-                    distance, matrix, means = layer.distance(moment)
-                    style, square = float(distance), float(moment.copy_(matrix).square().sum())
+                    distance, self._moments[i], means = layer.distance(moment)
+                    style, square = float(distance), float(self._moments[i].square().sum())
                     loudness += 2 * weight / elements * math.sqrt(means)
                 loudness += weight / (channels * elements) * math.sqrt(square * trace / channels)
             styles.append(style)

@@ -5,6 +5,10 @@
 for means m, n (C,) and covariances S, T (C, C), EPSILON on both diagonals, of the image and the style (Olkin,
 Pukelsheim 1982). With T = R R^T, T^1/2 S T^1/2 has the eigenvalues of A = R^T S R, so that
 dL/dS = 1 / C * (I - R A^-1/2 R^T).
+
+All of it is fp64. With fewer positions than channels, in a small layer or mask, many eigenvalues of S are zero but for
+EPSILON: sums in fp32 would leave noise in their places, by whose roots the gradient divides. There dL/dS is large, and
+the features are zero, which it is multiplied with: that part is left out, as it would be lost in rounding else.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 EPSILON = 1e-4
+STRIP = 1 << 21  # elements that are fp64 at once
+_NOTHING = 1e-12  # share of the largest eigenvalue under which one is zero but for rounding
 
 
 def wasserstein_reference(
@@ -32,30 +38,53 @@ def wasserstein_reference(
     return ((mean - target_mean) ** 2).mean() + (traces - 2 * np.sqrt(crossed.clip(0)).sum()) / len(mean)
 
 
-class Wasserstein:
-    """L to a style's mean n and covariance T (C, C) fp32; computed in fp64, where the tensors are.
+def exact_gram(features: Tensor) -> Tensor:
+    """F F^T / M (C, C) fp64 of features (C, M)."""
+    found = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
+    for strip in features.split(STRIP // len(features) + 1, dim=1):
+        wide = strip.double()
+        found.addmm_(wide, wide.T)
+    return found / features.shape[1]
 
-    X are the image's features less n, which is known before they are. `away` (C,) fp32 is where their mean, m - n, has
-    to stand when the object is called; the gradient of L with respect to it is 1 / C times the `slope` (C,) fp32 that a
-    call leaves. The eigenvalues are the host's to wait for, so that a call cannot be part of a CUDA graph. Raises
-    FloatingPointError for a target that is not finite, and gives NaN for a covariance of the image that is not.
+
+def exact_mean(features: Tensor, guide: Tensor | None = None) -> Tensor:
+    """F g / M (C,) fp64 of features (C, M) and a guide (M,), by default ones."""
+    length = STRIP // len(features) + 1
+    guides = torch.ones(1, device=features.device).expand(features.shape[1]) if guide is None else guide
+    strips = zip(features.split(length, dim=1), guides.split(length), strict=True)
+    return torch.stack([strip.double() @ own.double() for strip, own in strips]).sum(0) / features.shape[1]
+
+
+class Wasserstein:
+    """L to a style's mean n and covariance T (C, C), where the tensor is.
+
+    X are the image's features less n, which is known before they are. `away` (C,) fp64 is where their mean, m - n, has
+    to be put before the object is called; the gradient of L with respect to it is 1 / C times the `slope` (C,) fp32
+    that a call leaves. The eigenvalues are the host's to wait for, so that a call cannot be part of a CUDA graph.
+    Raises FloatingPointError for a target that is not finite, and gives NaN for a covariance of the image that is not.
     """
 
-    def __init__(self, away: Tensor, target: Tensor) -> None:
-        self.away, self.slope = away, torch.zeros_like(away)
-        self._ridge = EPSILON * torch.eye(len(away), dtype=torch.float64, device=away.device)
+    def __init__(self, target: Tensor) -> None:
+        self.away = torch.zeros(len(target), dtype=torch.float64, device=target.device)
+        self.slope = self.away.float()
+        self._ridge = EPSILON * torch.eye(len(target), dtype=torch.float64, device=target.device)
         covariance = target.double() + self._ridge
         if not torch.isfinite(covariance).all():
             raise FloatingPointError("the covariance of a style is not finite")
-        # Not Cholesky's: with fewer positions than channels rounding makes eigenvalues negative.
+        # Not Cholesky's: rounding makes eigenvalues negative that are zero.
         values, vectors = torch.linalg.eigh(covariance)
         self._root, self._trace = vectors * values.clamp_min(EPSILON).sqrt(), covariance.trace()
 
     def __call__(self, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L, D and mean (m - n)^2 for X X^T / M (C, C) fp32: dL/dX = D X / (C^2 M) beside what the slope gives."""
-        away, channels = self.away.double(), len(moment)
-        own = moment.double() - torch.outer(away, away) + self._ridge
+        """L, D and mean (m - n)^2, fp32, for X X^T / M (C, C) fp64.
+
+        dL/dX = D X / (C^2 M) beside what the slope gives.
+        """
+        away, channels = self.away, len(moment)
+        seen = moment - torch.outer(away, away)
+        own = seen + self._ridge
         try:
+            spectrum, basis = torch.linalg.eigh(seen)
             values, vectors = torch.linalg.eigh(self._root.T @ own @ self._root)
         except LinAlgError:  # of a covariance that is not finite
             nothing = torch.full_like(own, torch.nan).float()
@@ -67,5 +96,7 @@ class Wasserstein:
         turned = self._root @ vectors
         identity = torch.eye(channels, dtype=torch.float64, device=own.device)
         matrix = 2 * channels * (identity - turned / roots @ turned.T)
+        unseen = basis[:, spectrum <= _NOTHING * spectrum[-1]]
+        matrix -= unseen @ (unseen.T @ matrix @ unseen) @ unseen.T
         self.slope = (2 * away - matrix @ away / channels).float()
         return loss.float(), matrix.float(), means.float()

@@ -39,9 +39,12 @@ def interrupted(stylizer, pictures, config, cut):
     raise AssertionError("the run is shorter")
 
 
-@pytest.mark.parametrize(("optimizer", "init"), [("lbfgs", "noise"), ("adam", "content")])
-def test_a_resumed_run_is_the_uninterrupted_one(stylizer, pictures, optimizer, init):
-    config = Config(**SMALL, optimizer=optimizer, init=init)
+@pytest.mark.parametrize(
+    "options",
+    [{"init": "noise"}, {"optimizer": "adam"}, {"style_loss": "wasserstein", "style_layers": ("relu3_1", "relu5_1")}],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(stylizer, pictures, options):
+    config = Config(**SMALL | options)
     pair = pictures["content"], pictures["style"]
     expected = everything(stylizer.steps(*pair, config))
     fresh = Stylizer(weights="embedded", device="cpu", threads=2)  # nor does the number of threads matter

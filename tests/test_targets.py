@@ -82,11 +82,13 @@ def test_sides_and_layers_in_any_order_come_back(tmp_path):
     """Not by their names as text, by which a file has them; what a matrix holds below its diagonal is left out."""
     generator = torch.Generator().manual_seed(0)
 
-    def statistic():
-        return Statistic(torch.randn(4, 4, generator=generator), torch.randn(4, generator=generator))
+    def statistic(channels):
+        matrix = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+        return Statistic(matrix, torch.randn(channels, generator=generator))
 
-    layers = ("relu5_1", "conv2_1", "relu1_1")
-    own = Targets({"weights": "w"}, {side: {layer: statistic() for layer in layers} for side in (64, 128, 1024)})
+    layers = {"relu5_1": 512, "conv2_1": 128, "relu1_1": 64}
+    sides = {side: {layer: statistic(count) for layer, count in layers.items()} for side in (64, 128, 1024)}
+    own = Targets({"weights": "w", "style loss": "wasserstein"}, sides)
     own.save(tmp_path / "own.safetensors")
     found = Targets.load(tmp_path / "own.safetensors")
     assert found.digest == own.digest
@@ -101,7 +103,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
 
     other, cut, good = (tmp_path / f"{name}.safetensors" for name in ("other", "cut", "good"))
     save_file({"x": torch.zeros(3)}, other)
-    statistic = Statistic(torch.eye(4), torch.arange(4.0))
+    statistic = Statistic(torch.eye(64), torch.arange(64.0))
     Targets({"weights": "w"}, {64: {"relu1_1": statistic}}).save(good)
     cut.write_bytes(good.read_bytes()[:-9])
     for path in (other, cut):
@@ -127,12 +129,17 @@ def test_a_file_that_is_none_is_named(tmp_path):
     [
         ({"x": torch.zeros(3)}, "{}"),
         ({"64.relu1_1.mean": torch.zeros(3)}, "{}"),
-        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(3)}, "{}"),
-        ({"64.relu1_1.mean": torch.tensor(3.0), "64.relu1_1.matrix": torch.zeros(6)}, "{}"),
-        ({"x.relu1_1.mean": torch.zeros(3), "x.relu1_1.matrix": torch.zeros(6)}, "{}"),
-        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(6)}, "5"),
-        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(6)}, '["a"]'),
-        ({"64.relu1_1.mean": torch.zeros(3), "64.relu1_1.matrix": torch.zeros(6)}, "{"),
+        ({"64.relu1_1.mean": torch.zeros(64), "64.relu1_1.matrix": torch.zeros(3)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(10), "64.relu1_1.matrix": torch.zeros(55)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(64), "64.relu1_1.matrix": torch.zeros(2080).double()}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(64).half(), "64.relu1_1.matrix": torch.zeros(2080)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(64), "64.relu1_1.matrix": torch.zeros(2080)}, '{"style loss": "wasserstein"}'),
+        ({"64.relu9_1.mean": torch.zeros(64), "64.relu9_1.matrix": torch.zeros(2080)}, "{}"),
+        ({"64.relu1_1.mean": torch.tensor(3.0), "64.relu1_1.matrix": torch.zeros(2080)}, "{}"),
+        ({"x.relu1_1.mean": torch.zeros(64), "x.relu1_1.matrix": torch.zeros(2080)}, "{}"),
+        ({"64.relu1_1.mean": torch.zeros(64), "64.relu1_1.matrix": torch.zeros(2080)}, "5"),
+        ({"64.relu1_1.mean": torch.zeros(64), "64.relu1_1.matrix": torch.zeros(2080)}, '["a"]'),
+        ({"64.relu1_1.mean": torch.zeros(64), "64.relu1_1.matrix": torch.zeros(2080)}, "{"),
     ],
 )
 def test_a_file_of_other_tensors_is_named(tmp_path, tensors, made_for):
@@ -147,7 +154,7 @@ def test_a_file_of_other_tensors_is_named(tmp_path, tensors, made_for):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("targets") / "whole.safetensors"
-    Targets({"weights": "w"}, {64: {"relu1_1": Statistic(torch.eye(4), torch.arange(4.0))}}).save(path)
+    Targets({"weights": "w"}, {64: {"relu1_1": Statistic(torch.eye(64), torch.arange(64.0))}}).save(path)
     return path
 
 

@@ -402,6 +402,10 @@ def test_a_resumed_run_sees_and_remembers_as_before(stylizer, little):
     assert torch.equal(resumed.pixels, last.pixels)
     assert resumed.manifest([], 0.0)["options"] == last.manifest([], 0.0)["options"]
     saved = next(step.checkpoint() for step in stylizer.steps(content, style, config) if step.iteration == 3)
+    needed = stylizer.forecast(content, style, config).total
+    little(int((needed - len(saved) / 2) / 0.9))  # with what the checkpoint takes there is room for all
+    *_, resumed = stylizer.steps(content, style, config, resume=saved)
+    assert resumed.manifest([], 0.0)["options"]["window"] == "auto"
     little(2**20)  # no pairs are given up now
     *_, resumed = stylizer.steps(content, style, config, resume=saved)
     assert resumed.manifest([], 0.0)["options"]["history"] == "auto"
