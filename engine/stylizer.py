@@ -133,12 +133,12 @@ class Stylizer:
         `carried`, of the size of the result, is what a frame of a video begins with and is held to: see `engine.video`.
         """
         asked, checkpoint = config or Config(), None if resume is None else load_checkpoint(resume)
-        if checkpoint is not None:
-            asked = fitted_again(asked, checkpoint.identity)
+        asked = asked if checkpoint is None else fitted_again(asked, checkpoint.identity)
         given = replace(self._goal(content, style, asked, masks, freeze), carried=carried)
-        given = begin(replace(self._setup, lent=len(resume or b"")), given, checkpoint and checkpoint.identity)
-        config, asked = given.config, replace(asked, window=given.config.window, history=given.config.history)
-        picture = given.content or canvas(config)
+        setup = replace(self._setup, lent=len(resume or b""))
+        given = begin(setup, given, None if checkpoint is None else checkpoint.identity)
+        config, picture = given.config, given.content or canvas(given.config)
+        asked = replace(asked, window=config.window, history=config.history)
         schedule = config.schedule(picture.aspect)
         start = None if config.start_file is None else images.load(config.start_file)
         if carried is not None:

@@ -176,8 +176,8 @@ class Summed:
                     square = float(torch.dot(flat, flat))
                     style = square / (4 * channels**2)
                 else:
-                    distance, self._moments[i], means = layer.distance(moment)
-                    style, square = float(distance), float(self._moments[i].square().sum())
+                    distance, matrix, means = layer.distance(moment)
+                    style, square, self._moments[i] = float(distance), float(matrix.square().sum()), matrix
                     loudness += 2 * weight / elements * math.sqrt(means)
                 loudness += weight / (channels * elements) * math.sqrt(square * trace / channels)
             styles.append(style)
