@@ -151,6 +151,8 @@ def run(sections: Sequence[str], out: Path, required: Sequence[str] = ()) -> int
         missing = [row["name"] for row in rows if "skipped" in row and row["name"].startswith(engines)]
         if status == "ok" and missing:
             status = f"required, but skipped: {', '.join(missing)}"
+        elif status == LATE and required:
+            status = f"required, but there was {LATE}"
         report["sections"][name] = {"status": status, "seconds": time.monotonic() - begin, "rows": rows}
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         file.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from typing import Any
 from . import jobs
 from .config import Config, check_option
 from .export.commands import Parser, install_line
-from .jobs import Job, brief, fail
+from .jobs import Job, brief, ended_softly, fail
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,9 @@ def _serve(connection: Connection, *make: Any) -> None:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(painter.paint(task))
+        answer = painter.paint(task)
+        with contextlib.suppress(BrokenPipeError):  # of a driver that is gone: `recv` will say so
+            connection.send(answer)
 
 
 class Actors:
@@ -181,10 +183,11 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
 
     A worker that dies is replaced and its task goes to the end of the list; after the third it is given up. One that
     cannot start leaves its task to the others. Raises the ValueError of a worker that was given something wrong, as
-    others would be, too, and a StartError if there is no other worker: at once if none has painted, else the third.
+    others would be, too, and a StartError if there is no other worker: at once if none has painted, else the third; or
+    if workers have died over three tasks and none has answered: they die by themselves.
     """
     left, tries = deque(tasks), dict.fromkeys(tasks, 0)
-    painted, starts = False, 0
+    answered, painted, starts = False, False, 0
     hands: dict[int, Job] = {}
     for _ in range(min(workers, len(tasks))):
         worker, task = pool.start(), left.popleft()
@@ -209,13 +212,15 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
             pool.stop(worker)
             log.warning("a worker died over %s: %s", task.out, answer)
             tries[task] += 1
+            if not answered and sum(map(bool, tries.values())) == _TRIES:
+                raise StartError(f"{_TRIES} workers died over as many pictures, and none has answered ({answer})")
             if tries[task] < _TRIES:
                 left.append(task)
             else:
                 yield task, f"{_TRIES} workers died over it ({answer})"
             worker = pool.start() if left else None
         else:
-            painted = painted or not answer
+            answered, painted = True, painted or not answer
             yield task, answer
         if left:
             hands[id(worker)] = left.popleft()
@@ -238,6 +243,8 @@ def _files(url: str) -> tuple[Any, str]:
     """The file system of a path or URL, and the path in it."""
     import fsspec
 
+    if "::" in url and "://" not in url:  # a file, which fsspec would take for a chain
+        return fsspec.filesystem("file"), Path(url).absolute().as_posix()
     return fsspec.core.url_to_fs(url)
 
 
@@ -247,7 +254,12 @@ def _pictures(source: str) -> list[str]:
         raise ValueError(f"{source} does not exist")
     if not files.isdir(path):
         return [source]
-    found = sorted(each for each in files.ls(path, detail=False) if jobs.is_picture(each.rpartition("/")[2]))
+    found = sorted(
+        each["name"]
+        for each in files.ls(path, detail=True)
+        if jobs.is_picture(each["name"].rpartition("/")[2])
+        and (each["type"] == "file" or files.isfile(each["name"]))  # a link is neither file nor folder
+    )
     if not found:
         raise ValueError(f"{source} holds no picture")
     folder = source.rstrip("/")  # a URL as it was given: what comes from the server lacks its name and the login
@@ -301,8 +313,13 @@ def _check_writable(folder: str) -> None:
 
 
 def _there(url: str) -> bool:
+    """Whether a picture is there already. Raises ValueError if a folder is."""
     files, path = _files(url)
-    return bool(files.exists(path))
+    if not files.exists(path):
+        return False
+    if files.isdir(path):
+        raise ValueError(f"{url} is a folder")
+    return True
 
 
 def _config(text: str) -> Config:
@@ -338,9 +355,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line: 0 all are painted, 1 some failed (the summary has them), 2 a mistake, 130 interrupted."""
-    given = _parser().parse_args(arguments)
+    try:
+        with ended_softly():
+            return _run(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        return fail(_NAME, 130, "interrupted")
+
+
+def _run(given: argparse.Namespace) -> int:
     start = time.perf_counter()
     try:
+        if not given.out:
+            raise ValueError("give a folder with -o")
         if given.workers < 1:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
         if given.threads is not None and given.threads < 1:
@@ -350,6 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--gpus is for the actors of --ray: without it workers share what CUDA_VISIBLE_DEVICES shows"
             )
         config = _config(given.options)
+        from .painting import check_options  # with torch: mistakes above are told at once
+
+        check_options(config)
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
         if missing:
@@ -367,11 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     painted, failed, status, message = 0, {}, 0, ""
     answers = drive(pool, missing, given.workers)
     try:
-        for task, reason in tqdm(answers, total=len(missing), disable=None, file=sys.stderr):
-            if reason:
-                failed[task] = reason
-            else:
-                painted += 1
+        with ended_softly():  # again: Ray takes SIGTERM for itself
+            for task, reason in tqdm(answers, total=len(missing), disable=None, file=sys.stderr):
+                if reason:
+                    failed[task] = reason
+                else:
+                    painted += 1
     except (ValueError, StartError) as error:
         status, message = 2, str(error)
     except KeyboardInterrupt:

@@ -16,8 +16,8 @@ import torch
 
 from . import image, manifest, replay
 from .config import FITTED, Config
-from .jobs import Job, brief, check_apart, is_frame, place
-from .painting import loaded, paint
+from .jobs import Job, brief, check_apart, is_frame, place, shard
+from .painting import check_options, loaded, paint
 from .presets import check_weights
 from .stylizer import Stylizer
 
@@ -27,14 +27,15 @@ log = logging.getLogger(__name__)
 def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple[int, str]:
     """Make the pictures of the jobs that are not there yet, `given.jobs` at a time; exit status and message.
 
-    One that fails does not stop the others; an interrupt leaves no picture unfinished.
+    With `given.shard` only its part of them, but the files of all are checked: other machines make the rest. One that
+    fails does not stop the others; an interrupt leaves no picture unfinished.
     """
-    if config.init == "-":
-        raise ValueError("--init - can be read for one picture only, give a file")
-    there = set() if given.overwrite else {job.out for job in jobs if Path(job.out).exists()}
-    todo = [job for job in jobs if job.out not in there]
+    part = shard(jobs, given.shard) if given.shard else jobs
+    missing = [job for job in jobs if given.overwrite or not Path(job.out).is_file()]
+    left = {job.out for job in missing}
+    todo, there = [job for job in part if job.out in left], [job.out for job in part if job.out not in left]
     if there:
-        log.info("%d of %d pictures are there already", len(there), len(jobs))
+        log.info("%d of %d pictures are there already", len(there), len(part))
         options = json.loads(json.dumps(manifest.inputs(config, None, None)["options"]))  # as it is read
         fitted = {name: "auto" for name in FITTED if options[name] == "auto"}  # whatever was chosen
         others = sum((own := _options(out)) is None or own | fitted != options for out in there)
@@ -47,12 +48,13 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     sources = {each for job in jobs for each in (job.content, *job.styles)}
     if config.start_file is not None:
         sources.add(config.start_file)
-    check_apart([("a picture to write", job.out) for job in todo], [("one to read", each) for each in sources])
+    check_apart([("a picture to write", job.out) for job in missing], [("one to read", each) for each in sources])
     if given.save_every:
-        outs = {place(job.out) for job in todo}
+        outs = {place(job.out) for job in missing}
         for each in (*sources, *(job.out for job in jobs)):
             if is_frame(each, outs, given.save_every):
                 raise ValueError(f"{each} has the name of a frame of --save-every: give -o another folder or pattern")
+    check_options(config)
     for job in todo:
         image.output_format(job.out)  # before a folder is made
     for folder in {Path(job.out).parent for job in todo}:

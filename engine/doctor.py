@@ -16,17 +16,26 @@ from typing import TYPE_CHECKING
 from . import samples
 from .config import DEVICES, Config
 from .export.commands import Parser
-from .jobs import BREAKS, brief
+from .jobs import BREAKS, brief, ended_softly, fail
 
 if TYPE_CHECKING:
     from .stylizer import Stylizer
 
+_NAME = "engine.doctor"
 _SMALL = Config(size=64, scales=1, iterations=5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report and return the exit status: 0, or 1 if nothing can be painted with the defaults."""
-    Parser("engine.doctor", "Says which devices and weights the engine can use on this machine.").parse_args(argv)
+    """Print the report; the exit status is 0, 1 if nothing can be painted with the defaults, 130 if interrupted."""
+    try:
+        with ended_softly():
+            Parser(_NAME, "Says which devices and weights the engine can use on this machine.").parse_args(argv)
+            return _report()
+    except KeyboardInterrupt:
+        return fail(_NAME, 130, "interrupted")
+
+
+def _report() -> int:
     from . import manifest
 
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions().items())

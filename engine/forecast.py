@@ -215,12 +215,19 @@ def forecast(setup: Setup, goal: Goal) -> Forecast:
                 kept.pop(0)
             run_phase["other networks"] = sum(kept) - (own if own <= setup.cache.limit else 0)
         phases += [style_phase, run_phase]
-    if setup.device == "cpu" and config.colour not in ("none", "keep-after"):
+    if setup.device == "cpu":
+        recoloured = config.colour not in ("none", "keep-after")
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
-        phases.append({"colours": _RECOLOURED * max(math.prod(each.size) for each in sources)})
+        taken = (math.prod(each.size) * (_RECOLOURED if recoloured else _resized(each)) for each in sources)
+        phases.append({"colours" if recoloured else "sources": max(taken)})
     most = max(phases, key=lambda parts: sum(parts.values()))
     found = {name: value for name, value in most.items() if value}
     return Forecast(_size(goal), setup.device, setup.precision, found)
+
+
+def _resized(picture: images.Picture) -> int:
+    """Bytes of a pixel of a picture while it is brought to the size of a scale: copies of what is seen of it."""
+    return 8 if picture.alpha is None or picture.alpha.min() == 1 else 28
 
 
 def available(device: str) -> int | None:
@@ -292,7 +299,7 @@ def _run_phase(setup: Setup, goal: Goal, size: tuple[int, int], steps: int) -> d
         **_beside(setup, spec, config),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,
-        "pictures": 0 if gpu else 3 * 4 * count,
+        "pictures": 0 if gpu else 6 * 4 * count,  # the content, the start, and the result on its way to 8 bits
     }
 
 

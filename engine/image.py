@@ -153,6 +153,18 @@ def opened(source: Source) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
+def described(path: str) -> Iterator[Image.Image]:
+    """What a file says of its picture, none of which is decoded: it may be of any size but for STYLIZE_MAX_PIXELS.
+
+    Raises what `load` raises.
+    """
+    most = limit("STYLIZE_MAX_PIXELS", sys.maxsize)
+    with _told(path), _bounded(most), Image.open(path, formats=_READ) as picture:
+        picture.info.setdefault("exif", b"")  # else Pillow decodes a PNG to look for it behind the pixels
+        yield picture
+
+
+@contextlib.contextmanager
 def _told(name: str) -> Iterator[None]:
     """Raise what Pillow and we raise about the picture `name` as a ValueError that says so."""
     try:
@@ -257,8 +269,10 @@ def _from_deep_grey(image: Image.Image, bits: int, negative: bool) -> Picture:
     shades = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # what lies between them is interpolated
     shades.info["icc_profile"] = image.info["icc_profile"]
     curve = _unit(_to_srgb(shades))[0]
-    colours = [np.interp(grey, np.linspace(0, 1, 256), curve[:, channel]) for channel in range(3)]
-    return Picture(np.stack(colours, axis=2).astype(np.float32), alpha)
+    colours = np.empty((*grey.shape, 3), np.float32)
+    for channel in range(3):
+        colours[..., channel] = np.interp(grey, np.linspace(0, 1, 256), curve[:, channel])
+    return Picture(colours, alpha)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -309,11 +323,12 @@ def to_tensor(picture: Picture) -> Tensor:
 
 def shown(picture: Picture) -> Picture:
     """The picture without alpha: what that hides has the mean colour of what it shows, which has to be something."""
-    if picture.alpha is None:
-        return picture
+    if picture.alpha is None or picture.alpha.min() == 1:
+        return replace(picture, alpha=None)
     alpha = picture.alpha[..., None]
-    mean = (picture.rgb * alpha).mean((0, 1), np.float64) / alpha.mean(dtype=np.float64)
-    return replace(picture, rgb=(alpha * picture.rgb + (1 - alpha) * mean).astype(np.float32), alpha=None)
+    rgb = picture.rgb * alpha
+    mean = rgb.mean((0, 1), np.float64) / alpha.mean(dtype=np.float64)
+    return replace(picture, rgb=rgb + (1 - alpha) * mean.astype(np.float32), alpha=None)
 
 
 def from_tensor(pixels: Tensor) -> Picture:

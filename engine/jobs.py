@@ -5,12 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import glob
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Collection, Iterable, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +107,23 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
 
 def _each_with_each(contents: Sequence[str], styles: Sequence[str], pattern: str) -> list[Job]:
     def target(content: str, style: str) -> str:
-        return pattern.replace("{content}", Path(content).stem).replace("{style}", Path(style).stem)
+        stems = {"{content}": Path(content).stem, "{style}": Path(style).stem}
+        return re.sub("{content}|{style}", lambda found: stems[found[0]], pattern)
 
     return [Job(content, (style,), target(content, style)) for content in contents for style in styles]
 
 
 def place(path: str) -> str:
     """One spelling of the place of a file, whatever is there; URLs stay as they are."""
-    return path if "://" in path else str(Path(path).parent.resolve() / Path(path).name)
+    return path if "://" in path else str(_resolved(Path(path).parent) / Path(path).name)
+
+
+def _resolved(path: str | Path) -> Path:
+    """Where a path leads to. Raises OSError for links in a circle, as Python from 3.13 does where it has to."""
+    try:
+        return Path(path).resolve()
+    except RuntimeError as error:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
 def numbered(out: str, iteration: int) -> str:
@@ -149,6 +163,26 @@ def fail(program: str, status: int, message: str) -> int:
     return status
 
 
+@contextlib.contextmanager
+def ended_softly() -> Iterator[None]:
+    """Take SIGTERM, by which containers and batch systems end a process, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_: int, frame: Any) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a shell has its background jobs ignore Ctrl-C
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def tell(record: dict[str, Any]) -> None:
     """Write a record to stderr as a line of JSON, in one piece: several pictures may be under way."""
     sys.stderr.write(json.dumps(record) + "\n")
@@ -157,21 +191,21 @@ def tell(record: dict[str, Any]) -> None:
 
 def same_file(one: str, other: str) -> bool:
     """Whether two paths lead to one file, which need not be there."""
-    return Path(one).resolve() == Path(other).resolve()
+    return _resolved(one) == _resolved(other)
 
 
 def check_apart(written: Iterable[tuple[str, str]], read: Iterable[tuple[str, str]]) -> None:
     """Raise ValueError if a file would be written that is read or written as another; (what it is, path) of each."""
-    known = {Path(path).resolve(): name for name, path in read}
+    known = {_resolved(path): name for name, path in read}
     for name, path in written:
-        other = known.setdefault(Path(path).resolve(), name)
+        other = known.setdefault(_resolved(path), name)
         if other != name:
             raise ValueError(f"{path} is both {other} and {name}: give another file")
 
 
 def _files(sources: Sequence[str]) -> list[str]:
-    """The files that the sources name, each once."""
-    found: dict[str, None] = {}
+    """The files that the sources name, each once, whatever it is called."""
+    found: dict[str, str] = {}
     for source in sources:
         path = Path(source)
         if path.is_dir():
@@ -186,5 +220,6 @@ def _files(sources: Sequence[str]) -> list[str]:
             names = sorted(name for name in matches if Path(name).is_file())
         if not names:
             raise ValueError(f"{source}: no pictures there")
-        found |= dict.fromkeys(names)
-    return list(found)
+        for name in names:
+            found.setdefault(place(name), name)
+    return [*found.values()]

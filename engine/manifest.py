@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -78,9 +79,10 @@ def describe(
 
     `inputs` is what the function of that name gave, `content` (None without) and `styles` are (name, sha256 of the
     decoded picture), `engine` the device, precision, weights and their sha256, `losses` (iteration, loss), of which at
-    most some 500 are kept, `total` the iterations of the run.
+    most some 500 are kept, and none that is no number: JSON has no NaN. `total` are the iterations of the run.
     """
     done = losses[-1][0] if losses else 0
+    losses = [each for each in losses if math.isfinite(each[1])]
     return {
         "format": _FORMAT,
         **inputs,

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import signal
 import sys
 import threading
@@ -54,6 +55,18 @@ def load(source: Any) -> Any:
 def loaded(job: Job) -> Job:
     """The job with its sources loaded."""
     return replace(job, content=load(job.content), styles=tuple(load(style) for style in job.styles))
+
+
+def check_options(config: Config) -> None:
+    """Raise ValueError or OSError for options that suit no content with one style, before many are begun."""
+    if isinstance(config.size, tuple):
+        raise ValueError("size WxH is for runs without content: give the long side, the content has the shape")
+    if config.init == "-":
+        raise ValueError("init - can be read for one picture only, give a file")
+    if config.start_file is not None:
+        image.load(config.start_file)
+    config.style_shares(1)
+    config.for_styles(1)
 
 
 def begin(stylizer: Stylizer, job: Job, config: Config, resume: bytes | None = None) -> Iterator[Step]:
@@ -130,7 +143,7 @@ def paint(
         try:
             for step in progress(steps, given, job.out, Clock(job, config)):
                 run.last, now = step, time.perf_counter()
-                row = {"scale": step.scale, "iteration": step.iteration, "loss": step.loss}
+                row = {"scale": step.scale, "iteration": step.iteration, "loss": _finite(step.loss)}
                 stages = {name: round(value, 6) for name, value in step.stages.items()}
                 run.rows.append(row | {"seconds": round(now - start, 4), "stages": stages})
                 if given.save_every and step.iteration % given.save_every == 0:
@@ -153,7 +166,7 @@ def paint(
                 raise
             status, message = 1, brief(error)
     if run.last is not None and not (status and whole_only):
-        losses = [(row["iteration"], row["loss"]) for row in run.rows]
+        losses = [(row["iteration"], row["loss"]) for row in run.rows if row["loss"] is not None]
         image.save(run.last.picture, job.out, run.last.manifest(losses, time.perf_counter() - start))
         message = message and f"{message}; the picture so far is in {job.out}"
         if status and kept:
@@ -165,6 +178,11 @@ def paint(
     if given.checkpoint and not status:
         Path(given.checkpoint).resolve().unlink(missing_ok=True)
     return status, message
+
+
+def _finite(loss: float) -> float | None:
+    """The loss for JSON, which has no NaN: None where a GPU met one, before the run falls back or breaks."""
+    return loss if math.isfinite(loss) else None
 
 
 @contextlib.contextmanager
@@ -204,8 +222,8 @@ def progress(steps: Iterator[Step], given: argparse.Namespace, out: str, clock: 
         for step in steps:
             clock.tick(step)
             record = {"out": out, "scale": step.scale, "iteration": step.iteration, "total": step.total}
-            record |= {"loss": step.loss, "seconds": round(time.perf_counter() - start, 3), "left": clock.left(step)}
-            tell(record)
+            seconds = round(time.perf_counter() - start, 3)
+            tell(record | {"loss": _finite(step.loss), "seconds": seconds, "left": clock.left(step)})
             yield step
         return
     from tqdm import tqdm

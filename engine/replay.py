@@ -23,7 +23,7 @@ def read(path: str) -> dict[str, Any]:
         bare = file.read(64).lstrip().startswith(b"{")
     if bare:
         return manifest.parse(Path(path).read_bytes(), path)
-    with image.opened(path) as picture:
+    with image.described(path) as picture:
         text: str | bytes | None = manifest.extract(picture)
     if text is None and manifest.beside(path).is_file():
         text = manifest.beside(path).read_bytes()

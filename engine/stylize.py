@@ -6,21 +6,30 @@ Everything heavy is imported after the options have been read, so that `--help` 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import logging
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__, samples
 from .config import DEVICES, FRAME_ITERATIONS, PRECISIONS, STARTS, TEMPORAL_WEIGHT, Config, options
 from .export.commands import Parser, choice, install_line, wrong_file
-from .jobs import BREAKS, Job, brief, check_apart, fail, is_frame, is_video, place, product, same_file, shard
+from .jobs import (
+    BREAKS,
+    Job,
+    brief,
+    check_apart,
+    ended_softly,
+    fail,
+    is_frame,
+    is_video,
+    place,
+    product,
+    same_file,
+)
 from .presets import PRESETS, check_weights
 
 _CHECKPOINT_EVERY = 60.0  # seconds
@@ -149,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     level = _LOGGER.level
     try:
-        with _ended_softly():
+        with ended_softly():
             return _run(given)
     except KeyboardInterrupt:
         return fail(_NAME, 130, "interrupted")
@@ -159,26 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(_NAME, 2 if wrong_file(error) else 1, brief(error))
     finally:
         _LOGGER.setLevel(level)
-
-
-@contextlib.contextmanager
-def _ended_softly() -> Iterator[None]:
-    """Take SIGTERM, by which containers and batch systems end a process, for Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(_: int, frame: Any) -> None:
-        handler = signal.getsignal(signal.SIGINT)
-        if not callable(handler):  # a shell has its background jobs ignore Ctrl-C
-            raise KeyboardInterrupt
-        handler(signal.SIGINT, frame)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -207,7 +196,7 @@ def _run(given: argparse.Namespace) -> int:
 
         jobs = product(given.contents, given.style_list, given.out)
         _warn_of_idle(given, [config], content=True, styles=1)
-        status, message = batches.run(shard(jobs, given.shard) if given.shard else jobs, config, given)
+        status, message = batches.run(jobs, config, given)
         return fail(_NAME, status, message) if status else 0
     if _is_moving(given):
         from . import video

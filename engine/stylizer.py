@@ -454,8 +454,8 @@ class Stylizer:
 
         def make() -> Statistics:
             kernels.stand_captures(provider.place(self.device))
+            picture = images.resize(images.shown(style), size)  # before there is a network beside it
             network = self._open_features(size, layers, config, config.padding, precision, forward_only=True)
-            picture = images.resize(images.shown(style), size)
             return statistics_of(network, picture, layers, config.style_loss, mask)
 
         return self._cache.get(

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(THREADS, 4) layer_losses(const Layer* layers, 
 //            each layer (0 if it is none), unweighted
 //   factors  of these layers, see layers.cuh; the scale is 1 for fp32, else it brings the root mean square of the loudest
 //            cotangent under a power of two near one by the bound |(G - A) F|^2 <= |G - A|^2 |F|^2 and |F|^2 = M trace(G):
-//            then no element can overflow, as it is at most sqrt(C M) < 65504
+//            then no element overflows as long as C M < 2^30, see layers.py
 //   lifted   of style layers; the blocks, which all find the same factors, share them out
 //   ratio    unless null: the scale over that of the last layer alone, whose matrix is not lifted then
 template <typename T>

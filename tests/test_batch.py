@@ -138,6 +138,17 @@ def test_a_worker_that_cannot_start_among_others_that_paint_has_died():
     assert pool.started == 3
 
 
+def test_workers_that_die_over_every_picture_end_the_batch():
+    """Not if one has answered: then it is those pictures."""
+    tasks = [Job(f"c{i}", ("s",), f"o{i}") for i in range(100)]
+    pool = Stub(dict.fromkeys(tasks, 9))
+    with pytest.raises(batch.StartError, match="3 workers died over as many pictures, and none has answered"):
+        list(batch.drive(pool, tasks, 1))
+    assert pool.started == 3
+    pool = Stub(dict.fromkeys(tasks[1:5], 9), answer="damaged")
+    assert len(dict(batch.drive(pool, tasks, 1))) == 100
+
+
 def test_the_death_of_a_process_is_an_answer():
     pool = batch.Processes("embedded", "cpu", Config(), 1)
     worker = pool.start()
@@ -235,11 +246,12 @@ def test_a_worker_whose_device_is_broken_ends(folders, monkeypatch, works, error
             worker.paint(job)
 
 
-def test_an_interrupt_is_told_with_the_summary(folders, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_told_with_the_summary(folders, capsys, monkeypatch, number):
     class Pool(Stub):
         def outcome(self):
             if self.waiting[0][1].content.endswith("c2.png"):
-                raise KeyboardInterrupt
+                signal.raise_signal(number)
             return super().outcome()
 
     monkeypatch.setattr(batch, "Processes", lambda *make: Pool())
@@ -247,6 +259,38 @@ def test_an_interrupt_is_told_with_the_summary(folders, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["painted"] == 2
     assert captured.err.endswith("engine.batch: interrupted; the same command paints the rest\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_before_the_first_worker_is_told(folders, capsys, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(batch, "plan", lambda *given: signal.raise_signal(number))
+    assert batch.main(words(folders)) == 130
+    assert capsys.readouterr().err == "engine.batch: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def command_of(process):
+    """The command line of a process, nothing if it has ended."""
+    file = Path("/proc", process, "cmdline")
+    return file.read_bytes() if file.exists() else b""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are listed by Linux")
+def test_sigterm_ends_the_workers(folders):
+    command = [sys.executable, "-m", "engine.batch", *words(folders, "--threads", "1")]
+    command[command.index(OPTIONS)] = '{"size": 64, "iterations": 1000000}'
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (found := [each for each in children.read_text().split() if b"spawn_main" in command_of(each)]):
+            time.sleep(0.05)
+        time.sleep(1)
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads(out)["painted"] == 0
+    assert err.endswith("engine.batch: interrupted; the same command paints the rest\n")
+    assert not any(map(command_of, found))
 
 
 def test_a_picture_that_is_found_twice_is_painted_once(folders, monkeypatch):
@@ -279,7 +323,9 @@ def test_files_of_a_server_keep_its_name_and_the_login(monkeypatch):
     monkeypatch.setattr(FTPFileSystem, "__del__", lambda self: None)
     monkeypatch.setattr(FTPFileSystem, "exists", lambda self, path: True)
     monkeypatch.setattr(FTPFileSystem, "isdir", lambda self, path: True)
-    monkeypatch.setattr(FTPFileSystem, "ls", lambda self, path, detail: [f"{path}/b.png", f"{path}/a.png"])
+    kinds = {"b.png": "file", "dir.png": "directory", "a.png": "file"}
+    found = [{"name": f"/in/{name}", "type": kind} for name, kind in kinds.items()]
+    monkeypatch.setattr(FTPFileSystem, "ls", lambda self, path, detail: found)
     url = "ftp://me:secret@host/in"
     assert batch._pictures(f"{url}/") == [f"{url}/a.png", f"{url}/b.png"]
 
@@ -304,9 +350,17 @@ def test_a_file_system_that_is_missing_is_named(folders, capsys, monkeypatch):
         ({"--gpus": "1"}, "for the actors of --ray"),
         ({"--threads": "0"}, "from 1"),
         ({"--styles": "/nowhere"}, "does not exist"),
+        ({"-o": ""}, "give a folder with -o"),
+        ({"--options": '{"size": [64, 64]}'}, "size WxH is for runs without content"),
+        ({"--options": '{"init": "nosuch.png"}'}, "nosuch.png: No such file"),
+        ({"--options": '{"init": "-"}'}, "init - can be read for one picture only"),
+        ({"--options": '{"style_blend": [1, 2]}'}, "2 weights, there are 1 styles"),
+        ({"--options": '{"style_scale": [1, 2]}'}, "2 numbers, there are 1 styles"),
     ],
 )
-def test_mistakes_are_told_in_one_line(folders, capsys, change, said):
+def test_mistakes_are_told_in_one_line(folders, capsys, monkeypatch, change, said):
+    """Before a worker is started."""
+    monkeypatch.setattr(batch, "Processes", lambda *make: pytest.fail("a worker was started"))
     ((flag, value),) = change.items()
     given = words(folders, "--workers", "1", "--threads", "1", "--gpus", "0")
     given[given.index(flag) + 1] = value
@@ -314,6 +368,39 @@ def test_mistakes_are_told_in_one_line(folders, capsys, change, said):
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_folder_in_the_place_of_a_picture_is_told(folders, capsys, monkeypatch):
+    monkeypatch.setattr(batch, "Processes", lambda *make: pytest.fail("a worker was started"))
+    (folders / "out" / "c1--s.png").mkdir(parents=True)
+    assert batch.main(words(folders)) == 2
+    assert capsys.readouterr().err == f"engine.batch: {folders}/out/c1--s.png is a folder\n"
+
+
+def test_a_folder_gives_its_files_and_links_to_files(folders):
+    (folders / "contents" / "dir.png").mkdir()
+    (folders / "contents" / "linked.png").symlink_to("dir.png")
+    (folders / "contents" / "c3.png").symlink_to("c0.png")
+    assert [Path(each).name for each in batch._pictures(str(folders / "contents"))] == [f"c{i}.png" for i in range(4)]
+
+
+def test_colons_in_the_name_of_a_file_are_no_chain(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    Path("x::y.jpg").write_bytes(b"x")
+    assert batch._pictures("x::y.jpg") == ["x::y.jpg"]
+    assert batch._read("x::y.jpg") == b"x"
+    batch._write("z::1.png", b"z")
+    assert Path("z::1.png").read_bytes() == b"z"
+
+
+def test_a_loss_that_is_no_number_is_not_in_the_manifest(folders, monkeypatch):
+    from engine.result import Step
+
+    monkeypatch.setattr(Step, "loss", property(lambda self: float("nan") if self.iteration == 1 else 2.0))
+    painter = batch.Painter("embedded", "cpu", "auto", Config(**json.loads(OPTIONS)), None)
+    task = batch.plan([str(folders / "contents")], [str(folders / "styles")], str(folders / "out"))[0]
+    assert painter.paint(task) == ""
+    assert replay.read(task.out)["losses"] == [[2, 2.0]]
 
 
 def test_two_contents_of_one_name_are_refused(folders):

@@ -23,6 +23,7 @@ from engine.config import options
 from engine.targets import Targets
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "3", "--weights", "embedded", "--device", "cpu"]
+SMALL_CONFIG = {"size": 48, "scales": 1, "iterations": 3}
 
 
 @pytest.fixture
@@ -170,6 +171,8 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{missing}/out.png"], "not a folder"),
     (["{content}", "{style}", "-o", "{out}", "--init", "{missing}"], "No such file"),
     (["{content}", "{style}", "-o", "{out}", "--trace", "{missing}/t.json"], "not a folder"),
+    (["{loop}", "{style}", "-o", "{out}"], "loop.png: Too many levels of symbolic links"),
+    (["{content}", "{style}", "-o", "{loop}"], "loop.png: Too many levels of symbolic links"),
     (["-", "-", "-o", "{out}"], "only one picture"),
     (["{content}", "{style}", "-o", "{out}", "--init", "-", "--mask", "alpha:-"], "only one picture"),
     (["-", "{style}", "-o", "{out}", "--freeze", "-"], "only one picture"),
@@ -209,7 +212,8 @@ def test_mistakes_exit_2_with_one_line_and_leave_nothing(pair, tmp_path, capsys,
     Image.fromarray(np.zeros((300, 1, 3), np.uint8)).save(tmp_path / "thin.png")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "f-00010.png").touch()
-    places |= {"thin": str(tmp_path / "thin.png"), "folder": str(tmp_path / "folder")}
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    places |= {name: str(tmp_path / f"{name}.png") for name in ("thin", "loop")} | {"folder": str(tmp_path / "folder")}
     before = sorted(tmp_path.rglob("*"))
     try:
         status = stylize.main([argument.format(**places) for argument in arguments])
@@ -479,7 +483,7 @@ def test_pipes(pair):
     assert Image.open(io.BytesIO(done.stdout)).size == (48, 34)
 
 
-def test_trace_and_saved_steps(pair, tmp_path):
+def test_trace_and_saved_steps(pair, tmp_path, stylizer):
     content, style, out = pair
     trace = tmp_path / "trace.json"
     arguments = [content, style, "-o", out, *SMALL, "--trace", str(trace), "--save-every", "2", "--quiet"]
@@ -494,6 +498,10 @@ def test_trace_and_saved_steps(pair, tmp_path):
         assert all(seconds > 0 for seconds in row["stages"].values())
     assert sum(sum(row["stages"].values()) for row in record["steps"]) < record["steps"][-1]["seconds"]
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out-00002.png", "out.png"]
+    _, wanted, last = (step.image.tobytes() for step in stylizer.steps(content, style, Config(**SMALL_CONFIG)))
+    with Image.open(tmp_path / "out-00002.png") as frame, Image.open(out) as whole:
+        assert (frame.tobytes(), whole.tobytes()) == (wanted, last)
+    assert wanted != last
 
 
 def test_quiet_says_nothing(pair):
@@ -528,10 +536,11 @@ def test_ctrl_c_keeps_the_picture_so_far(pair, tmp_path):
     assert len(json.loads(trace.read_text())["steps"]) >= 5
 
 
-def test_a_run_that_breaks_keeps_the_last_good_picture_and_exits_1(pair, capsys, monkeypatch):
+def test_a_run_that_breaks_keeps_the_last_good_picture_and_exits_1(pair, capsys, monkeypatch, stylizer):
     from engine import losses
 
     content, style, out = pair
+    start, good, _ = (step.image.tobytes() for step in stylizer.steps(content, style, Config(**SMALL_CONFIG)))
     write, calls = losses.Objective.write, []
 
     def breaks(self, *arguments):
@@ -543,6 +552,7 @@ def test_a_run_that_breaks_keeps_the_last_good_picture_and_exits_1(pair, capsys,
     assert "not finite, after iteration 2: try smaller weights" in capsys.readouterr().err
     with Image.open(out) as picture:
         assert np.asarray(picture).std() > 0
+        assert picture.tobytes() == good != start
 
 
 def test_a_full_disk_is_the_machines_fault(pair, capsys, monkeypatch):

@@ -1,7 +1,10 @@
 """The report on a machine."""
 
+import signal
 import subprocess
 import sys
+
+import pytest
 
 from engine import BackendError, doctor, provider, stylizer
 
@@ -65,6 +68,13 @@ def test_a_cache_below_a_file_is_told(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("STYLIZE_HOME", str(tmp_path / "file" / "home"))
     assert "cannot be written: Not a directory" in doctor._cache()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_told(capsys, monkeypatch, number):
+    monkeypatch.setattr(doctor, "_device", lambda device: signal.raise_signal(number))
+    assert doctor.main([]) == 130
+    assert capsys.readouterr().err == "engine.doctor: interrupted\n"
 
 
 def test_mistakes_are_one_line():

@@ -357,3 +357,6 @@ def test_pictures_are_left_to_be_looked_at(rows, stylizer, tmp_path, monkeypatch
 def test_on_a_gpu(section, tmp_path):
     status, file = gpu.process(section, tmp_path, 300), tmp_path / f"{section}.json"
     assert status == "ok", file.read_text() if file.exists() else status
+    rows = json.loads(file.read_text())
+    if rows and all("skipped" in row for row in rows if "engine-cudnn" in row["name"]):
+        pytest.skip(f"nothing ran here: {rows[0].get('skipped', 'the engine is skipped')}")

@@ -1,3 +1,4 @@
+import errno
 import sys
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 from PIL import Image
 
 from engine import image
-from engine.jobs import SUFFIXES, Job, check_apart, is_frame, numbered, place, plan, product, shard
+from engine.jobs import SUFFIXES, Job, check_apart, is_frame, numbered, place, plan, product, same_file, shard
 
 
 @pytest.fixture
@@ -33,6 +34,31 @@ def test_files_folders_and_patterns_each_file_once(folder):
         ("c/deep/d.png", "out/d.jpg"),
         ("c/b.JPG", "out/b.jpg"),
     ]
+
+
+def test_a_file_under_two_names_is_one(folder):
+    for contents in (["c", "./c/a.png"], ["c", str(folder / "c" / "*.png")], ["c/../c/a.png", "c/a.png", "c"]):
+        assert [Path(job.out).name for job in product(contents, ["s/x.png"], "out")] == ["a--x.png", "b--x.png"]
+
+
+def test_a_name_that_looks_like_a_pattern_is_kept(folder):
+    for name in ("c/{style}.jpg", "s/{content}.png"):
+        (folder / name).touch()
+    assert product(["c/{style}.jpg"], ["s/x.png"], "out")[0].out == "out/{style}--x.png"
+    assert product(["c/{style}.jpg"], ["s/{content}.png"], "{style}-{content}.png")[0].out == "{content}-{style}.png"
+
+
+def test_links_in_a_circle_are_told_as_files_that_cannot_be_used(folder):
+    (folder / "loop").symlink_to("loop")
+    for use in (
+        lambda: place("loop/a.png"),
+        lambda: same_file("loop", "c/a.png"),
+        lambda: check_apart([("OUT", "loop")], []),
+        lambda: check_apart([], [("CONTENT", "loop")]),
+    ):
+        with pytest.raises(OSError, match="loop") as told:
+            use()
+        assert told.value.errno == errno.ELOOP
 
 
 def test_a_folder_gives_all_that_can_be_read():

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from serving import Server
 
 pytestmark = pytest.mark.browser
@@ -133,6 +134,28 @@ def test_wrong_files_and_refusals_are_told(page, tmp_path):
     assert page.locator(".drop[data-name=content] img").is_hidden()  # as the browser cannot show it
     shot(page, "error")
     assert page.locator("article.job").count() == 0
+
+
+def test_a_number_that_is_wrong_is_shown_though_it_was_hidden(page):
+    page.get_by_role("button", name="Use the samples").click()
+    page.get_by_text("More options").click()
+    page.get_by_label("Iterations").fill("0")
+    page.get_by_text("More options").click()
+    assert page.get_by_label("Iterations").is_hidden()
+    page.get_by_role("button", name="Paint", exact=True).click()
+    assert page.get_by_label("Iterations").is_visible()
+    assert page.get_by_label("Iterations").evaluate("input => input === document.activeElement")
+    assert page.locator("article.job").count() == 0
+
+
+def test_a_file_that_was_replaced_can_be_chosen_again(page, tmp_path):
+    drop, path = page.locator(".drop[data-name=content]"), tmp_path / "a.png"
+    for size in ((40, 30), (50, 30)):
+        Image.new("RGB", size).save(path)
+        drop.locator("input").set_input_files(path)
+        assert drop.locator("input").input_value() == ""  # else the browser sees no change the next time
+        drop.locator("img[src^=blob]").evaluate("image => image.decode()")
+        assert drop.locator("img").evaluate("image => image.naturalWidth") == size[0]
 
 
 def test_what_had_no_answer_is_sent_again_with_its_key_and_its_pictures(page):

@@ -1,7 +1,9 @@
 """The command line's checkpoints, replays, batches, progress, plots and contact sheets."""
 
 import argparse
+import functools
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -17,11 +19,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageFile
 
 from engine import BackendError, Config, Stylizer, batches, image, manifest, painting, replay, sheet, stylize
 from engine import stylizer as module
 from engine.jobs import Job, product
+from engine.result import Step
 
 SMALL = ["--size", "48", "--scales", "1", "--iterations", "4", "--weights", "embedded", "--device", "cpu"]
 
@@ -55,8 +58,16 @@ def interrupt_at(monkeypatch, iteration, number=signal.SIGINT):
     monkeypatch.setattr(painting, "progress", interrupted)
 
 
+def after(stylizer, iteration, **options):
+    """The picture of c.png and s.png at an iteration of a SMALL run."""
+    config = Config(size=48, scales=1, iterations=4, **options)
+    return next(np.asarray(s.image) for s in stylizer.steps("c.png", "s.png", config) if s.iteration == iteration)
+
+
 @pytest.mark.parametrize(("optimizer", "number"), [("lbfgs", signal.SIGINT), ("adam", signal.SIGTERM)])
-def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, capsys, tmp_path, optimizer, number):
+def test_an_interrupted_run_is_resumed_to_the_same_picture(
+    main, stylizer, monkeypatch, capsys, tmp_path, optimizer, number
+):
     options = ["c.png", "s.png", *SMALL, "--optimizer", optimizer, "--trace", "trace.json"]
     assert main(*options, "-o", "whole.png") == 0
     whole = json.loads(Path("trace.json").read_text())["steps"]
@@ -67,6 +78,8 @@ def test_an_interrupted_run_is_resumed_to_the_same_picture(main, monkeypatch, ca
     assert "the picture so far is in out.png, and --resume run.ckpt goes on" in capsys.readouterr().err
     assert replay.read("out.png")["iterations"] == {"done": 2, "total": 4}
     assert not np.array_equal(pixels("out.png"), pixels("whole.png"))
+    assert np.array_equal(pixels("out.png"), after(stylizer, 2, optimizer=optimizer))
+    assert not np.array_equal(pixels("out.png"), after(stylizer, 1, optimizer=optimizer))
     before = (tmp_path / "run.ckpt").read_bytes()
     assert main(*options, "-o", "out.png", "--resume", "run.ckpt", "--seed", "3", "--overwrite") == 2
     assert "another seed (0, here 3)" in capsys.readouterr().err
@@ -169,7 +182,7 @@ def test_files_on_the_way_that_cannot_be_written_end_no_run(main, monkeypatch, c
 @pytest.mark.parametrize("done", [0, 2])
 @pytest.mark.parametrize("error", [FloatingPointError("broken"), MemoryError("broken"), BackendError("broken")])
 def test_a_run_that_breaks_keeps_its_picture_if_there_is_one(main, stylizer, monkeypatch, capsys, error, done):
-    steps = type(stylizer).steps
+    steps, wanted = type(stylizer).steps, after(stylizer, max(done, 1))
 
     def breaking(*arguments, **options):
         for step in steps(*arguments, **options):
@@ -181,6 +194,7 @@ def test_a_run_that_breaks_keeps_its_picture_if_there_is_one(main, stylizer, mon
     assert main("c.png", "s.png", "-o", "out.png", *SMALL, "--progress", "none") == 1
     assert capsys.readouterr().err.endswith("broken; the picture so far is in out.png\n" if done else ": broken\n")
     assert Path("out.png").exists() == bool(done)
+    assert not done or np.array_equal(pixels("out.png"), wanted)
 
 
 def test_ctrl_c_outside_of_the_iterations_says_no_more_than_it_knows(main, monkeypatch, capsys):
@@ -217,6 +231,19 @@ def test_a_replay_makes_the_same_bytes(main, name):
     assert first.pop("timings")
     assert second.pop("timings")
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.webp"])
+def test_a_manifest_is_read_of_a_picture_of_any_size_and_nothing_is_decoded(main, monkeypatch, name):
+    assert main("c.png", "s.png", "-o", name, *SMALL) == 0
+    Image.new("RGB", (9, 9)).save(f"bare-{name}")
+    for place, limit in ((image, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")):
+        monkeypatch.setattr(place, limit, 16)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert replay.read(name)["content"]["name"] == "c.png"
+    with pytest.raises(ValueError, match="carries no manifest"):
+        replay.read(f"bare-{name}")
+    assert Image.MAX_IMAGE_PIXELS == 16
 
 
 def test_a_replay_takes_masks_and_what_was_frozen(main):
@@ -571,6 +598,23 @@ def test_shards_make_their_part(main, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["d--s.png"]
 
 
+@pytest.mark.parametrize("part", ["1/2", "2/2"])
+def test_a_shard_writes_over_nothing_that_another_one_reads(main, capsys, part):
+    Path("w").mkdir()
+    for name in ("p.png", "p--s.png"):
+        shutil.copy("c.png", f"w/{name}")
+    batch = ["--contents", "w/p.png", "w/p--s.png", "--styles", "s.png", "-o", "w", "--overwrite", *SMALL]
+    assert main(*batch, "--shard", part) == 2
+    assert "w/p--s.png is both one to read and a picture to write" in capsys.readouterr().err
+    assert np.array_equal(pixels("w/p--s.png"), pixels("c.png"))
+
+
+def test_a_folder_in_the_place_of_a_result_is_told(main, capsys):
+    Path("out/c--s.png").mkdir(parents=True)
+    assert main(*BATCH, *SMALL) == 2
+    assert "out/c--s.png is a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_one_that_fails_does_not_stop_the_rest(main, tmp_path, capsys, jobs):
     (tmp_path / "b.png").write_bytes(b"no picture")
@@ -648,6 +692,28 @@ def test_progress_for_programs(main, capsys, monkeypatch):
     assert not capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", None)  # it is closed
     assert main("c.png", "s.png", "-o", "closed.png", *SMALL, "--progress", "json") == 0
+
+
+def test_losses_that_are_no_numbers_are_left_out(main, capsys, monkeypatch):
+    """JSON has no NaN, which a GPU may meet before it falls back; a plot has a gap there."""
+    own = Step.loss.fget
+    monkeypatch.setattr(Step, "loss", property(lambda self: float("nan") if self.iteration == 2 else own(self)))
+    found = ["c.png", "s.png", *SMALL, "--progress", "json"]
+    assert main(*found, "-o", "out.png", "--trace", "trace.json") == 0
+    strict = functools.partial(json.loads, parse_constant=pytest.fail)
+    lines = [strict(line) for line in capsys.readouterr().err.splitlines()]
+    rows = strict(Path("trace.json").read_text())["steps"]
+    for told in (lines, rows):
+        assert [row["iteration"] for row in told if row["loss"] is None] == [2]
+    with Image.open("out.png") as picture:
+        record = strict(manifest.extract(picture))
+    assert [iteration for iteration, _ in record["losses"]] == [1, 3, 4]
+    assert main(*found, "-o", "sheet.png", "--grid", "seed=1", "iterations=2") == 0
+    with Image.open("sheet.png") as picture:
+        (cell,) = strict(manifest.extract(picture))["sheet"]
+    assert [iteration for iteration, _ in cell["losses"]] == [1]
+    if importlib.util.find_spec("matplotlib"):
+        painting.plot(rows, "loss.png")
 
 
 def test_plot_of_the_losses(main, capsys, tmp_path):
@@ -772,6 +838,10 @@ MISTAKES = [
     ([*BATCH[:-1], "out/{content}.xyz"], "unknown picture format"),
     ([*BATCH[:-1], "new.png"], "new.png is one picture: give a folder, or a pattern"),
     ([*BATCH[:-1], "file"], "file: File exists"),
+    ([*BATCH, "--size", "64x64"], "size WxH is for runs without content"),
+    ([*BATCH, "--init", "nosuch.png"], "nosuch.png: No such file"),
+    ([*BATCH, "--style-blend", "1,2"], "2 weights, there are 1 styles"),
+    ([*BATCH, "--style-scale", "1,2"], "2 numbers, there are 1 styles"),
     ([*BATCH[:-1], "./{content}.png", "--overwrite"], "c.png is both one to read and a picture to write"),
     (["c.png", "s.png", "-o", "out.webp", "--size", "16384"], "out.webp: WEBP holds 16383 pixels a side"),
     (["c.png", "s.png", "-o", "out.png", "--jobs", "2"], "are for --contents"),

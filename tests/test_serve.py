@@ -2,12 +2,16 @@
 
 import asyncio
 import errno
+import inspect
 import io
 import json
 import logging
+import math
+import os
 import random
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -25,7 +29,7 @@ pytest.importorskip("fastapi")
 import uvicorn
 from fastapi.testclient import TestClient
 
-from engine import Config, replay
+from engine import Config, Step, replay
 from engine.serve import __main__ as command
 from engine.serve import api, decoder, guard, logs, problems, store, supervisor, worker
 from engine.serve.settings import Settings
@@ -154,7 +158,9 @@ def test_events_tell_progress_previews_and_the_end(client, files, stylizer, monk
     losses = json.loads(events[0][2])["losses"]
     assert [iteration for iteration, _, _ in losses] == [1, 2, 3, 4]
     assert events[0][0] == "4"
-    later = client[0].get(job["events"], headers={"last-event-id": "3"}).text
+    answer = client[0].get(job["events"], headers={"last-event-id": "3"})
+    assert answer.headers["x-accel-buffering"] == "no"
+    later = answer.text
     assert json.loads(re.search(r"data: (.*)", later)[1])["losses"] == losses[3:]
     monkeypatch.setattr(api, "_LOSSES", 2)  # those of a long run come in pieces
     pieces = re.findall(r"id: (\d+)\nevent: progress\ndata: (.*)\n\n", client[0].get(job["events"]).text)
@@ -189,6 +195,28 @@ def test_cancelling_stops_within_one_iteration_and_keeps_the_picture(client, fil
     assert client[0].delete(url).json()["state"] == "cancelled"
 
 
+def test_the_picture_so_far_is_the_librarys_at_that_iteration(client, files, stylizer, monkeypatch):
+    now = 0
+    monkeypatch.setattr(worker, "_PREVIEW", 2)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))  # each iteration takes 1
+    job = post(client[0], files, {**OPTIONS, "iterations": 9}).json()
+    config = Config(size=48, iterations=9, scales=1)
+    own = [step.image.tobytes() for step in stylizer.steps(files["content"], files["style"], config)]
+    assert len(set(own[:6])) == 6
+
+    def act(iteration):
+        nonlocal now
+        now = iteration
+        if iteration > 1:
+            assert pixels(client[0].get(job["image"]).content) == own[(iteration - 2) // 2 * 2]
+        if iteration == 6:
+            client[0].delete(f"/v1/jobs/{job['id']}")
+
+    run(client, Wrapped(stylizer, act))
+    assert client[1].job(job["id"])["state"] == "cancelled"
+    assert pixels(client[0].get(job["image"]).content) == own[5]
+
+
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, stylizer, damage):
     options = {"size": 72, "iterations": [3, 6], "scales": 2, "init": "noise"}
@@ -213,6 +241,29 @@ def test_a_job_that_was_stopped_goes_on_from_its_checkpoint(client, files, styli
     record = replay.read(str(client[1].folder(job["id"]) / "result.png"))
     assert record["iterations"] == {"done": 9, "total": 9}
     assert [iteration for iteration, _ in record["losses"]][-1] == 9
+
+
+def test_a_job_whose_worker_was_killed_goes_on_from_its_last_checkpoint(client, files, stylizer, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    options = {**OPTIONS, "iterations": 15, "init": "noise"}
+    job = post(client[0], files, options).json()
+    seen = []
+
+    def act(iteration):
+        seen.append(iteration)
+        if seen == list(range(1, 14)):
+            raise Killed
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: len(seen)))  # an iteration takes a second
+    with pytest.raises(Killed):
+        run(client, Wrapped(stylizer, act))
+    client[1].unclaim(0, crashed=True)
+    run(client, Wrapped(stylizer, act))
+    assert seen == [*range(1, 14), *range(11, 16)]
+    whole = stylizer(files["content"], files["style"], Config(**options))
+    assert pixels(client[0].get(job["image"]).content) == whole.image.tobytes()
 
 
 def test_what_a_checkpoint_is_behind_of_is_told_before(client, files, stylizer, monkeypatch):
@@ -254,6 +305,47 @@ def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, 
     done = client[0].get(f"/v1/jobs/{job['id']}").json()
     assert (done["state"], done["preview"]) == ("succeeded", 0)
     assert [iteration for iteration, *_ in client[1].losses(job["id"])] == [1, 2, 3, 4]
+
+
+def test_the_reserve_of_the_disk_is_for_results(client, files, stylizer, monkeypatch, caplog):
+    jobs = [post(client[0], files).json()["id"] for _ in range(2)]
+    for name in ("_CHECKPOINT", "_PREVIEW", "_SHARE"):
+        monkeypatch.setattr(worker, name, 0.0)
+    written, stop = [], threading.Event()
+    monkeypatch.setattr(worker, "write", lambda path, data: (written.append(path.name), store.write(path, data)))
+    free = shutil.disk_usage(client[1].data).free
+    for reserve in (free // 2, 2 * free):
+        worker.run(client[1], stylizer, client[1].claim(0), stop, reserve)
+    assert written[-2:] == ["result.png", "result.png"]
+    assert (written.count("preview.png"), written.count("checkpoint")) == (4, 3)
+    assert [client[1].job(job)["preview"] for job in jobs] == [4, 0]
+    assert "no preview: [Errno 28]" in caplog.text
+    assert "no checkpoint: [Errno 28]" in caplog.text
+
+
+def test_a_worker_knows_what_is_reserved(client, monkeypatch):
+    monkeypatch.setattr(supervisor.subprocess, "Popen", lambda command, stdin, env: command)
+    words = supervisor.Supervisor(client[1], Settings(reserve=12345))._spawn(0)
+    names = list(inspect.signature(worker.main).parameters)
+    assert dict(zip(names, words[3:], strict=True))["reserve"] == "12345"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_told(client, files, stylizer, monkeypatch, loss):
+    """A GPU may meet one before it goes on in fp32."""
+    monkeypatch.setattr(worker, "_REPORT", 0.0)
+    monkeypatch.setattr(worker, "_SHARE", 0.0)
+    own, job = Step.loss, post(client[0], files).json()["id"]
+    monkeypatch.setattr(Step, "loss", property(lambda step: loss if step.iteration < 3 else own.fget(step)))
+
+    def act(iteration):
+        if iteration == 3:
+            row = client[0].get(f"/v1/jobs/{job}").json()
+            assert (row["iteration"], row["loss"]) == (2, None)
+
+    run(client, Wrapped(stylizer, act))
+    assert client[1].job(job)["state"] == "succeeded"
+    assert [iteration for iteration, *_ in client[1].losses(job)] == [3, 4]
 
 
 @pytest.mark.parametrize(("tries", "end"), [(0, "succeeded"), (1, "succeeded"), (4, "succeeded"), (10**9, "queued")])
@@ -360,7 +452,9 @@ def test_old_jobs_go_though_a_worker_cannot_be_looked_at(client, files, monkeypa
         jump = 10_000.0
         raise store.sqlite3.OperationalError("database or disk is full")
 
-    clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + jump)
+    clock = SimpleNamespace(
+        monotonic=time.monotonic, time=lambda: time.time() + jump, clock_gettime=time.clock_gettime, CLOCK_MONOTONIC=1
+    )
     monkeypatch.setattr(supervisor, "time", clock)
     watch(keep=1.0)  # hours: a clock that is set forward meanwhile removes nothing
     assert client[1].counts() == {"cancelled": 1}
@@ -401,6 +495,39 @@ def test_a_worker_that_does_not_checkpoint_in_time_is_killed_and_has_not_crashed
     assert asked == [pytest.approx(supervisor.PATIENCE, abs=1)]
     row = client[1].job(job)
     assert (row["state"], row["crashes"]) == ("queued", 0)
+
+
+def test_a_full_disk_keeps_no_worker_from_being_waited_for(client, monkeypatch):
+    waited = []
+
+    def full(worker, crashed):
+        raise store.sqlite3.OperationalError("database or disk is full")
+
+    watch = supervisor.Supervisor(client[1], Settings(workers=2))
+    monkeypatch.setattr(watch, "_look", lambda number: None)
+    monkeypatch.setattr(client[1], "unclaim", full)
+    for _ in range(2):
+        watch._workers[len(watch._workers)] = SimpleNamespace(poll=lambda: None, stdin=io.BytesIO(), wait=waited.append)
+    watch.start()
+    watch.stop()
+    assert len(waited) == 2
+
+
+def test_a_clock_that_is_set_forward_is_believed_after_a_while(monkeypatch):
+    now, ahead = 0.0, 1000.0
+    clock = SimpleNamespace(time=lambda: now + ahead, clock_gettime=lambda which: now, CLOCK_MONOTONIC=1)
+    monkeypatch.setattr(supervisor, "time", clock)
+    slow = supervisor._Clock(100.0)
+    assert slow.now() == 1000
+    now = 90.0
+    assert slow.now() == 1090
+    ahead = 10**9  # it was behind when the server started
+    for now in (91.0, 101.0, 190.0):
+        assert slow.now() == 1000 + now
+    for now in (202.0, 250.0, 350.0):
+        assert slow.now() == pytest.approx(10**9 + now)
+    ahead = 5.0  # a clock that is set back counts at once
+    assert slow.now() == 355
 
 
 def test_what_takes_long_to_write_is_written_less_often(monkeypatch):
@@ -463,7 +590,7 @@ def test_a_worker_without_a_server_ends_though_it_hangs(tmp_path):
         "from engine.serve import worker\n"
         "stylizer.Stylizer = lambda *words, **options: print('here', flush=True) or time.sleep(600)\n"
         "worker.PATIENCE = 0.2\n"
-        f"worker.main({str(tmp_path)!r}, '0', '1', 'embedded', 'cpu', 'auto', 'text')\n"
+        f"worker.main({str(tmp_path)!r}, '0', '1', 'embedded', 'cpu', 'auto', '0', 'text')\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
@@ -471,6 +598,30 @@ def test_a_worker_without_a_server_ends_though_it_hangs(tmp_path):
         process.stdin.close()
         assert process.wait(60) == 1
         assert b"not stopped in time" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "given"), [("1", None, {}), ("2", 3, {}), ("9", 1, {"CUPY_CACHE_DIR": "/a"})]
+)
+def test_a_worker_has_its_share_of_the_threads_and_writes_nothing_at_home(tmp_path, workers, threads, given):
+    code = (
+        "import os, torch\n"
+        "from engine import stylizer\n"
+        "from engine.serve import worker\n"
+        "torch.set_num_threads(6)\n"
+        "def make(*words, threads):\n"
+        "    print(threads, os.environ['CUPY_CACHE_DIR'], flush=True)\n"
+        "    raise ValueError('enough')\n"
+        "stylizer.Stylizer = make\n"
+        f"assert worker.main({str(tmp_path)!r}, '0', {workers!r}, '', '', '', '0', 'text') == worker.MISTAKE\n"
+        "os._exit(0)\n"
+    )
+    own = {name: value for name, value in os.environ.items() if name != "CUPY_CACHE_DIR"}
+    own |= {"STYLIZE_HOME": str(tmp_path), **given}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=own, **pipes) as process:
+        assert process.stdout.readline() == f"{threads} {given.get('CUPY_CACHE_DIR', tmp_path / 'cupy')}\n"
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(("status", "began"), [(supervisor.MISTAKE, False), (supervisor.MISTAKE, True), (1, False)])
@@ -550,6 +701,19 @@ def test_what_decodes_uploads_knows_no_token(monkeypatch):
     decoder.Decoders(1)
     assert "STYLIZE_TOKEN" not in seen[0]
     assert seen[0]["PATH"]
+
+
+def test_a_decoder_works_where_its_memory_cannot_be_limited(files, monkeypatch, capsys, caplog):
+    def refused(*limits):
+        raise ValueError("current limit exceeds maximum limit")
+
+    asked = io.BytesIO(json.dumps(["content", len(files["content"])]).encode() + b"\n" + files["content"])
+    monkeypatch.setattr(decoder.resource, "setrlimit", refused)
+    monkeypatch.setattr(decoder.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(decoder.sys, "stdin", SimpleNamespace(buffer=asked))
+    decoder.main(10**6)
+    assert capsys.readouterr().out == 'ready\n{"width": 56, "height": 40}\nready\n'
+    assert "memory of a decoder is not limited" in caplog.text
 
 
 @pytest.mark.parametrize(("given", "second"), [(None, "1"), ("", ""), ("4,7", "7"), ("4", "4")])
@@ -677,6 +841,51 @@ def test_results_are_kept_and_then_removed(client, files, stylizer):
     assert client[1].expire(finished + 1) == 1
     problem(client[0].get(f"/v1/jobs/{job['id']}"), 404)
     assert not client[1].folder(job["id"]).exists()
+
+
+def test_on_a_full_disk_what_is_overdue_makes_room(client, files, monkeypatch):
+    """For the row's removal; once it is there, some is set aside, without which no server could start."""
+    job = post(client[0], files).json()["id"]
+    client[0].delete(f"/v1/jobs/{job}")
+    begin = client[1]._write
+
+    def full():
+        if client[1].folder(job).exists():
+            raise store.sqlite3.OperationalError("database or disk is full")
+        return begin()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client[1], "_write", full)
+        patch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        assert client[1].expire(time.time() + 1) == 1
+    assert client[1].counts() == {}
+    assert not (client[1].data / store.BALLAST).exists()
+    client[1].expire(0)
+    assert (client[1].data / store.BALLAST).stat().st_size == store._BALLAST
+
+
+def test_what_was_set_aside_is_room_for_a_start(tmp_path, monkeypatch):
+    (tmp_path / store.BALLAST).write_bytes(b"x")
+    opened = []
+
+    def open_store(folder):
+        opened.append((tmp_path / store.BALLAST).exists())
+        raise store.sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(api, "Store", open_store)
+    monkeypatch.setattr(logs, "set_up", lambda form: None)
+    assert command.main(["--data", str(tmp_path)]) == 1
+    assert opened == [False]
+
+
+def test_what_a_dead_worker_had_half_written_is_swept(client, files):
+    jobs = [post(client[0], files).json()["id"] for _ in range(2)]
+    halves = [client[1].folder(job) / ".checkpoint-1-2" for job in jobs]
+    for number, half in enumerate(halves):
+        client[1].claim(number)
+        half.write_bytes(b"x")
+    client[1].unclaim(0, crashed=True)
+    assert [half.exists() for half in halves] == [False, True]  # the other one is at work
 
 
 def test_what_a_kill_left_half_done_is_swept(client, files):
@@ -827,6 +1036,18 @@ def test_other_fields_are_refused(client, files):
     assert "choose from style" in problem(client[0].post("/v1/styles", files=files), 422)
 
 
+@pytest.mark.parametrize("name", ["5" * 63, "../x", "F" * 64, "5" * 64 + "\n", "+2AA-"])
+def test_the_id_of_a_style_is_checked(client, files, name):
+    """In UTF-7, the last one is half a character, which no database takes."""
+    body = b"".join(
+        b'--b\r\ncontent-disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % given
+        for given in ((b"content", b'; filename="a"', files["content"]), (b"style_id", b"", name.encode()))
+    )
+    head = {"content-type": "multipart/form-data; boundary=b; charset=utf-7"}
+    answer = client[0].post("/v1/jobs", content=body + b"--b--\r\n", headers=head)
+    assert "style_id" in problem(answer, 422)
+
+
 def test_a_missing_or_doubled_part_is_named(client, files):
     assert "content" in problem(client[0].post("/v1/jobs", files={"style": files["style"]}), 422)
     assert "style" in problem(client[0].post("/v1/jobs", files={"content": files["content"]}), 422)
@@ -854,6 +1075,17 @@ def test_a_key_gives_the_same_job_and_refuses_another_request(client, files):
     problem(post(client[0], files, {"size": 64}, headers=key), 409)
     assert post(client[0], files, headers={"idempotency-key": "b"}).json()["id"] != first.json()["id"]
     assert len({post(client[0], files, headers={"idempotency-key": ""}).json()["id"] for _ in range(2)}) == 2
+
+
+def test_a_key_of_another_client_gives_another_job(client, files):
+    others = TestClient(client[0].app, base_url="http://localhost", client=("192.0.2.1", 1))
+    key = {"idempotency-key": "a"}
+    first, other = (post(each, files, headers=key) for each in (client[0], others))
+    assert (first.status_code, other.status_code) == (202, 202)
+    assert first.json()["id"] != other.json()["id"]
+    assert post(others, files, {"size": 64}, headers={"idempotency-key": "b"}).status_code == 202
+    assert post(client[0], files, headers={"idempotency-key": "b"}).status_code == 202  # which is no conflict
+    assert client[1].counts() == {"queued": 4}
 
 
 def test_a_key_gives_its_job_whatever_has_changed_since(tmp_path, files):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -154,6 +155,43 @@ def test_a_decoder_that_cannot_be_started_is_no_fault_of_the_picture(monkeypatch
                 decoders.check("content", picture())
         assert (refused.value.status_code, refused.value.retry_after) == (503, 5)
         assert decoders.check("content", picture()) == (48, 40)
+    finally:
+        decoders.close()
+
+
+def test_a_decoder_that_ends_before_it_is_ready_is_no_fault_of_the_picture(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.sys, "executable", shutil.which("false"))
+        decoders = decoder.Decoders(max_pixels=10**6)
+        try:
+            for _ in range(2):
+                with pytest.raises(problems.Problem) as refused:
+                    decoders.check("content", picture())
+                assert (refused.value.status_code, refused.value.retry_after) == (503, 5)
+            patch.undo()
+            assert decoders.check("content", picture()) == (48, 40)
+        finally:
+            decoders.close()
+
+
+def test_a_picture_that_takes_more_memory_than_a_decoder_has_is_refused(monkeypatch):
+    code = (
+        "import pathlib, resource\n"
+        "from engine.serve import decoder\n"
+        "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "decoder._ROOM = used + 2**23 - 24 * 4_000_000\n"
+        "decoder.main(4_000_000)\n"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(decoder.subprocess, "Popen", lambda words, **more: start([words[0], "-c", code], **more))
+    decoders = decoder.Decoders(max_pixels=4_000_000)
+    try:
+        assert decoders.check("content", picture()) == (48, 40)
+        for _ in range(2):
+            with pytest.raises(problems.Problem) as refused:
+                decoders.check("content", picture(2000, 2000))
+            assert refused.value.status_code == 422
+            assert decoders.check("content", picture()) == (48, 40)
     finally:
         decoders.close()
 

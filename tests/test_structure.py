@@ -45,7 +45,7 @@ ALLOWED = {
     "convolutions": {"image", "export", "kernels"},
     "winograd": {"features", "export", "kernels"},
     "regions": {"features", "image", "targets", "kernels"},
-    "targets": {"image"},
+    "targets": {"image", "export"},
     "cache": set(),
     "motion": {"image", "export", "kernels"},
     "goal": {"colour", "config", "image", "motion", "regions", "targets", "export"},

@@ -60,6 +60,7 @@ def _serve(settings: Settings, token: str) -> int:
     from . import logs
     from .api import create_app
     from .protocol import Protocol
+    from .store import BALLAST
 
     logs.set_up(settings.log)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -73,6 +74,7 @@ def _serve(settings: Settings, token: str) -> int:
     except Timeout as error:
         raise ValueError(f"{settings.data} is in use by another server") from error
     with lock:
+        (Path(settings.data) / BALLAST).unlink(missing_ok=True)
         app = create_app(settings, token)
 
         class Server(uvicorn.Server):

@@ -20,6 +20,7 @@ from fastapi import Depends, FastAPI, File, Form, Header, Path, Request, UploadF
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
+from pydantic import StringConstraints
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -59,7 +60,9 @@ _OPTIONS = {
 }
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", examples=[_JOB["id"]])]
-StyleId = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+_HASH = "^[0-9a-f]{64}$"
+StyleId = Annotated[str, Path(pattern=_HASH)]
+StyleIds = list[Annotated[str, StringConstraints(pattern=_HASH)]]
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -251,7 +254,7 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         request: Request,
         content: Annotated[UploadFile, File(description="the picture to paint")],
         style: Annotated[list[UploadFile] | None, File(description="pictures whose style is taken")] = None,
-        style_id: Annotated[list[str] | None, Form(description="ids of stored styles")] = None,
+        style_id: Annotated[StyleIds | None, Form(description="ids of stored styles")] = None,
         options: Annotated[str, Form(description="JSON of `Config`", openapi_examples=_OPTIONS)] = "{}",
         priority: Annotated[int, Form(ge=-9, le=9, description="higher goes first")] = 0,
         deadline: Annotated[float | None, Form(gt=0, le=1e7, description="seconds it may run")] = None,
@@ -342,7 +345,8 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
         await asyncio.wrap_future(service.looks.submit(service.job, job))
         if service.streams >= _STREAMS:
             raise Problem(503, f"{_STREAMS} event streams are open", retry_after=5)
-        return StreamingResponse(_events(service, job, last_event_id), media_type="text/event-stream")
+        headers = {"x-accel-buffering": "no"}  # nginx would hold events back
+        return StreamingResponse(_events(service, job, last_event_id), 200, headers, "text/event-stream")
 
     @app.post(
         "/v1/styles", status_code=201, response_model=None, summary="Store a style",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import queue
 import resource
 import signal
@@ -18,6 +19,8 @@ from typing import Any
 
 from .problems import Problem, check_picture
 from .settings import environment
+
+log = logging.getLogger(__name__)
 
 DECODERS = 2  # uploads decoded at the same time
 _SECONDS = 20.0  # that one may take
@@ -73,8 +76,8 @@ class Decoders:
             command = [sys.executable, "-m", "engine.serve.decoder", str(self._max_pixels)]
             try:
                 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
-            except OSError as error:  # too many processes, or too little memory: no fault of the upload
-                raise Problem(503, "no decoder could be started", retry_after=5) from error
+            except OSError as error:  # too many processes, or too little memory
+                raise _none_started() from error
             self._all.add(process)
             return process
 
@@ -85,12 +88,20 @@ class Decoders:
         clock = threading.Timer(_SECONDS, process.kill)
         clock.start()
         try:
+            if not process.stdout.readline():  # it ends before it is ready
+                process.wait()
+                raise _none_started()
             process.stdin.write(json.dumps([name, len(data)]).encode() + b"\n")
             process.stdin.write(data)
             process.stdin.flush()
             return json.loads(process.stdout.readline())
         finally:
             clock.cancel()
+
+
+def _none_started() -> Problem:
+    """No fault of the upload's."""
+    return Problem(503, "no decoder could be started", retry_after=5)
 
 
 def _bury(process: subprocess.Popen[bytes]) -> None:
@@ -103,7 +114,11 @@ def main(max_pixels: int) -> None:
     """Decode what comes on the standard input, until it ends: with the server, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     room = _ROOM + 24 * max_pixels
-    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+    except (ValueError, OSError) as error:  # macOS has no such limit
+        log.warning("the memory of a decoder is not limited: %s", error)
+    print("ready", flush=True)  # noqa: T201
     while line := sys.stdin.buffer.readline():
         name, size = json.loads(line)
         try:
@@ -111,7 +126,7 @@ def main(max_pixels: int) -> None:
             answer: dict[str, Any] = {"width": width, "height": height}
         except Problem as problem:
             answer = {"status": problem.status_code, "detail": problem.detail}
-        print(json.dumps(answer), flush=True)  # noqa: T201
+        print(json.dumps(answer), "ready", sep="\n", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

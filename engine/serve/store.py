@@ -1,7 +1,8 @@
 """Jobs, styles and their pictures in one folder: SQLite in WAL mode beside plain files.
 
 A file is complete before the row that names it is written, and a row is gone before its files are, so that the store
-is whole after a kill at any moment; what neither side names is swept when the server starts.
+is whole after a kill at any moment; what neither side names is swept when the server starts. Only what is overdue goes
+before its row, whose removal may need the room.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 from filelock import FileLock
 
+BALLAST = "store.sqlite-ballast"  # a file whose room a server that starts has on a full disk
+_BALLAST = 2**22  # its bytes
 UNFINISHED = ("queued", "running")
 # Points against a job: for a worker that died over it, for a server that was killed while it ran (which may have been
 # anybody's doing), and those with which it is given up.
@@ -121,8 +124,7 @@ class Store:
             elif states[path.name] not in UNFINISHED:
                 self._tidy(path.name, states[path.name])
             else:
-                for half in path.glob(".*"):
-                    half.unlink()
+                _sweep(path)
         styles = {row["id"] for row in self.styles()}
         for path in (self.data / "styles").iterdir():
             if path.name not in styles:
@@ -240,12 +242,16 @@ class Store:
         return self._rows(f"SELECT {names} FROM jobs WHERE finished > ? ORDER BY finished", (moment,))
 
     def expire(self, before: float) -> int:
-        """Remove jobs that finished before a moment, and their pictures: how many."""
-        with self._write() as database:
-            old = [row["id"] for row in database.execute("SELECT id FROM jobs WHERE finished < ?", (before,))]
-            database.executemany("DELETE FROM jobs WHERE id = ?", [(job,) for job in old])
+        """Remove jobs that finished before a moment, and their pictures: how many. Then, set room aside for a start."""
+        old = [row["id"] for row in self._rows("SELECT id FROM jobs WHERE finished < ?", (before,))]
         for job in old:
             shutil.rmtree(self.folder(job), ignore_errors=True)
+        if old:
+            with self._write() as database:
+                database.executemany("DELETE FROM jobs WHERE id = ?", [(job,) for job in old])
+        ballast = self.data / BALLAST
+        if not ballast.exists() and shutil.disk_usage(self.data).free > 2 * _BALLAST:
+            ballast.write_bytes(os.urandom(_BALLAST))  # which no file system compresses
         return len(old)
 
     # Styles: pictures that jobs name by id. A job links to the file, so removing a style hurts no job.
@@ -309,6 +315,8 @@ class Store:
                 WHEN cancel THEN 'cancelled' WHEN crashes + :points >= {_ENOUGH} THEN 'failed' ELSE 'queued' END
             WHERE state = 'running' AND (:worker IS NULL OR worker = :worker) RETURNING id, state"""
         end = "UPDATE jobs SET finished = ?, reason = ? WHERE id = ?"
+        for row in self._rows("SELECT id FROM jobs WHERE state = 'running' AND worker = ?", (worker,)):
+            _sweep(self.folder(row["id"]))  # first: it makes room, and nobody else can have the job yet
         with self._write() as database:
             left = [tuple(row) for row in database.execute(query, {"points": points, "worker": worker})]
             ended = [(job, state) for job, state in left if state not in UNFINISHED]
@@ -398,6 +406,12 @@ def write(path: Path, data: bytes) -> None:
     finally:
         half.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what `write` had not ended when its process was killed."""
+    for half in folder.glob(".*"):
+        half.unlink()
 
 
 def _in_turn(waiting: Iterable[Row]) -> Iterator[Row]:

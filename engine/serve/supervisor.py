@@ -64,19 +64,19 @@ class Supervisor:
                 log.warning("worker killed", extra={"worker": number})
                 process.kill()
                 process.wait()
-            self._store.unclaim(number, crashed=died[number])
+            with _apart():
+                self._store.unclaim(number, crashed=died[number])
 
     def _watch(self) -> None:
-        tidy, ahead = 0.0, time.time() - time.monotonic()
+        tidy, clock = 0.0, _Clock(3600 * self._settings.keep)
         while not self._stop.wait(_LOOK):
             for number in range(self._settings.workers):
                 with _apart():
                     self._look(number)
             if time.monotonic() >= tidy:
                 tidy = time.monotonic() + _TIDY
-                now = min(time.time(), ahead + time.monotonic())  # a clock that is set forward removes nothing
                 with _apart():
-                    gone = self._store.expire(now - 3600 * self._settings.keep)
+                    gone = self._store.expire(clock.now() - 3600 * self._settings.keep)
                     if gone:
                         log.info("old jobs removed", extra={"jobs": gone})
 
@@ -119,8 +119,34 @@ class Supervisor:
         if settings.workers > 1:
             own["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)] if cards else ""  # none is a choice, too
         words = [settings.data, number, settings.workers, settings.weights, settings.device, settings.precision]
-        command = [sys.executable, "-m", "engine.serve.worker", *map(str, words), settings.log]
+        words += [settings.reserve, settings.log]
+        command = [sys.executable, "-m", "engine.serve.worker", *map(str, words)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=own)
+
+
+class _Clock:
+    """The time that tells what is overdue. A clock that is set forward is believed once it has stayed so for a while.
+
+    That is for `patience` seconds, twice that at most, and may just be a clock that was behind when the server started.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._ahead = self._before = time.time() - _uptime()  # the least that it was, in this turn and in the last one
+        self._turn = _uptime() + patience
+
+    def now(self) -> float:
+        """As the clock would say had it not been set forward."""
+        ahead = time.time() - _uptime()
+        self._ahead = min(self._ahead, ahead)
+        if _uptime() >= self._turn:
+            self._before, self._ahead, self._turn = self._ahead, ahead, _uptime() + self._patience
+        return min(self._before, self._ahead) + _uptime()
+
+
+def _uptime() -> float:
+    """Seconds that go on while the machine sleeps, where it has such a clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @contextlib.contextmanager

@@ -8,10 +8,13 @@ when the server was killed. Either way the running job is checkpointed and waits
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
+import math
 import os
+import shutil
 import signal
 import sqlite3
 import sys
@@ -64,17 +67,20 @@ class _Every:
             self._next = end + max(self._period, _SHARE * (end - start))
 
 
-def work(store: Store, stylizer: Stylizer, number: int, stop: threading.Event) -> None:
-    """Do jobs until `stop` is set. Raises what one job did to the device, if that works no more."""
+def work(store: Store, stylizer: Stylizer, number: int, stop: threading.Event, reserve: int = 0) -> None:
+    """Do jobs until `stop` is set; the last `reserve` bytes of the disk are for their results.
+
+    Raises what one job did to the device, if that works no more.
+    """
     while not stop.is_set():
         row = _written(lambda: store.claim(number), stop)
         if row is None:
             stop.wait(_POLL)
         else:
-            run(store, stylizer, row, stop)
+            run(store, stylizer, row, stop, reserve)
 
 
-def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> None:
+def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event, reserve: int = 0) -> None:
     """Run one job from its start or its checkpoint to its end, or until `stop` is set and it is checkpointed.
 
     Raises what broke the device: the supervisor then puts the job back as one over which a worker died.
@@ -82,7 +88,7 @@ def run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> No
     job, start = row["id"], time.monotonic()
     log.info("job started", extra={"job": job, "iteration": row["iteration"]})
     try:
-        state, reason = _run(store, stylizer, row, stop)
+        state, reason = _run(store, stylizer, row, stop, reserve)
     except MemoryError:
         state, reason = "failed", "not enough memory for this size"
     except Exception as error:  # whatever one job does must not hurt the next
@@ -115,7 +121,7 @@ def _written(write: Callable[[], _T], stop: threading.Event, spare: Path | None 
                 return None
 
 
-def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> tuple[str, str | None]:
+def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event, reserve: int) -> tuple[str, str | None]:
     """The state that the job is left in, and why."""
     job, folder = row["id"], store.folder(row["id"])
     config = Config(**json.loads(row["options"]))
@@ -137,12 +143,14 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
     def show(step: Step, fast: bool) -> None:
         nonlocal number
         with _optional("preview"):
-            write(folder / "preview.png", png(step.image, fast))
+            _spare(folder / "preview.png", png(step.image, fast), reserve)
             number += 1
 
     def tell(step: Step) -> None:
-        losses.append((step.iteration, step.scale, step.loss))
-        values = {"scale": step.scale, "iteration": step.iteration, "total": step.total, "loss": step.loss}
+        values: Row = {"scale": step.scale, "iteration": step.iteration, "total": step.total}
+        if math.isfinite(step.loss):  # else the run falls back to fp32, or breaks
+            losses.append((step.iteration, step.scale, step.loss))
+            values["loss"] = step.loss
         with _optional("progress"):
             store.progress(job, {**values, "eta": clock.left(step), "preview": number, "seconds": seconds()}, losses)
             losses.clear()
@@ -160,12 +168,12 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event) -> t
         if step.iteration == step.total:
             continue  # it is done: nothing may stop it any more
         if stop.is_set():
-            _save(step, folder / "checkpoint")
+            _save(step, folder / "checkpoint", reserve)
             tell(step)
             return "queued", None
         for _ in checkpoint.due():
             tell(step)  # a run that goes on from here makes these losses no more
-            _save(step, folder / "checkpoint")
+            _save(step, folder / "checkpoint", reserve)
         if seconds() > row["deadline"]:
             tell(step)
             return "failed", f"the deadline of {row['deadline']:g} s has passed"
@@ -216,9 +224,16 @@ def _optional(what: str) -> Iterator[None]:
         log.warning("no %s: %s", what, error)
 
 
-def _save(step: Step, path: Path) -> None:
+def _save(step: Step, path: Path, reserve: int) -> None:
     with _optional("checkpoint"):
-        write(path, step.checkpoint())
+        _spare(path, step.checkpoint(), reserve)
+
+
+def _spare(path: Path, data: bytes, reserve: int) -> None:
+    """Write what can be done without, but not into the room that is reserved. Raises OSError."""
+    if shutil.disk_usage(path.parent).free - len(data) < reserve:
+        raise OSError(errno.ENOSPC, "the rest of the disk is reserved", path.name)
+    write(path, data)
 
 
 def png(picture: Image.Image, fast: bool = False, record: Mapping[str, Any] | None = None) -> bytes:
@@ -233,7 +248,9 @@ def warm_up(stylizer: Stylizer) -> None:
     stylizer(*samples.pair(), Config(size=256, iterations=1))
 
 
-def main(data: str, number: str, workers: str, weights: str, device: str, precision: str, form: str) -> int:
+def main(
+    data: str, number: str, workers: str, weights: str, device: str, precision: str, reserve: str, form: str
+) -> int:
     """Be worker `number` of `workers`: everything comes from the command line that the server gives.
 
     Returns 0, or MISTAKE if no worker can start with what was given.
@@ -257,8 +274,11 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
         import torch
 
         from engine import BackendError
+        from engine.export.weights import cache_folder
         from engine.stylizer import Stylizer
 
+        # CuPy makes its folder when it is imported, in a home that a service may have to leave alone.
+        os.environ.setdefault("CUPY_CACHE_DIR", str(cache_folder() / "cupy"))
         threads = None if workers == "1" else max(1, torch.get_num_threads() // int(workers))
         try:
             stylizer = Stylizer(weights, device, precision, threads=threads)
@@ -274,7 +294,7 @@ def main(data: str, number: str, workers: str, weights: str, device: str, precis
         devices = sorted({each["device"] for each in store.workers()})
         if len(devices) > 1:
             log.warning("workers run on different devices: give as many --workers as GPUs", extra={"devices": devices})
-        work(store, stylizer, int(number), stop)
+        work(store, stylizer, int(number), stop, int(reserve))
         store.close()
         return 0
 

@@ -104,7 +104,10 @@ function allow() {
 for (const drop of document.querySelectorAll(".drop")) {
   const name = drop.dataset.name;
   const input = $("input", drop);
-  input.addEventListener("change", () => take(name, input.files[0]));
+  input.addEventListener("change", () => {
+    take(name, input.files[0]);
+    input.value = ""; // the same file, replaced meanwhile, can be chosen again
+  });
   $("label", drop).addEventListener("keydown", (event) => {
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
@@ -156,6 +159,9 @@ form.strength.addEventListener("input", () => {
   $("#strength-name").textContent = STRENGTHS[value] || between;
   form.strength.setAttribute("aria-valuetext", $("#strength-name").textContent);
 });
+
+// What is to be corrected has to be seen.
+form.addEventListener("invalid", () => { $("details").open = true; }, true);
 
 form.token.addEventListener("change", () => {
   sessionStorage.setItem("stylize.token", form.token.value);
