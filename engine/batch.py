@@ -365,8 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     start = time.perf_counter()
     try:
-        if not given.out:
-            raise ValueError("give a folder with -o")
+        if not given.out or "{" in given.out:
+            raise ValueError(f"-o {given.out!r}: give a folder, results are named CONTENT--STYLE.png")
         if given.workers < 1:
             raise ValueError(f"--workers {given.workers}: give a number from 1")
         if given.threads is not None and given.threads < 1:
@@ -376,13 +376,17 @@ def _run(given: argparse.Namespace) -> int:
                 "--gpus is for the actors of --ray: without it workers share what CUDA_VISIBLE_DEVICES shows"
             )
         config = _config(given.options)
-        from .painting import check_options  # with torch: mistakes above are told at once
+        from .batches import made_otherwise  # with torch: mistakes above are told at once
+        from .painting import check_options
 
         check_options(config)
         tasks = plan(given.contents, given.styles, given.out)
         missing = [task for task in tasks if not _there(task.out)]
         if missing:
             _check_writable(given.out.rstrip("/"))
+        there = {task.out for task in tasks if "://" not in task.out} - {task.out for task in missing}
+        if others := made_otherwise(there, config):
+            log.warning("%d of the pictures there were made with other options, or not by this program", others)
         sharing = 1 if given.ray else min(given.workers, len(missing))  # an actor has processors of its own
         make = given.weights, given.device, given.precision, config, given.threads, sharing
         pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)

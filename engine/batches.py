@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,7 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     todo, there = [job for job in part if job.out in left], [job.out for job in part if job.out not in left]
     if there:
         log.info("%d of %d pictures are there already", len(there), len(part))
-        options = json.loads(json.dumps(manifest.inputs(config, None, None)["options"]))  # as it is read
-        fitted = {name: "auto" for name in FITTED if options[name] == "auto"}  # whatever was chosen
-        others = sum((own := _options(out)) is None or own | fitted != options for out in there)
-        if others:
+        if others := made_otherwise(there, config):
             log.warning(
                 "%d of these were made with other options, or not by this program: --overwrite replaces them", others
             )
@@ -99,6 +96,13 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
     if failures:
         return 1, f"{len(failures)} of {len(todo)} pictures failed:\n  " + "\n  ".join(failures)
     return 0, ""
+
+
+def made_otherwise(outs: Iterable[str], config: Config) -> int:
+    """How many of these pictures say that they were made with other options, or say nothing."""
+    options = json.loads(json.dumps(manifest.inputs(config, None, None)["options"]))  # as it is read
+    fitted = {name: "auto" for name in FITTED if options[name] == "auto"}  # whatever was chosen
+    return sum((own := _options(out)) is None or own | fitted != options for out in outs)
 
 
 def _options(out: str) -> Any:

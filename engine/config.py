@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, replace
@@ -187,6 +188,8 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} has to be True or False, not {getattr(self, name)!r}")
         choice("colour", self.colour, COLOURS)
+        if not isinstance(self.init, str | os.PathLike):
+            raise TypeError(f"init has to be a word or the path of a picture, not {type(self.init).__name__}")
         object.__setattr__(self, "init", str(self.init))
         for option in fields(self):
             value = getattr(self, option.name)

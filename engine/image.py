@@ -17,7 +17,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -61,8 +61,8 @@ class Picture:
     `name` is that of its file, without folders.
     """
 
-    rgb: NDArray[np.float32]
-    alpha: NDArray[np.float32] | None = None
+    rgb: NDArray[np.float32] = field(repr=False)
+    alpha: NDArray[np.float32] | None = field(default=None, repr=False)
     name: str | None = None
 
     @property
@@ -140,7 +140,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
         with Path(source).open("rb") as file:
             data = file.read(most + 1)
     else:
-        raise TypeError(f"a picture is a path, bytes, a PIL image or an array, not {type(source).__name__}")
+        raise TypeError(f"a picture is a path, bytes, a PIL image or a NumPy array, not {type(source).__name__}")
     if not data:
         raise ValueError(f"{name} is empty")
     if len(data) > most:

@@ -98,9 +98,11 @@ def plan(contents: Sequence[str], styles: Sequence[str], out: str, named: Collec
         file = job.out.lower() if sys.platform in ("win32", "darwin") and "://" not in job.out else job.out
         other = seen.setdefault(file, job)
         if other is not job:
+            both = "{content}" in pattern and "{style}" in pattern
+            way = "rename one of them" if both else "give -o a pattern with {content} and {style}"
             raise ValueError(
                 f"{job.content} with {job.styles[0]} and {other.content} with {other.styles[0]} would both be written "
-                f"to {job.out}: give -o a pattern with {{content}} and {{style}}, and names that differ"
+                f"to {job.out}: {way}"
             )
     return jobs
 

@@ -7,6 +7,7 @@ next to the manifest, or by being given once more.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -213,6 +214,8 @@ def _found(value: Any, files: Mapping[str, str], folder: Path, words: Sequence[s
         text = "does not tell which file it was, a pipe or one of several, or was none: no replay is possible"
         raise ValueError(f"{value!r} {text}")
     path = f"{folder}/{Path(value).name}"  # a Path would make a word of ./alpha
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "No such file: put it beside the manifest", path)
     if hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[value]:
         raise ValueError(f"{path} is not the file of the manifest: its sha256 differs")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,11 @@ def sources(record: Mapping[str, Any], folder: Path) -> list[str]:
     wanted = _pictures(record)
     if any(each and each["name"] is None for each in wanted):
         raise ValueError("the manifest's pictures came without names: give CONTENT and STYLE, or --demo")
-    return ["none" if each is None else str(folder / Path(each["name"]).name) for each in wanted]
+    found = ["none" if each is None else str(folder / Path(each["name"]).name) for each in wanted]
+    if lost := [each for each in found if each != "none" and not Path(each).is_file()]:
+        text = "No such file: put it beside the manifest, or give CONTENT and STYLE again"
+        raise FileNotFoundError(errno.ENOENT, text, lost[0])
+    return found
 
 
 def _pictures(record: Mapping[str, Any]) -> list[Any]:

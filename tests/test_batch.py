@@ -36,7 +36,7 @@ def words(folders, *more):
     return [str(folders / "contents"), *styles, "--options", OPTIONS, "--device", "cpu", "--weights", "embedded", *more]
 
 
-def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, stylizer, capsys):
+def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, stylizer, capsys, caplog):
     (folders / "contents" / "broken.png").write_bytes(b"no picture")
     assert batch.main(words(folders)) == 1
     summary = json.loads(capsys.readouterr().out)
@@ -52,6 +52,11 @@ def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, 
     assert batch.main(words(folders)) == 0
     assert json.loads(capsys.readouterr().out)["there_already"] == 3
     assert times == [path.stat().st_mtime_ns for path in sorted((folders / "out").iterdir())]
+    assert not caplog.records
+    (folders / "out" / "c2--s.png").unlink()
+    *first, options, device, own, weights, kind = words(folders)
+    assert batch.main([*first, options.replace("{", '{"seed": 7, '), device, own, weights, kind]) == 0
+    assert "2 of the pictures there were made with other options, or not by this program" in caplog.text
 
 
 def test_pictures_of_a_batch_are_replayed(folders, capsys):
@@ -350,7 +355,8 @@ def test_a_file_system_that_is_missing_is_named(folders, capsys, monkeypatch):
         ({"--gpus": "1"}, "for the actors of --ray"),
         ({"--threads": "0"}, "from 1"),
         ({"--styles": "/nowhere"}, "does not exist"),
-        ({"-o": ""}, "give a folder with -o"),
+        ({"-o": ""}, "-o '': give a folder"),
+        ({"-o": "{content}.png"}, "-o '{content}.png': give a folder, results are named CONTENT--STYLE.png"),
         ({"--options": '{"size": [64, 64]}'}, "size WxH is for runs without content"),
         ({"--options": '{"init": "nosuch.png"}'}, "nosuch.png: No such file"),
         ({"--options": '{"init": "-"}'}, "init - can be read for one picture only"),

@@ -41,6 +41,7 @@ def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
         ({"iterations": ("...", 3)}, TypeError, "whole number"),
         ({"scales": "many"}, ValueError, "auto or a number"),
         ({"scales": 0}, ValueError, "from 1"),
+        ({"init": 3}, TypeError, "init has to be a word or the path of a picture, not int"),
         ({"style_weight": -1}, ValueError, "not negative"),
         ({"content_weight": math.nan}, ValueError, "finite"),
         ({"content_weight": 10**400}, ValueError, "content_weight: the number is beyond all"),

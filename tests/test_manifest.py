@@ -73,7 +73,7 @@ def test_options_come_back_and_folders_stay_at_home(tmp_path):
     start.write_bytes(b"other")
     with pytest.raises(ValueError, match="is not the file of the manifest"):
         manifest.config(made, tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="put it beside the manifest"):
         manifest.config(made, tmp_path / "elsewhere")
 
 

@@ -91,7 +91,7 @@ ALLOWED = {
         "export",
         "kernels",
     },
-    "batch": {"config", "provider", "image", "jobs", "manifest", "painting", "stylizer", "export"},
+    "batch": {"batches", "config", "provider", "image", "jobs", "manifest", "painting", "stylizer", "export"},
     "stylize": (
         {
             "batches",
