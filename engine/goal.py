@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,10 @@ from .export.vgg import LOSS_LAYERS
 from .motion import Carried
 from .regions import Mask, fitted, load_freeze, load_mask, report_coverage
 from .targets import Targets, is_targets
+
+log = logging.getLogger(__name__)
+
+_STRETCHED = 0.02  # of a side, from which on it is told
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,14 @@ def load(
     held = None
     if freeze is not None and picture is not None:
         held = load_freeze(freeze, picture, final_size(picture, config))
-    side = max(image.size if image else final_size(picture or canvas(config), config))
+    size = image.size if image else final_size(picture or canvas(config), config)
+    if (
+        picture is not None
+        and config.tile
+        and abs(picture.size[0] * size[1] / (picture.size[1] * size[0]) - 1) > _STRETCHED
+    ):
+        log.warning("to tile, the content of %d x %d pixels is stretched to the shape of %d x %d", *picture.size, *size)
+    side = max(size)
     goal = Goal(config, picture, styles, pairs, held)
     for each, (_, part), own in zip(goal.styles, goal.parts, goal.own, strict=True):
         if isinstance(each, images.Picture):  # what cannot be used is told now

@@ -1051,7 +1051,8 @@ def test_the_id_of_a_style_is_checked(client, files, name):
 def test_a_missing_or_doubled_part_is_named(client, files):
     assert "content" in problem(client[0].post("/v1/jobs", files={"style": files["style"]}), 422)
     assert "style" in problem(client[0].post("/v1/jobs", files={"content": files["content"]}), 422)
-    problem(client[0].post("/v1/jobs", data={"content": "text"}), 422)
+    text = problem(client[0].post("/v1/jobs", data={"content": "text"}), 422)
+    assert text == "content: send a file, as curl's -F NAME=@FILE does"
     problem(client[0].post("/v1/jobs", content=b"x", headers={"content-type": "multipart/form-data"}), 400)
     problem(post(client[0], files, priority=99), 422)
     assert "at most 8" in problem(

@@ -112,7 +112,7 @@ def test_rolling_a_picture_that_tiles_rolls_its_gradient(stylizers):
     assert error(rolled.gradient, np.roll(score.gradient, (16, -32), (0, 1))) < 1e-5
 
 
-def test_a_picture_that_tiles_has_no_seam(stylizer, pictures):
+def test_a_picture_that_tiles_has_no_seam(stylizer, pictures, caplog):
     """From noise, over two scales: neighbours across the border are as alike as those inside."""
     options = {"size": 90, "scales": 2, "iterations": 30, "init": "noise", "content_weight": 0.0, "tv_weight": 300.0}
     options["style_layers"] = SHALLOW
@@ -128,6 +128,7 @@ def test_a_picture_that_tiles_has_no_seam(stylizer, pictures):
     shape, tiled = seams(Config(tile=True, **options))
     assert shape == (80, 96, 3)
     assert max(tiled) < 1.5
+    assert "to tile, the content of 56 x 40 pixels is stretched to the shape of 96 x 80" in caplog.text
     _, plain = seams(Config(**options))
     assert max(plain) > 1.8
 

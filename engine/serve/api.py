@@ -229,7 +229,8 @@ def create_app(settings: Settings, token: str = "") -> FastAPI:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return service.refuse(Problem(422, f"{where}: {first['msg']}"))
+        text = "send a file, as curl's -F NAME=@FILE does" if "UploadFile" in first["msg"] else first["msg"]
+        return service.refuse(Problem(422, f"{where}: {text}"))
 
     @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.Error)
