@@ -34,6 +34,7 @@ class Decoders:
         self._max_pixels, self._closed = max_pixels, False
         self._lock = threading.Lock()
         self._all: set[subprocess.Popen[bytes]] = set()
+        self._ready: set[subprocess.Popen[bytes]] = set()  # of them, those that have said so
         self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
         for _ in range(DECODERS - 1):
             self._idle.put(None)
@@ -72,6 +73,7 @@ class Decoders:
             self._check_open()
             if dead:
                 self._all.discard(dead)
+                self._ready.discard(dead)
                 _bury(dead)
             command = [sys.executable, "-m", "engine.serve.decoder", str(self._max_pixels)]
             try:
@@ -81,16 +83,17 @@ class Decoders:
             self._all.add(process)
             return process
 
-    @staticmethod
-    def _ask(process: subprocess.Popen[bytes], name: str, data: bytes) -> dict[str, Any]:
+    def _ask(self, process: subprocess.Popen[bytes], name: str, data: bytes) -> dict[str, Any]:
         assert process.stdin is not None
         assert process.stdout is not None
         clock = threading.Timer(_SECONDS, process.kill)
         clock.start()
         try:
-            if not process.stdout.readline():  # it ends before it is ready
-                process.wait()
-                raise _none_started()
+            if process not in self._ready:
+                if not process.stdout.readline():  # it ends before
+                    process.wait()
+                    raise _none_started()
+                self._ready.add(process)
             process.stdin.write(json.dumps([name, len(data)]).encode() + b"\n")
             process.stdin.write(data)
             process.stdin.flush()
@@ -126,7 +129,7 @@ def main(max_pixels: int) -> None:
             answer: dict[str, Any] = {"width": width, "height": height}
         except Problem as problem:
             answer = {"status": problem.status_code, "detail": problem.detail}
-        print(json.dumps(answer), "ready", sep="\n", flush=True)  # noqa: T201
+        print(json.dumps(answer), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
