@@ -268,7 +268,7 @@ def _style_phase(setup: Setup, goal: Goal, side: int) -> dict[str, int]:
             continue
         size = style_size(style, side, own_config)
         spec = _spec(setup, size, tuple(config.style_layer_weights), config, config.padding)
-        own = _network(setup, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size)
+        own = _network(setup, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size) + 8 * kernels.STRIP
         window = config.window_for(size)
         if setup.device == "cudnn":
             own += max(_products(spec, window, [layer], 1) for layer in spec.layers)

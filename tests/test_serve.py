@@ -712,7 +712,7 @@ def test_a_decoder_works_where_its_memory_cannot_be_limited(files, monkeypatch, 
     monkeypatch.setattr(decoder.signal, "signal", lambda *_: None)
     monkeypatch.setattr(decoder.sys, "stdin", SimpleNamespace(buffer=asked))
     decoder.main(10**6)
-    assert capsys.readouterr().out == 'ready\n{"width": 56, "height": 40}\nready\n'
+    assert capsys.readouterr().out == 'ready\n{"width": 56, "height": 40}\n'
     assert "memory of a decoder is not limited" in caplog.text
 
 
