@@ -268,14 +268,16 @@ def _style_phase(setup: Setup, goal: Goal, side: int) -> dict[str, int]:
             continue
         size = style_size(style, side, own_config)
         spec = _spec(setup, size, tuple(config.style_layer_weights), config, config.padding)
-        own = _network(setup, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size) + 8 * kernels.STRIP
+        own = _network(setup, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size)
         window = config.window_for(size)
+        most_places = max(windows.largest(spec, window).values())
+        own += 8 * min(kernels.STRIP, most_places)
         if setup.device == "cudnn":
             own += max(_products(spec, window, [layer], 1) for layer in spec.layers)
         masked = mask is not None or style.alpha is not None
         if config.style_loss != "gram" or masked:  # what is made of the features; with a mask, on a way
             element = DTYPES[spec.precision].itemsize + 4 * masked
-            own += element * max(windows.largest(spec, window).values())
+            own += element * most_places
         most = max(most, own)
     return {"network of the style": most, **(_beside(setup, spec, config) if spec else {})}
 

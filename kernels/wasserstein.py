@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 EPSILON = 1e-4
-STRIP = 1 << 21  # elements that are fp64 at once
+STRIP = 1 << 20  # elements that are fp64 at once
 _NOTHING = 1e-12  # share of the largest eigenvalue under which one is zero but for rounding
 
 
