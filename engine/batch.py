@@ -134,7 +134,7 @@ def _serve(connection: Connection, *make: Any) -> None:
     while True:
         try:
             task = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         answer = painter.paint(task)
         with contextlib.suppress(BrokenPipeError):  # of a driver that is gone: `recv` will say so
@@ -184,7 +184,7 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
     A worker that dies is replaced and its task goes to the end of the list; after the third it is given up. One that
     cannot start leaves its task to the others. Raises the ValueError of a worker that was given something wrong, as
     others would be, too, and a StartError if there is no other worker: at once if none has painted, else the third; or
-    if workers have died over three tasks and none has answered: they die by themselves.
+    if workers have died over three contents and none has answered or is at work: they die by themselves.
     """
     left, tries = deque(tasks), dict.fromkeys(tasks, 0)
     answered, painted, starts = False, False, 0
@@ -212,8 +212,9 @@ def drive(pool: Processes | Actors, tasks: Sequence[Job], workers: int) -> Itera
             pool.stop(worker)
             log.warning("a worker died over %s: %s", task.out, answer)
             tries[task] += 1
-            if not answered and sum(map(bool, tries.values())) == _TRIES:
-                raise StartError(f"{_TRIES} workers died over as many pictures, and none has answered ({answer})")
+            over = {task.content for task, count in tries.items() if count}
+            if not (answered or hands) and len(over) >= _TRIES:
+                raise StartError(f"workers died over {len(over)} contents, and none has answered ({answer})")
             if tries[task] < _TRIES:
                 left.append(task)
             else:
@@ -365,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     start = time.perf_counter()
     try:
-        if not given.out or "{" in given.out:
+        if not given.out or "{content}" in given.out or "{style}" in given.out:
             raise ValueError(f"-o {given.out!r}: give a folder, results are named CONTENT--STYLE.png")
         if given.workers < 1:
             raise ValueError(f"--workers {given.workers}: give a number from 1")

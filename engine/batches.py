@@ -40,8 +40,6 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
             log.warning(
                 "%d of these were made with other options, or not by this program: --overwrite replaces them", others
             )
-    if not todo:
-        return 0, ""
     sources = {each for job in jobs for each in (job.content, *job.styles)}
     if config.start_file is not None:
         sources.add(config.start_file)
@@ -52,6 +50,8 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
             if is_frame(each, outs, given.save_every):
                 raise ValueError(f"{each} has the name of a frame of --save-every: give -o another folder or pattern")
     check_options(config)
+    if not todo:
+        return 0, ""
     for job in todo:
         image.output_format(job.out)  # before a folder is made
     for folder in {Path(job.out).parent for job in todo}:

@@ -130,10 +130,11 @@ def _packets(container: Any, wanted: Any) -> Iterator[Any]:
             time = float(packet.dts * packet.time_base)
             before, step = places.get(packet.stream, (time + shifts[-1], 0.0))
             # Around a jump packets of both sides may alternate.
-            fitting = [shift for shift in shifts[-2:] if 0 <= time + shift - before <= _GAP]
+            newest = max([before, *(each for each, _ in places.values())])  # pictures may pause while there is sound
+            fitting = [shift for shift in shifts[-2:] if before <= time + shift <= newest + _GAP]
             if not fitting:
                 shifts.append(before + step - time)
-            shift = fitting[-1] if fitting else shifts[-1]
+            shift = min(fitting, key=lambda shift: time + shift - before) if fitting else shifts[-1]
             places[packet.stream] = time + shift, time + shift - before
             ticks = round(shift / packet.time_base)
             packet.dts += ticks

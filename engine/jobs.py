@@ -121,7 +121,7 @@ def place(path: str) -> str:
 
 
 def _resolved(path: str | Path) -> Path:
-    """Where a path leads to. Raises OSError for links in a circle, as Python from 3.13 does where it has to."""
+    """Where a path leads to. Raises OSError for links in a circle, left to whoever opens it from Python 3.13 on."""
     try:
         return Path(path).resolve()
     except RuntimeError as error:

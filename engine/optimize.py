@@ -224,7 +224,9 @@ class Stall:
 
     def __call__(self, loss: float) -> bool:
         """Whether it has, after an evaluation with this loss."""
-        self._best.append(min(self._best[-1] if self._best else math.inf, loss))  # which ignores a NaN
+        if not math.isfinite(loss):  # which on a GPU is seen later
+            return False
+        self._best.append(min(loss, self._best[-1]) if self._best else loss)
         before = self._best[0]
         return self._least > 0 and len(self._best) > WINDOW and before - self._best[-1] <= self._least * before
 

@@ -166,7 +166,7 @@ def paint(
                 raise
             status, message = 1, brief(error)
     if run.last is not None and not (status and whole_only):
-        losses = [(row["iteration"], row["loss"]) for row in run.rows if row["loss"] is not None]
+        losses = [(row["iteration"], math.nan if row["loss"] is None else row["loss"]) for row in run.rows]
         image.save(run.last.picture, job.out, run.last.manifest(losses, time.perf_counter() - start))
         message = message and f"{message}; the picture so far is in {job.out}"
         if status and kept:

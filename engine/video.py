@@ -214,7 +214,7 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
     with sink as write, _Progress(given, total) as progress:
         try:
             for index, shot in enumerate(film.read(source)):
-                digest = shot.picture.digest[:_DIGITS]
+                digest = "" if to_file else shot.picture.digest[:_DIGITS]
                 if index < len(painted) and painted[index] != digest:
                     raise _OtherError(f"{out} holds what was made of another frame {shot.name}: {_ELSEWHERE}")
                 if index < len(painted) and film.place(out, shot).exists():
@@ -241,7 +241,7 @@ def make(given: argparse.Namespace, styles: Sequence[str], config: Config) -> tu
             if isinstance(error, _OtherError) or not (done or last):
                 raise
             status, message = 1, brief(error)
-    if not (to_file or status) and (others := len(_pictures(out)) - len(painted)) > 0:
+    if not (to_file or status) and (others := len(_pictures(out)) - progress.done) > 0:
         log.warning("%s holds %d more pictures, which are not of this video", out, others)
     goes_on = "" if to_file or given.overwrite else ", and the same command goes on"
     return status, message and f"{message}; the {done} frames so far are in {out}{goes_on}"

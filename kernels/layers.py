@@ -270,7 +270,7 @@ class Layers:
     def _finish_distances(self) -> None:
         """Bring the layers with a `distance` in, which the launch has left out of the total and of the scale.
 
-        They need Gram matrices of their own, in fp64.
+        They need Gram matrices of their own, in fp64; nobody reads those of the launch.
         """
         factors = self._factors[1:].view(-1, _FACTORS)
         for i, (layer, difference) in enumerate(zip(self._layers, self._differences, strict=True)):

@@ -1,5 +1,6 @@
 """Contents x styles: what is planned, painted once, retried, recorded and skipped."""
 
+import contextlib
 import json
 import re
 import signal
@@ -147,11 +148,16 @@ def test_workers_that_die_over_every_picture_end_the_batch():
     """Not if one has answered: then it is those pictures."""
     tasks = [Job(f"c{i}", ("s",), f"o{i}") for i in range(100)]
     pool = Stub(dict.fromkeys(tasks, 9))
-    with pytest.raises(batch.StartError, match="3 workers died over as many pictures, and none has answered"):
+    with pytest.raises(batch.StartError, match="workers died over 3 contents, and none has answered"):
         list(batch.drive(pool, tasks, 1))
     assert pool.started == 3
     pool = Stub(dict.fromkeys(tasks[1:5], 9), answer="damaged")
     assert len(dict(batch.drive(pool, tasks, 1))) == 100
+    first = [Job("big", (style,), style) for style in "xyz"]  # one content in front, over which all die
+    pool = Stub(dict.fromkeys(first, 9))
+    found = dict(batch.drive(pool, [*first, *tasks], 2))
+    assert {task for task, reason in found.items() if reason} == set(first)
+    assert len(found) == 103
 
 
 def test_the_death_of_a_process_is_an_answer():
@@ -277,8 +283,9 @@ def test_an_interrupt_before_the_first_worker_is_told(folders, capsys, monkeypat
 
 def command_of(process):
     """The command line of a process, nothing if it has ended."""
-    file = Path("/proc", process, "cmdline")
-    return file.read_bytes() if file.exists() else b""
+    with contextlib.suppress(OSError):
+        return Path("/proc", process, "cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are listed by Linux")
@@ -286,12 +293,17 @@ def test_sigterm_ends_the_workers(folders):
     command = [sys.executable, "-m", "engine.batch", *words(folders, "--threads", "1")]
     command[command.index(OPTIONS)] = '{"size": 64, "iterations": 1000000}'
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (found := [each for each in children.read_text().split() if b"spawn_main" in command_of(each)]):
-            time.sleep(0.05)
-        time.sleep(1)
-        process.terminate()
-        out, err = process.communicate(timeout=60)
+        children, end = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+        try:
+            while not (found := [each for each in children.read_text().split() if b"spawn_main" in command_of(each)]):
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            time.sleep(1)
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert json.loads(out)["painted"] == 0
     assert err.endswith("engine.batch: interrupted; the same command paints the rest\n")

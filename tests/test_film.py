@@ -38,8 +38,11 @@ def sine(seconds):
     return (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(RATE * seconds)) / RATE)).astype(np.float32)
 
 
-def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=True, start=0, options=None):
-    """A video of these frames at 10 a second, or at these times in hundredths of a second, from a second `start` on."""
+def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=True, start=0, early=0, options=None):
+    """A video of these frames at 10 a second, or at these times in hundredths of a second, from a second `start` on.
+
+    Its sound begins by `early` seconds before.
+    """
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=10, options={"crf": "4"} | (options or {}))
         stream.height, stream.width = frames[0].shape[:2]
@@ -59,7 +62,7 @@ def make(path, frames, times=None, sound=None, seconds=None, shape=None, tagged=
             samples, rate = sine(seconds or len(frames) / 10), heard.rate
             for i in range(0, len(samples) - 1023, 1024):
                 part = av.AudioFrame.from_ndarray(samples[None, i : i + 1024], "fltp", "mono")
-                part.sample_rate, part.pts, part.time_base = rate, start * rate + i, Fraction(1, rate)
+                part.sample_rate, part.pts, part.time_base = rate, round((start - early) * rate) + i, Fraction(1, rate)
                 out.mux(heard.encode(part))
             out.mux(heard.encode(None))
     return str(path)
@@ -163,6 +166,29 @@ def test_the_clock_of_a_recording_begins_at_zero_and_goes_on(tmp_path, starts):
     assert [data for _, data in packets(tmp_path / "out.mp4")] == [data for _, data in packets(source)]
     assert (np.diff(sound) > 0).all()
     assert sound[-1] == pytest.approx(times[-1] + 0.1, abs=0.06)
+
+
+@pytest.mark.parametrize("starts", [(5, 5), (10, 8), (1, 1, 1)])
+@pytest.mark.parametrize("early", [0.3, -0.3])
+def test_sound_that_does_not_begin_with_the_pictures_leaves_no_gap(tmp_path, starts, early):
+    """Where two were joined, the sound jumps before the pictures, or behind them."""
+    source = tmp_path / "in.ts"
+    parts = [
+        make(tmp_path / f"{i}.ts", shapes(10), sound="mp2", start=start, early=early) for i, start in enumerate(starts)
+    ]
+    source.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
+    times = np.array([shot.time for shot in copied(str(source), tmp_path / "out.mp4")])
+    assert len(times) == 10 * len(starts)
+    assert 0 < np.diff(times).min() <= np.diff(times).max() < 0.8
+    sound = np.array([time for time, _ in packets(tmp_path / "out.mp4")])
+    assert 0 < np.diff(sound).min() <= np.diff(sound).max() < 0.8
+
+
+def test_pictures_may_pause_while_there_is_sound(tmp_path):
+    source = make(tmp_path / "in.ts", shapes(3), times=[0, 1200, 2500], sound="mp2", seconds=26)
+    times = [shot.time for shot in copied(source, tmp_path / "out.mp4")]
+    assert np.diff(times) == pytest.approx([12, 13], abs=0.05)
+    assert packets(tmp_path / "out.mp4")[-1][0] == pytest.approx(26, abs=0.1)
 
 
 def test_the_clock_of_a_recording_runs_over(tmp_path):

@@ -157,6 +157,7 @@ def loud(amplitude, dtype):
     parts = (slice(3), slice(3, 7))
     halves = [replace(layer, features=x[:, part], cotangent=layer.cotangent[:, part]) for part in parts]
     for pieces in ([layer], halves):
+        layer.cotangent.fill_(math.nan)
         distance.away = exact_mean(x)
         layers = Summed([{"only": each} for each in pieces], 0, 1.0)
         for layers.piece in range(len(pieces)):

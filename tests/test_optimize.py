@@ -284,7 +284,7 @@ def test_a_stalled_loss_is_told_after_the_window():
     done = Stall(0.01)
     assert [done(0.0) for _ in range(21)] == [False] * 20 + [True], "there is nothing left to gain"
     told = Stall(0.01)
-    assert [told(loss) for loss in (1.0, math.nan, *[0.1] * 20, 0.1)] == [False] * 22 + [True], "a NaN is left out"
+    assert [told(loss) for loss in (math.nan, 1.0, math.nan, *[0.1] * 20, 0.1)] == [False] * 23 + [True], "NaN is none"
     off = Stall(0)
     assert not any(off(1.0) for _ in range(100))
 

@@ -713,7 +713,7 @@ def test_a_decoder_works_where_its_memory_cannot_be_limited(files, monkeypatch, 
     monkeypatch.setattr(decoder.sys, "stdin", SimpleNamespace(buffer=asked))
     decoder.main(10**6)
     assert capsys.readouterr().out == 'ready\n{"width": 56, "height": 40}\n'
-    assert "memory of a decoder is not limited" in caplog.text
+    assert "a decoder sets no limit to its memory" in caplog.text
 
 
 @pytest.mark.parametrize(("given", "second"), [(None, "1"), ("", ""), ("4,7", "7"), ("4", "4")])

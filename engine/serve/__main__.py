@@ -74,7 +74,8 @@ def _serve(settings: Settings, token: str) -> int:
     except Timeout as error:
         raise ValueError(f"{settings.data} is in use by another server") from error
     with lock:
-        (Path(settings.data) / BALLAST).unlink(missing_ok=True)
+        for each in Path(settings.data).glob(f"*{BALLAST}*"):  # half ones too
+            each.unlink()
         app = create_app(settings, token)
 
         class Server(uvicorn.Server):

@@ -92,6 +92,7 @@ class Decoders:
             if process not in self._ready:
                 if not process.stdout.readline():  # it ends before
                     process.wait()
+                    self._check_open()
                     raise _none_started()
                 self._ready.add(process)
             process.stdin.write(json.dumps([name, len(data)]).encode() + b"\n")
@@ -119,8 +120,8 @@ def main(max_pixels: int) -> None:
     room = _ROOM + 24 * max_pixels
     try:
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    except (ValueError, OSError) as error:  # macOS has no such limit
-        log.warning("the memory of a decoder is not limited: %s", error)
+    except (ValueError, OSError) as error:  # macOS has none; or there is a lower one
+        log.warning("a decoder sets no limit to its memory: %s", error)
     print("ready", flush=True)  # noqa: T201
     while line := sys.stdin.buffer.readline():
         name, size = json.loads(line)

@@ -251,7 +251,8 @@ class Store:
                 database.executemany("DELETE FROM jobs WHERE id = ?", [(job,) for job in old])
         ballast = self.data / BALLAST
         if not ballast.exists() and shutil.disk_usage(self.data).free > 2 * _BALLAST:
-            ballast.write_bytes(os.urandom(_BALLAST))  # which no file system compresses
+            with contextlib.suppress(OSError):
+                write(ballast, os.urandom(_BALLAST))  # which no file system compresses
         return len(old)
 
     # Styles: pictures that jobs name by id. A job links to the file, so removing a style hurts no job.

@@ -143,7 +143,7 @@ def _run(store: Store, stylizer: Stylizer, row: Row, stop: threading.Event, rese
     def show(step: Step, fast: bool) -> None:
         nonlocal number
         with _optional("preview"):
-            _spare(folder / "preview.png", png(step.image, fast), reserve)
+            _spare(folder / "preview.png", lambda: png(step.image, fast), reserve)
             number += 1
 
     def tell(step: Step) -> None:
@@ -226,12 +226,15 @@ def _optional(what: str) -> Iterator[None]:
 
 def _save(step: Step, path: Path, reserve: int) -> None:
     with _optional("checkpoint"):
-        _spare(path, step.checkpoint(), reserve)
+        _spare(path, step.checkpoint, reserve)
 
 
-def _spare(path: Path, data: bytes, reserve: int) -> None:
+def _spare(path: Path, make: Callable[[], bytes], reserve: int) -> None:
     """Write what can be done without, but not into the room that is reserved. Raises OSError."""
-    if shutil.disk_usage(path.parent).free - len(data) < reserve:
+    free, data = shutil.disk_usage(path.parent).free, b""
+    if free >= reserve:
+        data = make()
+    if free - len(data) < reserve:
         raise OSError(errno.ENOSPC, "the rest of the disk is reserved", path.name)
     write(path, data)
 
