@@ -227,7 +227,7 @@ def forecast(setup: Setup, goal: Goal) -> Forecast:
 
 def _resized(picture: images.Picture) -> int:
     """Bytes of a pixel of a picture while it is brought to the size of a scale: copies of what is seen of it."""
-    return 8 if picture.alpha is None or picture.alpha.min() == 1 else 28
+    return 8 if picture.opaque else 28
 
 
 def available(device: str) -> int | None:

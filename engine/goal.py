@@ -194,7 +194,7 @@ def load_part(source: Any, style: images.Picture, name: str) -> Mask | None:
 
 def visible(style: images.Picture, mask: Mask | None) -> Mask | None:
     """What counts of a style: what it shows, in its mask; None is all of it. Raises ValueError if nothing is left."""
-    if style.alpha is None or style.alpha.min() == 1:
+    if style.alpha is None or style.opaque:
         return mask
     seen: Mask = style.alpha if mask is None else style.alpha * fitted(mask, style.size)[0, 0].numpy()
     if not seen.any():

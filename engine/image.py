@@ -71,6 +71,11 @@ class Picture:
         return self.rgb.shape[1], self.rgb.shape[0]
 
     @functools.cached_property
+    def opaque(self) -> bool:
+        """Whether its alpha hides nothing."""
+        return self.alpha is None or bool(self.alpha.min() == 1)
+
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of the decoded picture: its size, and its values as float32."""
         state = hashlib.sha256(repr((self.size, self.alpha is None)).encode())
@@ -323,7 +328,7 @@ def to_tensor(picture: Picture) -> Tensor:
 
 def shown(picture: Picture) -> Picture:
     """The picture without alpha: what that hides has the mean colour of what it shows, which has to be something."""
-    if picture.alpha is None or picture.alpha.min() == 1:
+    if picture.alpha is None or picture.opaque:
         return replace(picture, alpha=None)
     alpha = picture.alpha[..., None]
     rgb = picture.rgb * alpha
