@@ -215,7 +215,7 @@ def _offer(context):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy", inline="always")  # else all it calls is optimised once more on its own
 def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     source, target, height, width = step.source, step.target, step.height, step.width
     channels, weights, extra, bits = step.c_out, step.weights, step.extra, step.bits
