@@ -232,8 +232,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::excha
 // What each lane of the warp brings. Two sets in turn: a lane can be one instruction ahead of another, not two.
 template <typename T>
 const T* exchange(const T& own) {
-    static_assert(sizeof(T) <= 32);
-    alignas(16) static char slots[2][BLOCK / 32][32][32];
+    static_assert(sizeof(T) <= 48);
+    alignas(16) static char slots[2][BLOCK / 32][32][48];
     static unsigned char turn[BLOCK];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp_barriers[warp].expected != 32) fail("a lane has left before a warp-wide instruction");
@@ -300,19 +300,25 @@ float half_of(unsigned word, int which) {
     else return __bfloat162float(value);
 }
 
+// Of the harness alone, and what takes most of its time: the registers are checked where a lane hands them over.
 template <typename T>
-void mma(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void mma(
+    float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1
+) {
     struct Registers {
-        unsigned a[4], b[2];
+        float a[4][2], b[2][2];
     };
-    const Registers* warp = exchange(Registers{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    Registers own;
+    for (int i = 0; i < 4; ++i)
+        for (int which = 0; which < 2; ++which) own.a[i][which] = half_of<T>(a[i], which);
+    for (int which = 0; which < 2; ++which) own.b[0][which] = half_of<T>(b0, which), own.b[1][which] = half_of<T>(b1, which);
+    const Registers* warp = exchange(own);
     const int lane = threadIdx.x % 32;
     for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-        for (int k = 0; k < 16; ++k) {
-            const float left = half_of<T>(warp[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2);
-            sum[e] += left * half_of<T>(warp[column * 4 + k % 8 / 2].b[k / 8], k % 2);
-        }
+        for (int k = 0; k < 16; ++k)
+            sum[e] += warp[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2]
+                * warp[column * 4 + k % 8 / 2].b[k / 8][k % 2];
     }
 }
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from engine.kernels import _cuda
 
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-attributes"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-mf16c", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-attributes"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # a child ends with its request
 KINDS = {torch.float32: "F", torch.float64: "D", torch.int32: "U", torch.float16: "H", torch.bfloat16: "B"}
