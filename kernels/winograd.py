@@ -37,11 +37,13 @@ def transform_kernel(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     points = np.array([0, a, -a, b, -b])
     norms = np.array([1, *[2 * p * p * (p * p - q * q) for p, q in ((a, b), (a, b), (b, a), (b, a))]])
     g = np.vstack([np.stack([points**0, points, points**2], 1) / norms[:, None], [0, 0, 1]])
+    both = np.kron(g, g)
     c_out, c_in = kernel.shape[:2]
-    u = np.empty((6, 6, c_out // BLOCK, c_in, BLOCK), np.float32)
-    for block, part in enumerate(kernel.reshape(-1, BLOCK, c_in, 3, 3)):  # by parts: float64 of all would be large
-        u[:, :, block] = np.einsum("ik,ocks,js->ijco", g, part, g, optimize=True)
-    return u.reshape(36, c_out // BLOCK, c_in, BLOCK)
+    u = np.empty((36, c_out // BLOCK, c_in, BLOCK), np.float32)
+    for block, part in enumerate(kernel.reshape(-1, BLOCK, c_in, 9)):  # by parts: float64 of all would be large
+        columns = np.ascontiguousarray(part.transpose(2, 1, 0), np.float64).reshape(9, -1)
+        u[:, block] = (both @ columns).reshape(36, c_in, BLOCK)
+    return u
 
 
 def _input_line(code: Code, d: Sequence[Any]) -> list[Any]:
