@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import sys
 from collections.abc import Iterable
@@ -131,8 +132,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, tuple | list):
-            object.__setattr__(self, "size", tuple(self.size))
+        for option in fields(self):
+            object.__setattr__(self, option.name, _plain(getattr(self, option.name)))
+        if isinstance(self.size, tuple):
             if len(self.size) != 2:
                 raise ValueError(f"size {self.size}: give the long side, or width and height")
         elif isinstance(self.size, str) and self.size != "original":
@@ -143,13 +145,13 @@ class Config:
         _whole_or_auto("style_size", self.style_size, MIN_SIDE, MAX_SIZE)
         if self.style_size != "auto" and self.style_scale != 1:
             raise ValueError("style_scale and style_size exclude each other: one follows the image, one does not")
-        if isinstance(self.style_scale, tuple | list):
+        if isinstance(self.style_scale, tuple):
             if not self.style_scale:
                 raise ValueError("style_scale: give a number, or one for each style")
             object.__setattr__(self, "style_scale", tuple(map(_scale, self.style_scale)))
         else:
             _scale(self.style_scale)
-        if not isinstance(self.style_blend, tuple | list):
+        if not isinstance(self.style_blend, tuple):
             raise TypeError(f"style_blend has to be a tuple of numbers, not {self.style_blend!r}")
         for weight in self.style_blend:
             _weight("style_blend", weight)
@@ -157,8 +159,6 @@ class Config:
             _shared("style_blend", self.style_blend)
         object.__setattr__(self, "style_blend", tuple(float(weight) for weight in self.style_blend))
         _whole("seed", self.seed, 0, 2**63 - 1)
-        if isinstance(self.iterations, list):
-            object.__setattr__(self, "iterations", tuple(self.iterations))
         counts = self.iterations if isinstance(self.iterations, tuple) else (self.iterations,)
         if self.iterations in ((), ("...",)):
             raise ValueError("iterations: give at least one number")
@@ -364,7 +364,7 @@ def _scale(value: object) -> float:
 
 def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ...]:
     """The layers as (name, weight) pairs."""
-    if not isinstance(layers, tuple | list):
+    if not isinstance(layers, tuple):
         raise TypeError(f"{option} has to be a tuple of layers, not {layers!r}")
     if not layers:
         raise ValueError(f"{option}: give at least one layer")
@@ -377,7 +377,7 @@ def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ..
                 weight = float(text) if colon else 1.0
             except ValueError as error:
                 raise ValueError(f"{option}: {layer}: give NAME:WEIGHT") from error
-        elif isinstance(layer, tuple | list) and len(layer) == 2:
+        elif isinstance(layer, tuple) and len(layer) == 2:
             name, weight = layer
         choice(f"{option}: layer", name, LOSS_LAYERS)
         _weight(f"{option}: weight of {name}", weight)
@@ -385,6 +385,15 @@ def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ..
             raise ValueError(f"{option}: {name} is named twice")
         found[name] = float(weight)
     return tuple(found.items())
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, NumPy's among them, as Python's own, and sequences as tuples."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

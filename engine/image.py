@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Source = Any  # Picture, path, `-`, bytes, PIL image, or array (H, W, 3), uint8 or float in [0, 1]
+Source = Any  # Picture, path, `-`, bytes, PIL image, or array as `load` says
 FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -104,7 +104,8 @@ def load(source: Source) -> Picture:
 
     Files are PNG, JPEG, WEBP, TIFF, BMP, GIF (the first frame), PPM, JPEG 2000 or AVIF. Grey keeps its 16 bits, Pillow
     brings 16-bit colour to 8. Size is checked before anything is decoded, against MAX_BYTES and MAX_PIXELS or the
-    environment's STYLIZE_MAX_BYTES and STYLIZE_MAX_PIXELS.
+    environment's STYLIZE_MAX_BYTES and STYLIZE_MAX_PIXELS. Arrays, bool, uint8, uint16 or floats in [0, 1], are grey
+    (H, W), colours (H, W, 3), or these and alpha (H, W, 4).
 
     Raises ValueError if it is not a picture, is damaged or too large, OSError if it cannot be read, TypeError for
     another kind of source.
@@ -209,16 +210,20 @@ def _bounded(pixels: int) -> Iterator[None]:
 
 
 def _from_array(array: NDArray[Any]) -> Picture:
-    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"an array has to be (H, W, 3), not {array.shape}")
-    if array.dtype == np.uint8:
-        return Picture(array.astype(np.float32) / np.float32(255))
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"an array has to be uint8 or float, not {array.dtype}")
-    rgb = array.astype(np.float32)
-    if not (np.isfinite(rgb).all() and rgb.min() >= 0 and rgb.max() <= 1):
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
+        raise ValueError(f"an array has to be (H, W), (H, W, 3) or (H, W, 4), not {array.shape}")
+    if array.dtype not in (bool, np.uint8, np.uint16) and not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"an array has to be bool, uint8, uint16 or float, not {array.dtype}")
+    values = array.astype(np.float32)
+    if array.dtype in (np.uint8, np.uint16):
+        values /= np.float32(np.iinfo(array.dtype).max)
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError("a float array has to lie in [0, 1]")
-    return Picture(rgb)
+    if array.ndim == 2:
+        return Picture(np.repeat(values[..., None], 3, axis=2))
+    if array.shape[2] == 3:
+        return Picture(values)
+    return Picture(np.ascontiguousarray(values[..., :3]), np.ascontiguousarray(values[..., 3]))
 
 
 def _from_pil(image: Image.Image) -> Picture:

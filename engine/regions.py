@@ -198,7 +198,7 @@ def fitted(mask: Mask, size: tuple[int, int]) -> Tensor:
 
 
 def load_mask(source: Any, picture: images.Picture, name: str) -> Mask:
-    """A mask for `picture`: grey picture or array (H, W), white is inside; the word `alpha` is the picture's alpha.
+    """A mask for `picture`: grey picture, white is inside; the word `alpha` is the picture's alpha.
 
     Raises ValueError if it is empty, has not the picture's shape, or there is no alpha.
     """
@@ -207,10 +207,6 @@ def load_mask(source: Any, picture: images.Picture, name: str) -> Mask:
             raise ValueError(f"{name} alpha: the picture has no alpha channel")
         plane = picture.alpha
     else:
-        if isinstance(source, np.ndarray) and source.ndim == 2:
-            source = np.repeat(
-                (255 * source.astype(np.uint8) if source.dtype == bool else source)[..., None], 3, axis=2
-            )
         found = images.load(source)
         plane = found.rgb.mean(axis=2, dtype=np.float32)
         if found.alpha is not None:

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -175,3 +176,19 @@ def test_sides_of_a_picture_that_tiles_are_multiples_of_16(size, aspect):
         assert width % 16 == height % 16 == 0
     assert size <= side < size + 16
     assert Config().whole((33, 47)) == (33, 47)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As shapes and sums of arrays are; a manifest is written with `json`, which knows Python's only."""
+    given = {"size": np.array([64, 48]).max(), "iterations": [np.int32(3), "..."], "scales": np.uint8(2)}
+    given |= {"style_weight": np.float32(0.5), "style_layers": [["relu1_1", np.float64(2)]], "init_noise": np.int8(1)}
+    config = Config(**given)
+    expected = Config(
+        size=64, iterations=(3, "..."), scales=2, style_weight=0.5, style_layers=(("relu1_1", 2.0),), init_noise=1.0
+    )
+    assert config == expected
+    assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(expected))
+    with pytest.raises(TypeError, match="clamp has to be True or False"):
+        Config(clamp=np.int64(1))
+    with pytest.raises(ValueError, match="style_weight nan: give a finite number"):
+        Config(style_weight=np.float32("nan"))

@@ -303,6 +303,21 @@ def test_sixteen_bit_colour_keeps_its_upper_bits():
     np.testing.assert_allclose(image.load(content).rgb, (deep >> 8) / 255, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16, np.float16, np.float64])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_arrays(kind, channels):
+    values = np.random.default_rng(0).integers(0, 2, (5, 7, channels)) / (1 if kind is bool else 3)
+    most = np.iinfo(kind).max if np.issubdtype(kind, np.integer) else 1
+    array = (values * most).astype(kind)
+    found = image.load(array[..., 0] if channels == 1 else array)
+    np.testing.assert_allclose(found.rgb, np.broadcast_to(values[..., :3], (5, 7, 3)), atol=2e-4)
+    assert found.rgb.dtype == np.float32
+    assert found.rgb.flags.c_contiguous
+    assert (found.alpha is None) == (channels < 4)
+    if channels == 4:
+        np.testing.assert_allclose(found.alpha, values[..., 3], atol=2e-4)
+
+
 def test_missing_files_and_other_types(tmp_path):
     with pytest.raises(FileNotFoundError):
         image.load(tmp_path / "missing.png")
@@ -310,9 +325,10 @@ def test_missing_files_and_other_types(tmp_path):
         image.load("https://example.com/a.jpg")
     with pytest.raises(TypeError, match="not int"):
         image.load(7)
-    with pytest.raises(ValueError, match=r"\(H, W, 3\)"):
-        image.load(np.zeros((4, 4)))
-    with pytest.raises(TypeError, match="uint8 or float"):
+    for shape in ((4,), (4, 4, 1), (4, 4, 5), (0, 4), (2, 4, 4, 3)):
+        with pytest.raises(ValueError, match=r"\(H, W\), \(H, W, 3\) or \(H, W, 4\), not "):
+            image.load(np.zeros(shape))
+    with pytest.raises(TypeError, match="uint16 or float, not int32"):
         image.load(np.zeros((4, 4, 3), np.int32))
     for bad in (1.5, np.nan):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
