@@ -212,12 +212,13 @@ def _bounded(pixels: int) -> Iterator[None]:
 def _from_array(array: NDArray[Any]) -> Picture:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
         raise ValueError(f"an array has to be (H, W), (H, W, 3) or (H, W, 4), not {array.shape}")
-    if array.dtype not in (bool, np.uint8, np.uint16) and not np.issubdtype(array.dtype, np.floating):
+    kind = array.dtype.type  # in any order of bytes
+    if kind not in (np.bool_, np.uint8, np.uint16) and not issubclass(kind, np.floating):
         raise TypeError(f"an array has to be bool, uint8, uint16 or float, not {array.dtype}")
     values = array.astype(np.float32)
-    if array.dtype in (np.uint8, np.uint16):
-        values /= np.float32(np.iinfo(array.dtype).max)
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+    if issubclass(kind, np.unsignedinteger):
+        values /= np.float32(np.iinfo(kind).max)
+    elif not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError("a float array has to lie in [0, 1]")
     if array.ndim == 2:
         return Picture(np.repeat(values[..., None], 3, axis=2))

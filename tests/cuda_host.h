@@ -300,26 +300,31 @@ float half_of(unsigned word, int which) {
     else return __bfloat162float(value);
 }
 
-// Of the harness alone, and what takes most of its time: the registers are checked where a lane hands them over.
-template <typename T>
-__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void mma(
-    float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1
+struct Operands {  // of a lane for mma: a 16 x 16 and b 16 x 8 are spread over the warp
+    float a[4][2], b[2][2];
+};
+
+// sum + a row of a times a column of b. What takes most of the harness's time, and no address here is a kernel's.
+__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) inline float add_products(
+    float sum, const Operands* warp, int row, int column
 ) {
-    struct Registers {
-        float a[4][2], b[2][2];
-    };
-    Registers own;
-    for (int i = 0; i < 4; ++i)
-        for (int which = 0; which < 2; ++which) own.a[i][which] = half_of<T>(a[i], which);
-    for (int which = 0; which < 2; ++which) own.b[0][which] = half_of<T>(b0, which), own.b[1][which] = half_of<T>(b1, which);
-    const Registers* warp = exchange(own);
-    const int lane = threadIdx.x % 32;
-    for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-        for (int k = 0; k < 16; ++k)
-            sum[e] += warp[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2]
-                * warp[column * 4 + k % 8 / 2].b[k / 8][k % 2];
+    for (int k = 0; k < 16; ++k)
+        sum += warp[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2]
+            * warp[column * 4 + k % 8 / 2].b[k / 8][k % 2];
+    return sum;
+}
+
+template <typename T>
+void mma(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    Operands own;
+    for (int which = 0; which < 2; ++which) {
+        for (int i = 0; i < 4; ++i) own.a[i][which] = half_of<T>(a[i], which);
+        own.b[0][which] = half_of<T>(b0, which);
+        own.b[1][which] = half_of<T>(b1, which);
     }
+    const Operands* warp = exchange(own);
+    const int lane = threadIdx.x % 32;
+    for (int e = 0; e < 4; ++e) sum[e] = add_products(sum[e], warp, lane / 4 + e / 2 * 8, lane % 4 * 2 + e % 2);
 }
 
 // --- Requests ---------------------------------------------------------------------------------------------------------

@@ -303,11 +303,11 @@ def test_sixteen_bit_colour_keeps_its_upper_bits():
     np.testing.assert_allclose(image.load(content).rgb, (deep >> 8) / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16, np.float16, np.float64])
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16, ">u2", np.float16, np.float64])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_arrays(kind, channels):
     values = np.random.default_rng(0).integers(0, 2, (5, 7, channels)) / (1 if kind is bool else 3)
-    most = np.iinfo(kind).max if np.issubdtype(kind, np.integer) else 1
+    most = np.iinfo(np.dtype(kind).type).max if np.issubdtype(kind, np.integer) else 1
     array = (values * most).astype(kind)
     found = image.load(array[..., 0] if channels == 1 else array)
     np.testing.assert_allclose(found.rgb, np.broadcast_to(values[..., :3], (5, 7, 3)), atol=2e-4)
