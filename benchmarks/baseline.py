@@ -75,7 +75,8 @@ class Baseline:
         exact: bool = False,
     ) -> None:
         self._history, self._exact = history, exact  # pairs of L-BFGS, torch's default
-        self._variant, self._device, self._config = VARIANTS[variant], torch.device(device), config or Config()
+        self._variant, self._device = VARIANTS[variant], torch.device(device)
+        self._config = (config or Config()).for_weights(weights.kind)
         self._network = weights.module(self._config.layers, self._config.pooling, self._variant.dtype).to(device)
         if self._variant.channels_last:
             self._network = self._network.to(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -110,6 +110,11 @@ class Engine:
         return within(self._objective.network, run)
 
 
+def options(size: int, **others: Any) -> Config:
+    """Those of the problems: the layers of the embedded features, and the border that the rivals see."""
+    return Config(size=size, content_layers=("relu2_2",), padding="zero", **others)
+
+
 def load(
     size: int, weights: str = "embedded", content: Path | None = None, style: Path | None = None, device: str = "cpu"
 ) -> Problem:
@@ -119,7 +124,7 @@ def load(
         images.load(path if path else (samples / name).read_bytes())
         for path, name in ((content, "content.jpg"), (style, "style.jpg"))
     ]
-    return Problem(pictures[0], pictures[1], weights, Config(size=size, padding="zero"), device)
+    return Problem(pictures[0], pictures[1], weights, options(size), device)
 
 
 def weights(problem: Problem) -> Weights:

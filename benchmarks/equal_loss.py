@@ -25,8 +25,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from engine import Config, sheet
 from engine import image as images
+from engine import sheet
 
 from . import cases, machine, quality, timing
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _problem(pair: str, size: int, weights: str, clamp: bool = True) -> cases.Problem:
-    config = Config(size=size, clamp=clamp, padding="zero")
+    config = cases.options(size, clamp=clamp)
     if pair == "bundled":
         return replace(cases.load(size, weights), config=config)
     content, style = pair.split(" x ")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -100,17 +99,18 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
 
 def made_otherwise(outs: Iterable[str], config: Config) -> int:
     """How many of these pictures say that they were made with other options, or say nothing."""
-    options = json.loads(json.dumps(manifest.inputs(config, None, None)["options"]))  # as it is read
-    fitted = {name: "auto" for name in FITTED if options[name] == "auto"}  # whatever was chosen
-    return sum((own := _options(out)) is None or own | fitted != options for out in outs)
+    return sum(not _made_with(config, out) for out in outs)
 
 
-def _options(out: str) -> Any:
-    """The options that a picture says it was made with, None if it does not."""
+def _made_with(config: Config, out: str) -> bool:
+    """Whether a picture says that it was made with these options, and with whatever they leave to be chosen."""
     try:
-        return replay.read(out)["options"]
+        record = replay.read(out)
     except (OSError, ValueError):
-        return None
+        return False
+    wanted = manifest.inputs(config.for_weights(record["engine"]["weights"]), None, None)["options"]
+    wanted |= {name: record["options"].get(name) for name in FITTED if wanted[name] == "auto"}
+    return bool(json.loads(json.dumps(wanted)) == record["options"])  # as it is read
 
 
 def _is_manifest(path: str) -> bool:

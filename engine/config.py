@@ -25,6 +25,7 @@ MATCHED = ("match", "histogram")  # of them, those that bring the style to the c
 MAX_SIZE = 16384  # pixels; the longest side of a result or a style
 MIN_WINDOW = 320  # pixels; a window has the surroundings of what it is for, up to 128 pixels on each side
 FITTED = ("window", "history")  # options that may change to fit the memory, where they are auto
+EMBEDDED_CONTENT, PAPERS_CONTENT = "relu2_2", "relu4_2"  # layers of the content loss, see `Config.for_weights`
 DEVICES = ("auto", "cpu", "onnxruntime", "cudnn", "cuda", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -67,11 +68,10 @@ class Config:
         "total variation is the mean or the sum of the differences of neighbours; block: their sum without the last "
         "row and column; nine-point: mean, with the diagonals",
     )
-    # The paper takes relu4_2; relu2_2 also holds faces and houses that are a few dozen pixels wide.
-    content_layers: tuple[Any, ...] = _option(
-        (("relu2_2", 1.0),),
-        "layers (relu2_2, or conv2_2: before its ReLU) of the content loss, NAME or NAME:WEIGHT; their weighted losses "
-        "are added up",
+    content_layers: str | tuple[Any, ...] = _option(
+        "auto",
+        "layers (relu4_2, or conv4_2: before its ReLU) of the content loss, NAME or NAME:WEIGHT; their weighted losses "
+        "are added up; auto: relu4_2, as in the paper, with embedded weights relu2_2",
     )
     style_layers: tuple[Any, ...] = _option(
         tuple((f"relu{block}_1", 1.0) for block in range(1, 6)),
@@ -167,8 +167,9 @@ class Config:
         _whole_or_auto("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
             _weight(name, getattr(self, name))
-        for name in ("content_layers", "style_layers"):
-            object.__setattr__(self, name, _weighted_layers(name, getattr(self, name)))
+        if self.content_layers != "auto":
+            object.__setattr__(self, "content_layers", _weighted_layers("content_layers", self.content_layers))
+        object.__setattr__(self, "style_layers", _weighted_layers("style_layers", self.style_layers))
         _shared("style_layers", [weight for _, weight in self.style_layers])
         choice("content_loss", self.content_loss, ("mean", "sum"))
         choice("style_loss", self.style_loss, ("gram", "wasserstein", "shifted"))
@@ -198,7 +199,9 @@ class Config:
 
     @property
     def content_layer_weights(self) -> dict[str, float]:
-        """Weight of each content layer."""
+        """Weight of each content layer. Raises ValueError while they are auto."""
+        if isinstance(self.content_layers, str):
+            raise ValueError("content_layers auto: the weights choose, see Config.for_weights")
         return dict(self.content_layers)
 
     @property
@@ -209,8 +212,8 @@ class Config:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """All loss layers, from the shallowest to the deepest."""
-        used = dict((*self.content_layers, *self.style_layers))
+        """All loss layers, from the shallowest to the deepest. Raises as `content_layer_weights`."""
+        used = self.content_layer_weights | dict(self.style_layers)
         return tuple(layer for layer in LOSS_LAYERS if layer in used)
 
     @property
@@ -254,6 +257,15 @@ class Config:
         else:
             leave("learning_rate", f"the optimizer is {self.optimizer}")
         return found
+
+    def for_weights(self, kind: str) -> Config:
+        """These options with layers of the content, if they are auto, that suit a kind of weights.
+
+        The kind is `Stylizer.weights_kind`. The paper's relu4_2 knows objects in networks that learned to tell them;
+        the embedded one did not, and would let a face dissolve there.
+        """
+        layer = EMBEDDED_CONTENT if kind == "embedded" else PAPERS_CONTENT
+        return replace(self, content_layers=(layer,)) if self.content_layers == "auto" else self
 
     def sized(self, long_side: int) -> Config:
         """These options for a content with this long side in pixels, which takes the place of `original`."""

@@ -105,8 +105,6 @@ def load(
     `image`, if there is one already, has the size that counts instead of that of `config`, and without content the
     masks are of it.
     """
-    if not isinstance(config, Config):
-        raise TypeError(f"config has to be a Config, not {config!r}")
     if content is None and style is None:
         raise ValueError("give a content or a style: with neither there is nothing to aim at")
     picture = None if content is None else images.load(content)

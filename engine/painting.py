@@ -129,7 +129,7 @@ def paint(
 
     An interrupted or broken run leaves the picture so far, unless `whole_only`. `stop` interrupts it from outside.
     """
-    run = Run(job, config)
+    run = Run(job, config.for_weights(stylizer.weights_kind))
     start = saved = time.perf_counter()
     status, message = 0, ""
     kept = bool(given.resume and given.checkpoint and same_file(given.resume, given.checkpoint))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from . import colour
 from . import image as images
 from .checkpoint import Checkpoint, dump
 from .config import Config
-from .optimize import Iterate
+from .optimize import Iterate, Stall
 from .regions import Mask, restored
 
 if TYPE_CHECKING:
@@ -138,3 +139,17 @@ class Score:
     style_loss: dict[str, float]
     tv_loss: float
     gradient: NDArray[np.float32]
+
+
+def checkpoint_of(
+    identity: Callable[[], dict[str, Any]],
+    precision: str,
+    scale: int,
+    iteration: int,
+    iterate: Iterate,
+    counts: list[int],
+    stall: Stall,
+) -> Checkpoint:
+    """The run behind `iterate`, the newest of it, with the iterations of its scales and what it knows of a stall."""
+    tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
+    return Checkpoint(identity() | {"precision": precision}, scale, iteration, tensors)

@@ -400,7 +400,9 @@ def _parse(name: str, default: Any, text: Any) -> Any:
         return numbers if name == "style_blend" or len(numbers) > 1 else numbers[0]
     if name in ("scales", "size", "style_size", "history", "window"):
         return text if text in ("auto", "original") else int(text)
-    if isinstance(default, tuple):
+    if name in ("content_layers", "style_layers"):
+        if text == default:
+            return text
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return type(default)(text)
 

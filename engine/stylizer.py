@@ -30,7 +30,7 @@ from .motion import Carried
 from .networks import Networks, spec_of
 from .optimize import Iterate, Stall, State, minimise
 from .regions import Mask, frozen, statistics_of
-from .result import Result, Score, Step
+from .result import Result, Score, Step, checkpoint_of
 from .start import enlarged, first_pixels
 from .targets import Statistic, Statistics, Targets, blend
 from .windows import Windowed
@@ -41,6 +41,7 @@ _T = TypeVar("_T")
 # Bytes kept for later runs, $STYLIZE_CACHE_BYTES: style targets, 2.4 MB a scale with the default layers; and networks,
 # 0.8 kB a pixel in fp16, but on `cpu`.
 _CACHE, _NETWORK_CACHE = 2**28, 2**32
+_USUAL = tuple(Config().style_layer_weights)  # layers down to the deepest that most runs need
 
 
 class Stylizer:
@@ -75,17 +76,17 @@ class Stylizer:
         # On a CPU they open in milliseconds: better to give the memory back.
         self.keeps_networks = keep_networks and self.device != "cpu"
         self._cache = Cache(images.limit("STYLIZE_CACHE_BYTES", _CACHE if self.device == "cpu" else _NETWORK_CACHE))
-        self._network(Config().layers)
+        self._network(_USUAL)
 
     @property
     def weights_name(self) -> str:
         """`embedded`, `imagenet` or the name of the weights file."""
-        return self._network(Config().layers).name
+        return self._network(_USUAL).name
 
     @property
     def weights_kind(self) -> str:
         """The network that the weights are of: see `engine.export.weights.Weights`."""
-        return self._network(Config().layers).kind
+        return self._network(_USUAL).kind
 
     def weights_digest(self, layers: tuple[str, ...]) -> str:
         """sha256 of the weights down to the deepest of `layers`, and of the normalisation before them."""
@@ -132,7 +133,7 @@ class Stylizer:
 
         `carried`, of the size of the result, is what a frame of a video begins with and is held to: see `engine.video`.
         """
-        asked, checkpoint = config or Config(), None if resume is None else load_checkpoint(resume)
+        asked, checkpoint = self._asked(config), None if resume is None else load_checkpoint(resume)
         asked = asked if checkpoint is None else fitted_again(asked, checkpoint.identity)
         given = replace(self._goal(content, style, asked, masks, freeze), carried=carried)
         setup = replace(self._setup, lent=len(resume or b""))
@@ -151,6 +152,12 @@ class Stylizer:
             raise ValueError("the run of the checkpoint is finished")
         describe = functools.partial(self._manifest, given, manifest.inputs(asked, masks, freeze))
         return self._run(picture, given.coloured(), start, schedule, identity, resumed, describe)
+
+    def _asked(self, config: Config | None) -> Config:
+        """The options of a call, as the weights have them."""
+        if not isinstance(config, Config | None):
+            raise TypeError(f"config has to be a Config, not {config!r}")
+        return (config or Config()).for_weights(self.weights_kind)
 
     def _goal(self, content: Any, style: Any, config: Config, masks: Any, freeze: Any) -> Goal:
         """The goal of a run, checked: too many pairs of L-BFGS are told now, and so are targets of other scales."""
@@ -175,7 +182,7 @@ class Stylizer:
 
         Raises ValueError, TypeError or OSError as the call would, and ValueError for a device other than cpu and cudnn.
         """
-        goal = self._goal(content, style, config or Config(), masks, freeze)
+        goal = self._goal(content, style, self._asked(config), masks, freeze)
         if goal.config.start_file is not None:
             images.load(goal.config.start_file)
         return forecast(self._setup, fit(self._setup, goal))
@@ -183,9 +190,10 @@ class Stylizer:
     def fitted(
         self, content: Any, style: Any, config: Config | None = None, *, masks: Any = None, freeze: Any = None
     ) -> Config:
-        """The options that the same call will have: with a window, or fewer pairs, if memory is short."""
-        chosen = fit(self._setup, self._goal(content, style, config or Config(), masks, freeze)).config
-        return replace(config or Config(), window=chosen.window, history=chosen.history)
+        """The options that the same call will have: content layers; a window or fewer pairs if memory is short."""
+        asked = self._asked(config)
+        chosen = fit(self._setup, self._goal(content, style, asked, masks, freeze)).config
+        return replace(asked, window=chosen.window, history=chosen.history)
 
     def evaluate(
         self, image: Any, content: Any, style: Any, config: Config | None = None, *, masks: Any = None
@@ -197,7 +205,7 @@ class Stylizer:
         grey, and the gradient is that at the grey image. Raises as a call does.
         """
         picture = images.load(image)
-        goal = load_goal(content, style, config or Config(), masks, None, picture).coloured()
+        goal = load_goal(content, style, self._asked(config), masks, None, picture).coloured()
         picture, _ = colour.prepare(goal.config.colour, picture, [])
         seen = images.resize(goal.content or picture, picture.size, goal.config.tile)
 
@@ -225,7 +233,7 @@ class Stylizer:
 
         `objective.network.image` (1, 3, H, W) has the shape and the device of the pixels. Raises as a call does.
         """
-        goal = load_goal(content, style, config or Config(), masks, freeze).coloured()
+        goal = load_goal(content, style, self._asked(config), masks, freeze).coloured()
         picture = goal.content or canvas(goal.config)
         picture = images.resize(picture, final_size(picture, goal.config), goal.config.tile)
         return self._fitting(functools.partial(self._objective, picture, goal))
@@ -273,7 +281,7 @@ class Stylizer:
                         if stops:
                             counts[index] = iteration - sum(counts[:index])
                         behind = index, iteration, iterate, counts, stall
-                        save = functools.partial(_checkpoint, identity, precision, *behind)
+                        save = functools.partial(checkpoint_of, identity, precision, *behind)
                         shown = content, config, goal.freeze
                         yield Step(scale, iteration, sum(counts), precision, iterate, *shown, save, describe)
                         if stops:
@@ -374,7 +382,7 @@ class Stylizer:
 
         `mask` is a part of the style, as in a call. Raises ValueError, TypeError or OSError.
         """
-        (config,) = replace(config or Config(), iterations=1).for_styles(1)  # a square's may have other scales
+        (config,) = replace(self._asked(config), iterations=1).for_styles(1)  # a square's may have other scales
         if config.size == "original":
             raise ValueError("size original is that of a content, and there is none: give a number")
         picture = images.load(style)
@@ -483,17 +491,3 @@ class Stylizer:
         opened = self._network(layers, config.pooling).open
         opened = functools.partial(opened, forward_only=forward_only, pixel_range=config.pixel_range)
         return opened(spec) if most is None else Windowed(spec, most, opened, forward_only=forward_only)
-
-
-def _checkpoint(
-    identity: Callable[[], dict[str, Any]],
-    precision: str,
-    scale: int,
-    iteration: int,
-    iterate: Iterate,
-    counts: list[int],
-    stall: Stall,
-) -> Checkpoint:
-    """The run behind `iterate`, the newest of it."""
-    tensors = iterate.save() | {"schedule": torch.tensor(counts), "stall": stall.save()}
-    return Checkpoint(identity() | {"precision": precision}, scale, iteration, tensors)

@@ -262,6 +262,7 @@ def _pictures(out: str) -> list[Path]:
 
 def _record(given: argparse.Namespace, config: Config, stylizer: Stylizer, styles: Sequence[Any]) -> dict[str, Any]:
     """What the frames of a folder are made of besides their contents, as it is read again from JSON."""
+    config = config.for_weights(stylizer.weights_kind)
     options = replace(config, window="auto")  # any one makes the same frames
     engine = {"device": stylizer.device, "precision": stylizer.precision}
     record = manifest.inputs(options, None, None) | {

@@ -13,6 +13,7 @@ the features are zero, which it is multiplied with: that part is left out, as it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,18 +42,30 @@ def wasserstein_reference(
 def exact_gram(features: Tensor) -> Tensor:
     """F F^T / M (C, C) fp64 of features (C, M)."""
     found = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
-    for strip in features.split(STRIP // len(features) + 1, dim=1):
-        wide = strip.double()
+    for wide in _strips(features):
         found.addmm_(wide, wide.T)
     return found / features.shape[1]
 
 
 def exact_mean(features: Tensor, guide: Tensor | None = None) -> Tensor:
     """F g / M (C,) fp64 of features (C, M) and a guide (M,), by default ones."""
-    length = STRIP // len(features) + 1
+    found = torch.zeros(len(features), dtype=torch.float64, device=features.device)
     guides = torch.ones(1, device=features.device).expand(features.shape[1]) if guide is None else guide
-    strips = zip(features.split(length, dim=1), guides.split(length), strict=True)
-    return torch.stack([strip.double() @ own.double() for strip, own in strips]).sum(0) / features.shape[1]
+    for wide, own in zip(_strips(features), guides.split(_length(features)), strict=True):
+        found.addmv_(wide, own.double())
+    return found / features.shape[1]
+
+
+def _length(features: Tensor) -> int:
+    """Positions of one strip of features (C, M)."""
+    return STRIP // len(features) + 1
+
+
+def _strips(features: Tensor) -> Iterator[Tensor]:
+    """Features (C, M) in fp64, one strip after the other, all in the same memory: malloc kept that of several."""
+    room = torch.empty_like(features[:, : _length(features)], dtype=torch.float64)
+    for strip in features.split(_length(features), dim=1):
+        yield room[:, : strip.shape[1]].copy_(strip)
 
 
 class Wasserstein:

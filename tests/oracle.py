@@ -101,7 +101,7 @@ def objective(
 
     Content or style may be missing; `masks` has a pair of masks, of content and style, for each style.
     """
-    content_layers = config.content_layers if content is not None else ()
+    content_layers = config.for_weights("imagenet").content_layers if content is not None else ()
     style_layers = config.style_layers if style is not None else ()
     layers = {layer for layer, _ in (*content_layers, *style_layers)}
 

@@ -12,10 +12,19 @@ from engine import Config
 from engine.image import Picture
 
 
-def test_defaults_are_the_papers_style_layers_and_a_shallow_content_layer():
+@pytest.mark.parametrize(("kind", "layer"), [("embedded", "relu2_2"), ("imagenet", "relu4_2"), ("caffe", "relu4_2")])
+def test_defaults_are_the_papers_layers_but_for_the_content_of_the_embedded_weights(kind, layer):
     config = Config()
-    assert tuple(config.style_layer_weights) == ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-    assert config.layers == ("relu1_1", "relu2_1", "relu2_2", "relu3_1", "relu4_1", "relu5_1")
+    blocks = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    assert tuple(config.style_layer_weights) == blocks
+    with pytest.raises(ValueError, match="for_weights"):
+        _ = config.layers
+    chosen = config.for_weights(kind)
+    assert chosen == dataclasses.replace(config, content_layers=(layer,))
+    assert chosen.content_layer_weights == {layer: 1}
+    assert chosen.layers == tuple(sorted((*blocks, layer)))
+    named = Config(content_layers=("relu3_1:2",))
+    assert named.for_weights(kind) == named
 
 
 @pytest.mark.parametrize(

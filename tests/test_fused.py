@@ -389,7 +389,7 @@ def test_where_the_vjp_begins_before_all_is_measured(on_cpu, net, layers, precis
     ranged = features.Ranged(own, (0.5,) * 3, (0.2,) * 3, 255)
     assert ranged.overlapping is (ranged if begins else None)
     statistics = {name: Statistic(torch.eye(each[1]), torch.zeros(each[1])) for name, each in spec.shapes.items()}
-    given = Config(style_layers=layers)
+    given = Config(style_layers=layers).for_weights("embedded")
     mask = np.ones((32, 32), np.float32)
     for region, config, way in (
         (Region(statistics), given, begins),

@@ -375,7 +375,7 @@ def test_a_replay_takes_the_precision_only_with_its_device(device, found):
 
 
 def test_a_replay_of_a_run_that_fell_back_does_so_again(stylizer, caplog):
-    config = Config()
+    config = Config().for_weights("embedded")
     goal = SimpleNamespace(content=None, styles=(), config=config, carried=None)
     half = SimpleNamespace(device="cudnn", precision="fp16", weights_name="embedded")
     half.weights_digest = stylizer.weights_digest
@@ -510,6 +510,8 @@ def test_a_rerun_of_a_batch_with_other_options_says_so(main, caplog):
     assert told("--style-layers", "relu1_1:2,relu2_1") == []
     (message,) = told()
     assert message.startswith("2 of these were made with other options")
+    assert told("--style-layers", "relu1_1:2,relu2_1", "--content-layers", "relu2_2") == []  # what auto is here
+    assert told("--style-layers", "relu1_1:2,relu2_1", "--content-layers", "relu4_2")
     assert told("--overwrite") == []
     Path("out/c--s.png").write_bytes(Path("c.png").read_bytes())
     assert told()[0].startswith("1 of these")

@@ -173,6 +173,26 @@ def test_layer_weights_against_float64(states, stylizers, device):
     assert error(score.gradient, gradient) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("naming", "layer"), [("embedded", "relu2_2"), ("torchvision", "relu4_2"), ("caffe", "relu4_2")]
+)
+def test_the_layer_of_the_content_is_that_of_the_weights(stylizer, stylizers, pictures, naming, layer):
+    own = stylizer if naming == "embedded" else stylizers(naming)
+    arguments, usual = (pictures["content"], pictures["style"]), Config(size=48, iterations=2, scales=1)
+    result = own(*arguments, usual)
+    assert result.manifest["options"]["content_layers"] == ((layer, 1.0),)
+    named = replace(usual, content_layers=(layer,))
+    assert np.array_equal(np.asarray(own(*arguments, named).image), np.asarray(result.image))
+    assert own.fitted(*arguments, usual) == named
+    steps = own.steps(*arguments, usual)
+    saved = next(steps).checkpoint()
+    steps.close()
+    assert np.array_equal(
+        np.asarray(list(own.steps(*arguments, named, resume=saved))[-1].image), np.asarray(result.image)
+    )
+    assert own.objective(*arguments, usual).network.spec.layers == named.layers
+
+
 def test_half_precision_holds_its_tolerance(states, stylizers):
     """fp16 graphs, fp16 features, scaled fp16 cotangents; average pooling, away from the optimum."""
     picture, content, style = noise(64, 64, 1), noise(64, 64, 2), noise(64, 64, 3) ** 3

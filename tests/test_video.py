@@ -44,7 +44,7 @@ def flicker(pictures, step=2):
 def test_loss_and_gradient_of_a_frame_have_the_temporal_term(stylizer):
     content, before = (Picture(each.astype(np.float32) / 255) for each in frames(2)[::-1])
     carried = carry(before, before, content, 40.0)
-    goal = load_goal(content, STYLE, PANNED, None, None)
+    goal = load_goal(content, STYLE, PANNED.for_weights(stylizer.weights_kind), None, None)
     found = []
     pixels = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     for each in (goal, replace(goal, carried=carried)):

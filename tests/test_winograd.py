@@ -26,7 +26,7 @@ from engine.kernels import winograd as kernel
 from engine.kernels.network import PADDINGS
 from engine.kernels.program import Threads
 
-DEFAULT = Config().layers
+DEFAULT = Config().for_weights("embedded").layers
 
 
 def error(value, truth):
