@@ -346,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of a worker on a CPU (default: its share)")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there; auto finds this machine's")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of an actor (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="paint those again that are there")
     parser.add_argument("--weights", default="auto", help="auto, embedded, imagenet or a file (default auto)")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, onnxruntime, cudnn, cuda or tensorrt (default auto)"
@@ -382,12 +383,17 @@ def _run(given: argparse.Namespace) -> int:
 
         check_options(config)
         tasks = plan(given.contents, given.styles, given.out)
-        missing = [task for task in tasks if not _there(task.out)]
+        there = {task.out for task in tasks if _there(task.out)}
+        missing = [task for task in tasks if given.overwrite or task.out not in there]
+        sources = {jobs.place(each) for task in tasks for each in (task.content, *task.styles)}
+        if lost := sources & {jobs.place(task.out) for task in missing}:
+            raise ValueError(f"{min(lost)} is a picture to read: give another folder for -o")
         if missing:
             _check_writable(given.out.rstrip("/"))
-        there = {task.out for task in tasks if "://" not in task.out} - {task.out for task in missing}
-        if others := made_otherwise(there, config):
-            log.warning("%d of the pictures there were made with other options, or not by this program", others)
+        kept = [] if given.overwrite else [out for out in there if "://" not in out]
+        if others := made_otherwise(kept, config):
+            told = "%d of the pictures there were made with other options, or not by this program: %s"
+            log.warning(told, others, "--overwrite paints all again")
         sharing = 1 if given.ray else min(given.workers, len(missing))  # an actor has processors of its own
         make = given.weights, given.device, given.precision, config, given.threads, sharing
         pool = Actors(given.ray, given.threads or 1, given.gpus, *make) if given.ray else Processes(*make)

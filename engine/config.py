@@ -267,6 +267,11 @@ class Config:
         layer = EMBEDDED_CONTENT if kind == "embedded" else PAPERS_CONTENT
         return replace(self, content_layers=(layer,)) if self.content_layers == "auto" else self
 
+    def check_for_content(self) -> None:
+        """Raise ValueError for a size that is for runs without content."""
+        if isinstance(self.size, tuple):
+            raise ValueError("size WxH is for runs without content: give the long side, the content has the shape")
+
     def sized(self, long_side: int) -> Config:
         """These options for a content with this long side in pixels, which takes the place of `original`."""
         return replace(self, size=long_side) if self.size == "original" else self

@@ -120,9 +120,8 @@ def load(
             raise ValueError(f"colour {config.colour} needs the colours of a content: give one")
         if config.init == "content":
             config = replace(config, init="noise")
-    elif isinstance(config.size, tuple):
-        raise ValueError("size WxH is for runs without content: give the long side, the content has the shape")
     else:
+        config.check_for_content()
         config = config.sized(max(picture.size))
     if config.colour not in ("none", "keep-after") and any(isinstance(each, Targets) for each in styles):
         raise ValueError(f"colour {config.colour} needs the pictures of the styles, not their targets")
@@ -133,12 +132,6 @@ def load(
     if freeze is not None and picture is not None:
         held = load_freeze(freeze, picture, final_size(picture, config))
     size = image.size if image else final_size(picture or canvas(config), config)
-    if (
-        picture is not None
-        and config.tile
-        and abs(picture.size[0] * size[1] / (picture.size[1] * size[0]) - 1) > _STRETCHED
-    ):
-        log.warning("to tile, the content of %d x %d pixels is stretched to the shape of %d x %d", *picture.size, *size)
     side = max(size)
     goal = Goal(config, picture, styles, pairs, held)
     for each, (_, part), own in zip(goal.styles, goal.parts, goal.own, strict=True):
@@ -146,6 +139,12 @@ def load(
             visible(each, part)
             style_size(each, side, own)
     return goal
+
+
+def report_stretched(content: images.Picture, size: tuple[int, int]) -> None:
+    """Warn of a content that is brought to another shape: (width, height) are rounded up to tile."""
+    if abs(content.size[0] * size[1] / (content.size[1] * size[0]) - 1) > _STRETCHED:
+        log.warning("to tile, the content of %d x %d pixels is stretched to the shape of %d x %d", *content.size, *size)
 
 
 def load_styles(style: Any) -> tuple[images.Picture | Targets, ...]:

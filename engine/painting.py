@@ -59,8 +59,7 @@ def loaded(job: Job) -> Job:
 
 def check_options(config: Config) -> None:
     """Raise ValueError or OSError for options that suit no content with one style, before many are begun."""
-    if isinstance(config.size, tuple):
-        raise ValueError("size WxH is for runs without content: give the long side, the content has the shape")
+    config.check_for_content()
     if config.init == "-":
         raise ValueError("init - can be read for one picture only, give a file")
     if config.start_file is not None:

@@ -41,26 +41,27 @@ _LIBRARIES["tensorrt"] = [*_LIBRARIES["cuda"], "libnvinfer.so.10"]
 def resolve(device: str, precision: str) -> tuple[str, str]:
     """Turn `auto` into what works best here and check what was named: (device, precision).
 
-    Raises ValueError for an unknown name, BackendError for a device or precision that cannot run here.
+    Raises ValueError for an unknown name, or a precision that the named device does not have, BackendError for a device
+    that cannot run here, or a precision that none which can has.
     """
     choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
+    mistake: type[Exception] = ValueError
     if device == "auto":
+        mistake = BackendError
         device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each))
         log.info("device: %s", device)
     else:
         check(device)
     if precision == "bf16" and device not in ("cudnn", "tensorrt"):
-        raise BackendError(
+        raise mistake(
             f"precision bf16: device {device} has no bf16 convolutions, --device cudnn and tensorrt have; "
             f"{'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
         )
     if precision == "auto":
         precision = "fp16" if device in GPUS else "fp32"  # see `Stylizer` for runs that fp16 cannot hold
     elif precision == "fp16" and device == "cpu":
-        raise BackendError(
-            "precision fp16: device cpu computes in fp32; --device onnxruntime runs fp16 graphs by casts"
-        )
+        raise mistake("precision fp16: device cpu computes in fp32; --device onnxruntime runs fp16 graphs by casts")
     return device, precision
 
 

@@ -23,7 +23,7 @@ from .config import Config
 from .export import vgg
 from .features import Features, features_of, within
 from .forecast import Forecast, Setup, begin, fit, fitted_again, forecast
-from .goal import Goal, canvas, final_size, load_part, style_size, visible
+from .goal import Goal, canvas, final_size, load_part, report_stretched, style_size, visible
 from .goal import load as load_goal
 from .losses import Objective, Region, Terms
 from .motion import Carried
@@ -52,8 +52,8 @@ class Stylizer:
     cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
     default. On a GPU `auto` is fp16, with scaled gradients; a run that meets a number fp16 cannot hold goes on in fp32.
 
-    Raises ValueError for an unknown name or a file that holds no VGG-19, OSError if it cannot be read, BackendError if
-    the device cannot run here.
+    Raises ValueError for an unknown name, a precision that the named device does not have or a file that holds no
+    VGG-19, OSError if it cannot be read, BackendError if the device cannot run here.
 
     Style targets and, but on `cpu`, networks are kept for later runs, up to the environment's STYLIZE_CACHE_BYTES.
     Without `keep_networks` a network is let go at the end of its scale, for those who have one picture to paint.
@@ -146,6 +146,8 @@ class Stylizer:
             if len(schedule) > 1 or carried.picture.size != final_size(picture, config) or config.init != "content":
                 raise ValueError("a frame is carried to one scale, in the size of its result, and begins as content")
             start = carried.picture
+        elif config.tile and given.content is not None:
+            report_stretched(given.content, final_size(given.content, config))
         identity = functools.cache(lambda: self._identity(given, start))
         resumed = None if checkpoint is None else self._resumed(checkpoint, identity)
         if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):

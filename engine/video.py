@@ -86,8 +86,7 @@ class Video:
         if self._given is not None:
             self._first.style_shares(len(self._given))
             self._first.for_styles(len(self._given))
-        if isinstance(self._first.size, tuple):
-            raise ValueError("size WxH is for pictures without content: give the long side, frames have their shape")
+        self._first.check_for_content()
         self._style: list[Any] | None = self._given  # of the frames behind a first one
         later = replace(self._first, scales=1, iterations=iterations, init="content", init_noise=0.0)
         self._later = replace(later, colour="none") if self._colour in MATCHED else later

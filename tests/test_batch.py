@@ -58,6 +58,22 @@ def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, 
     *first, options, device, own, weights, kind = words(folders)
     assert batch.main([*first, options.replace("{", '{"seed": 7, '), device, own, weights, kind]) == 0
     assert "2 of the pictures there were made with other options, or not by this program" in caplog.text
+    capsys.readouterr()
+    caplog.clear()
+    assert batch.main([*first, options.replace("{", '{"seed": 7, '), device, own, weights, kind, "--overwrite"]) == 0
+    assert json.loads(capsys.readouterr().out)["painted"] == 3
+    assert not caplog.records
+    seeds = {replay.read(str(path))["options"]["seed"] for path in (folders / "out").iterdir()}
+    assert seeds == {7}
+
+
+def test_a_batch_writes_over_nothing_that_it_reads(folders, capsys, monkeypatch):
+    monkeypatch.setattr(batch, "Processes", lambda *make: pytest.fail("a worker was started"))
+    made = folders / "contents" / "c1--s.png"
+    made.write_bytes((folders / "contents" / "c2.png").read_bytes())
+    given = [str(folders / "contents" / "c1.png"), str(made), "--styles", str(folders / "styles")]
+    assert batch.main([*given, "-o", str(folders / "contents"), "--overwrite"]) == 2
+    assert capsys.readouterr().err == f"engine.batch: {made} is a picture to read: give another folder for -o\n"
 
 
 def test_pictures_of_a_batch_are_replayed(folders, capsys):

@@ -182,14 +182,18 @@ def test_bf16_is_for_cudnn_and_tensorrt(monkeypatch):
         assert provider.resolve(device, "bf16") == (device, "bf16")
     assert provider.resolve("auto", "bf16") == ("cudnn", "bf16")
     for device, instead in (("cuda", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
-        with pytest.raises(BackendError, match=f"bf16.*--device cudnn and tensorrt have; --precision {instead}"):
+        with pytest.raises(ValueError, match=f"bf16.*--device cudnn and tensorrt have; --precision {instead}"):
             provider.resolve(device, "bf16")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision):
-    with pytest.raises(BackendError, match=precision):
+def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision, monkeypatch):
+    """A mistake of who names the device as well; else there is no device for it."""
+    with pytest.raises(ValueError, match=precision):
         provider.resolve("cpu", precision)
+    monkeypatch.setattr(provider, "_is_here", lambda device: device == "cpu")
+    with pytest.raises(BackendError, match=precision):
+        provider.resolve("auto", precision)
 
 
 def test_a_graph_that_cannot_be_captured_runs_launch_by_launch(monkeypatch, caplog):

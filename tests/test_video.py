@@ -166,7 +166,7 @@ def test_mistakes_are_told(stylizer):
     Video(stylizer, STYLE, TINY, temporal_weight=np.float32(3))
     with pytest.raises(ValueError, match="style_scale has 2 numbers, there are 1 styles"):
         Video(stylizer, STYLE, replace(TINY, style_scale=(1.0, 2.0)))
-    with pytest.raises(ValueError, match="size WxH is for pictures without content"):
+    with pytest.raises(ValueError, match="size WxH is for runs without content"):
         Video(stylizer, STYLE, replace(TINY, size=(64, 48)))
     with pytest.raises(ValueError, match="iterations 0"):
         Video(stylizer, STYLE, TINY, iterations=0)

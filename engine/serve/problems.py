@@ -109,8 +109,7 @@ def check_options(text: str, size: tuple[int, int], styles: int, settings: Setti
         config = Config(**values).sized(max(size))
         if config.start_file is not None:
             raise ValueError(f"init {config.init!r}: choose from {', '.join(STARTS)}")
-        if isinstance(config.size, tuple):
-            raise ValueError("size: give one number, the content has the shape")
+        config.check_for_content()
         largest = max(each.style_side(config.long_side) for each in config.for_styles(styles))
         for name, side in (("size", config.long_side), ("style size", largest)):
             if side > settings.max_size:
