@@ -249,6 +249,12 @@ def _files(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url)
 
 
+def _local(url: str) -> str:
+    """The path of a file of this machine, however it is written; other URLs stay as they are."""
+    files, path = _files(url)
+    return str(path) if "file" in files.protocol else url
+
+
 def _pictures(source: str) -> list[str]:
     files, path = _files(source)
     if not files.exists(path):
@@ -384,14 +390,18 @@ def _run(given: argparse.Namespace) -> int:
         check_options(config)
         tasks = plan(given.contents, given.styles, given.out)
         there = {task.out for task in tasks if _there(task.out)}
-        missing = [task for task in tasks if given.overwrite or task.out not in there]
-        sources = {jobs.place(each) for task in tasks for each in (task.content, *task.styles)}
-        if lost := sources & {jobs.place(task.out) for task in missing}:
-            raise ValueError(f"{min(lost)} is a picture to read: give another folder for -o")
+        if given.overwrite:
+            there.clear()
+        missing = [task for task in tasks if task.out not in there]
+        sources = {each for task in tasks for each in (task.content, *task.styles)}
+        sources |= {config.start_file} if config.start_file else set()
+        jobs.check_apart(
+            [("a picture to write", _local(task.out)) for task in missing],
+            [("one to read", _local(each)) for each in sources],
+        )
         if missing:
             _check_writable(given.out.rstrip("/"))
-        kept = [] if given.overwrite else [out for out in there if "://" not in out]
-        if others := made_otherwise(kept, config):
+        if others := made_otherwise((out for out in there if "://" not in out), config):
             told = "%d of the pictures there were made with other options, or not by this program: %s"
             log.warning(told, others, "--overwrite paints all again")
         sharing = 1 if given.ray else min(given.workers, len(missing))  # an actor has processors of its own
@@ -416,7 +426,7 @@ def _run(given: argparse.Namespace) -> int:
     except (ValueError, StartError) as error:
         status, message = 2, str(error)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command paints the rest"
+        status, message = 130, "interrupted" + ("" if given.overwrite else "; the same command paints the rest")
     summary = {
         "painted": painted,
         "there_already": len(tasks) - len(missing),

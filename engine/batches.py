@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,7 +91,8 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
             stop.set()
             pool.shutdown(cancel_futures=True)  # waits for those that are nearly done
             done += sum(not each.cancelled() and not each.result()[0] for each in waiting)
-            return 130, f"interrupted; {done} of {len(todo)} pictures are there, the same command makes the rest"
+            rest = "" if given.overwrite else ", the same command makes the rest"
+            return 130, f"interrupted; {done} of {len(todo)} pictures are there{rest}"
     minutes = (time.perf_counter() - start) / 60
     log.info("%d pictures in %.1f s: %.2f a minute", done, 60 * minutes, done / minutes)
     if failures:
@@ -99,18 +102,22 @@ def run(jobs: Sequence[Job], config: Config, given: argparse.Namespace) -> tuple
 
 def made_otherwise(outs: Iterable[str], config: Config) -> int:
     """How many of these pictures say that they were made with other options, or say nothing."""
-    return sum(not _made_with(config, out) for out in outs)
 
+    @functools.cache
+    def wanted(weights: str) -> Any:
+        own = config.for_weights(weights)  # the name of the embedded ones is their kind, too
+        return json.loads(json.dumps(manifest.inputs(own, None, None)["options"]))  # as it is read
 
-def _made_with(config: Config, out: str) -> bool:
-    """Whether a picture says that it was made with these options, and with whatever they leave to be chosen."""
-    try:
-        record = replay.read(out)
-    except (OSError, ValueError):
-        return False
-    wanted = manifest.inputs(config.for_weights(record["engine"]["weights"]), None, None)["options"]
-    wanted |= {name: record["options"].get(name) for name in FITTED if wanted[name] == "auto"}
-    return bool(json.loads(json.dumps(wanted)) == record["options"])  # as it is read
+    def differs(out: str) -> bool:
+        try:
+            record = replay.read(out)
+        except (OSError, ValueError):
+            return True
+        options = wanted(record["engine"]["weights"])
+        chosen = {name: "auto" for name in FITTED if options[name] == "auto"}  # whatever it was
+        return bool(record["options"] | chosen != options)
+
+    return sum(map(differs, outs))
 
 
 def _is_manifest(path: str) -> bool:

@@ -167,7 +167,7 @@ class Config:
         _whole_or_auto("scales", self.scales, 1, 32)
         for name in ("content_weight", "style_weight", "tv_weight"):
             _weight(name, getattr(self, name))
-        if self.content_layers != "auto":
+        if not (isinstance(self.content_layers, str) and self.content_layers == "auto"):
             object.__setattr__(self, "content_layers", _weighted_layers("content_layers", self.content_layers))
         object.__setattr__(self, "style_layers", _weighted_layers("style_layers", self.style_layers))
         _shared("style_layers", [weight for _, weight in self.style_layers])
@@ -382,7 +382,8 @@ def _scale(value: object) -> float:
 def _weighted_layers(option: str, layers: object) -> tuple[tuple[str, float], ...]:
     """The layers as (name, weight) pairs."""
     if not isinstance(layers, tuple):
-        raise TypeError(f"{option} has to be a tuple of layers, not {layers!r}")
+        kind = "auto or a tuple" if option == "content_layers" else "a tuple"
+        raise TypeError(f"{option} has to be {kind} of layers, not {layers!r}")
     if not layers:
         raise ValueError(f"{option}: give at least one layer")
     found: dict[str, float] = {}

@@ -42,13 +42,12 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
     """Turn `auto` into what works best here and check what was named: (device, precision).
 
     Raises ValueError for an unknown name, or a precision that the named device does not have, BackendError for a device
-    that cannot run here, or a precision that none which can has.
+    that cannot run here, or a precision that the one taken for `auto` does not have.
     """
     choice("device", device, DEVICES)
     choice("precision", precision, PRECISIONS)
-    mistake: type[Exception] = ValueError
+    mistake: type[Exception] = BackendError if device == "auto" else ValueError
     if device == "auto":
-        mistake = BackendError
         device = next(each for each in ("cudnn", "cuda", "cpu") if _is_here(each))
         log.info("device: %s", device)
     else:

@@ -85,7 +85,7 @@ def take_engine(record: Mapping[str, Any], folder: Path, given: argparse.Namespa
 def check_engine(record: Mapping[str, Any], stylizer: Stylizer, config: Config) -> None:
     """Raise ValueError for other weights; warn of another device or version, which may change the last bits."""
     engine = record["engine"]
-    if stylizer.weights_digest(config.layers) != engine["sha256"]:
+    if stylizer.weights_digest(config.for_weights(stylizer.weights_kind).layers) != engine["sha256"]:
         raise ValueError("the weights are not those of the manifest: their sha256 differs")
     ours = manifest.versions() | {"device": stylizer.device, "precision": stylizer.precision}
     theirs = dict(record["versions"]) | {"device": engine["device"]}

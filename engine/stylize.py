@@ -140,7 +140,7 @@ _METAVARS = {
     "style_scale": "F[,F...]", "style_size": "auto|N", "iterations": "N[,N...][,...]", "scales": "auto|N",
     "content_weight": "W", "style_weight": "W", "tv_weight": "W", "tv_power": "F",
     "tv_form": "mean|sum|block|nine-point", "content_loss": "mean|sum", "pixel_range": "auto|0-255|0-256",
-    "content_layers": "L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
+    "content_layers": "auto|L[:W][,...]", "style_layers": "L[:W][,...]", "pooling": "avg|max",
     "padding": "replicate|reflect|zero", "init": "content|noise|style|PATH", "init_noise": "F",
     "optimizer": "lbfgs|adam", "learning_rate": "F", "history": "auto|N", "window": "auto|N", "average": "F",
     "stop": "F", "seed": "N", "colour": "none|keep-after|keep-before|match|histogram",

@@ -53,7 +53,8 @@ class Stylizer:
     default. On a GPU `auto` is fp16, with scaled gradients; a run that meets a number fp16 cannot hold goes on in fp32.
 
     Raises ValueError for an unknown name, a precision that the named device does not have or a file that holds no
-    VGG-19, OSError if it cannot be read, BackendError if the device cannot run here.
+    VGG-19, OSError if it cannot be read, BackendError if the device, or for `auto` the
+    precision, cannot run here.
 
     Style targets and, but on `cpu`, networks are kept for later runs, up to the environment's STYLIZE_CACHE_BYTES.
     Without `keep_networks` a network is let go at the end of its scale, for those who have one picture to paint.

@@ -68,12 +68,22 @@ def test_contents_and_styles_are_painted_once_and_failures_are_skipped(folders, 
 
 
 def test_a_batch_writes_over_nothing_that_it_reads(folders, capsys, monkeypatch):
+    """Whether it is a content, the picture to start from, or linked to one, and however it is written."""
     monkeypatch.setattr(batch, "Processes", lambda *make: pytest.fail("a worker was started"))
-    made = folders / "contents" / "c1--s.png"
-    made.write_bytes((folders / "contents" / "c2.png").read_bytes())
-    given = [str(folders / "contents" / "c1.png"), str(made), "--styles", str(folders / "styles")]
-    assert batch.main([*given, "-o", str(folders / "contents"), "--overwrite"]) == 2
-    assert capsys.readouterr().err == f"engine.batch: {made} is a picture to read: give another folder for -o\n"
+    contents, styles, linked = folders / "contents", folders / "styles", folders / "linked"
+    made = contents / "c1--s.png"
+    made.write_bytes((contents / "c2.png").read_bytes())
+    linked.mkdir()
+    (linked / "c1--s.png").symlink_to(contents / "c1.png")
+    start = json.dumps({"init": str(made)})
+    for given, out in (
+        ([contents / "c1.png", made], contents),
+        ([contents / "c1.png", f"file://{made}"], contents),
+        ([contents / "c1.png", "--options", start], contents),
+        ([contents / "c1.png"], linked),
+    ):
+        assert batch.main([*map(str, given), "--styles", str(styles), "-o", str(out), "--overwrite"]) == 2
+        assert "c1--s.png is both one to read and a picture to write" in capsys.readouterr().err
 
 
 def test_pictures_of_a_batch_are_replayed(folders, capsys):

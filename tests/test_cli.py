@@ -107,6 +107,8 @@ def test_every_config_option_reaches_the_config():
         config = stylize._config(stylize._parser().parse_args(["--" + name.replace("_", "-"), text]))
         assert getattr(config, name) == value != getattr(Config(), name)
         assert config == replace(Config(), **{name: value})
+    given = stylize._parser().parse_args(["--content-layers", "auto"])
+    assert stylize._config(given) == Config()
     given = stylize._parser().parse_args(["--size", "96x64"])
     assert stylize._config(given).size == (96, 64)
     assert stylize._config(stylize._parser().parse_args(["--iterations", "5,4,..."])).iterations == (5, 4, "...")
@@ -147,6 +149,8 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--colour", "keep-bfore"], "did you mean keep-before"),
     (["{content}", "{style}", "-o", "{out}", "--device", "cudaa"], "did you mean cuda"),
     (["{content}", "{style}", "-o", "{out}", "--precision", "fp61"], "did you mean fp16"),
+    (["{content}", "{style}", "-o", "{out}", "--device", "cpu", "--precision", "fp16"], "cpu computes in fp32"),
+    (["{content}", "{style}", "-o", "{out}", "--content-layers", "auto,relu1_1"], "layer 'auto'"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "did you mean imagenet? choose auto"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "{missing}.pth"], "does not exist"),
     (["{content}", "{style}", "-o", "{out}", "--sizee", "64"], "unrecognized arguments: --sizee"),

@@ -191,6 +191,9 @@ def test_the_layer_of_the_content_is_that_of_the_weights(stylizer, stylizers, pi
         np.asarray(list(own.steps(*arguments, named, resume=saved))[-1].image), np.asarray(result.image)
     )
     assert own.objective(*arguments, usual).network.spec.layers == named.layers
+    scores = [own.evaluate(result.image, *arguments, each) for each in (usual, named)]
+    assert scores[0].content_loss == scores[1].content_loss > 0
+    assert own.forecast(*arguments, usual) == own.forecast(*arguments, named)
 
 
 def test_half_precision_holds_its_tolerance(states, stylizers):

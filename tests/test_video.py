@@ -157,6 +157,15 @@ def test_a_frame_without_style_or_of_several(stylizer):
     assert [inverted(frame).kept > 0 for frame in frames(2)] == [False, True]
 
 
+def test_frames_that_are_stretched_to_tile_are_told_of_once(stylizer, caplog):
+    painter = Video(stylizer, STYLE, replace(TINY, tile=True))
+    made = [painter(frame) for frame in frames(3)]
+    assert made[2].kept > 0
+    assert [each.message for each in caplog.records].count(
+        "to tile, the content of 64 x 48 pixels is stretched to the shape of 48 x 48"
+    ) == 1
+
+
 def test_mistakes_are_told(stylizer):
     for weight in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temporal_weight"):
