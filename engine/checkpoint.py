@@ -6,8 +6,10 @@ pictures, weights and options, it names by digest or value, and is refused for o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,22 @@ def _short(*values: Any) -> bool:
 
 def dump(checkpoint: Checkpoint) -> bytes:
     """The checkpoint as bytes."""
+    return safetensors.torch.save(*_sealed(checkpoint))
+
+
+def write(checkpoint: Checkpoint, path: Path, room: int | None = None) -> None:
+    """Write what `dump` gives to a file, without a copy in memory. Raises OSError, also for more than `room` bytes."""
+    if room is not None and sum(tensor.nbytes for tensor in checkpoint.tensors.values()) > room:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    tensors, seal = _sealed(checkpoint)
+    try:
+        safetensors.torch.save_file(tensors, path, seal)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _sealed(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and the metadata that goes with them."""
     record = {
         "format": _FORMAT,
         "identity": checkpoint.identity,
@@ -62,7 +80,7 @@ def dump(checkpoint: Checkpoint) -> bytes:
     text = json.dumps(record, sort_keys=True)
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
     seal = {"run": text, "sha256": _digest(text, tensors)}
-    return safetensors.torch.save(tensors, {"checkpoint": json.dumps(seal)})  # of several entries the order would vary
+    return tensors, {"checkpoint": json.dumps(seal)}  # of several entries the order would vary
 
 
 def load(data: bytes) -> Checkpoint:

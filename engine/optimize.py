@@ -19,7 +19,7 @@ from .stages import Stages
 
 WINDOW = 20  # evaluations over which a stalled loss is told
 AHEAD = 2  # iterations that a GPU has been given when one is yielded: who reads its loss does not leave the GPU idle
-_KEPT = AHEAD + 2  # best images: of those, of the one yielded, and of the one before, which the caller may still hold
+_HELD = 2  # best images that a caller may hold: of the iterate yielded, and of the one before
 
 
 @dataclass
@@ -121,7 +121,8 @@ def minimise(
     stages = stages or Stages(measures=not image.is_cuda)
     gradient, loss = torch.empty_like(image), image.new_zeros(()) if recorded is None else recorded
     known = saved["queued.losses"][:iterations] if saved else torch.empty(0)
-    trail = kernels.Trail(image, iterations, 1 if average else _KEPT, first=len(known))
+    kept = _HELD + AHEAD * image.is_cuda
+    trail = kernels.Trail(image, iterations, 1 if average else kept, first=len(known))
     if optimizer == "lbfgs":
         runner: kernels.Lbfgs | kernels.Adam = kernels.Lbfgs(image, gradient, loss, trail, history, clamp)
     else:
@@ -177,7 +178,7 @@ def minimise(
     stream = torch.cuda.current_stream(image.device) if image.is_cuda else None
     try:
         for i in range(len(queued), iterations):
-            if len(lent) == _KEPT and (oldest := lent.popleft()()):
+            if len(lent) == kept and (oldest := lent.popleft()()):
                 oldest.best = oldest.best.clone()  # somebody keeps it
             step()
             arrival = stream.record_event() if stream else None
@@ -211,7 +212,8 @@ def memory(count: int, config: Config, steps: int, gpu: bool) -> int:
     """Bytes that `minimise` takes for an image of `count` elements: the optimiser, and images."""
     moments = 2 * 4 * count
     own = kernels.lbfgs.memory(count, config.history, gpu, steps) if config.optimizer == "lbfgs" else moments
-    images = 2 + (_KEPT if not config.average else 2 + AHEAD * gpu)  # with the gradient, and those of the iterates
+    averages = 2 if config.average else 0  # the running one, and that of an iterate which is let go for the next
+    images = 2 + _HELD + averages + AHEAD * gpu  # with the gradient, and those of the iterates
     return own + images * 4 * count
 
 

@@ -153,7 +153,8 @@ def paint(
                     continue  # there is nothing left to interrupt
                 if given.checkpoint and (interrupted or now - saved >= given.checkpoint_every):
                     with _spared(given.checkpoint) as path:
-                        _write(path, step.checkpoint({_ROWS: run.rows}))
+                        with image.atomic(Path(path)) as temporary:
+                            step.save_checkpoint(temporary, {_ROWS: run.rows})
                         kept = True
                     saved = time.perf_counter()
                 if interrupted:

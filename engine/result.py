@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import colour
 from . import image as images
-from .checkpoint import Checkpoint, dump
+from .checkpoint import Checkpoint, dump, write
 from .config import Config
 from .optimize import Iterate, Stall
 from .regions import Mask, restored
@@ -94,6 +94,13 @@ class Step:
         JSON, is kept with it: see `engine.checkpoint.note`.
         """
         return dump(replace(self._checkpoint(), note=note))
+
+    def save_checkpoint(self, path: Path, note: Any = None, room: int | None = None) -> None:
+        """Write the `checkpoint` to a file, without a copy in memory.
+
+        Raises OSError, also for more than `room` bytes, and RuntimeError as that does.
+        """
+        write(replace(self._checkpoint(), note=note), path, room)
 
 
 @dataclass(frozen=True)

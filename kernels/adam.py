@@ -85,5 +85,6 @@ class Adam:
         gradient, (first, second), (rate1, rate2) = self._gradient, self.moments, BETAS
         first.lerp_(gradient, 1 - rate1)
         second.mul_(rate2).addcmul_(gradient, gradient, value=1 - rate2)
-        root = (second.sqrt() / math.sqrt(1 - rate2**self.steps)).add_(EPSILON)
+        # The gradient is read no more: its memory saves one as large.
+        root = torch.sqrt(second, out=gradient).div_(math.sqrt(1 - rate2**self.steps)).add_(EPSILON)
         self._image.addcdiv_(first, root, value=-self._rate / (1 - rate1**self.steps)).clamp_(0, 1)

@@ -290,7 +290,7 @@ class Lbfgs:
             move.clamp_(-LARGEST_MOVE, LARGEST_MOVE)
             if self._boxed:
                 move.masked_fill_(self._held, 0)
-                torch.sub((image + move).clamp_(0, 1), image, out=move)
+                torch.sub(torch.add(image, move, out=self._newest).clamp_(0, 1), image, out=move)
             image.add_(move)
         elif action == HALVE:
             image.sub_(rows[2 * made].mul_(0.5))

@@ -177,16 +177,20 @@ class Pixels:
             torch.div(self._vjp, self._scale, out=gradient)
         loss = 0.0
         for right, left, weight in self._pairs if measured else ():
-            difference = pixels[:, :, *right] - pixels[:, :, *left]
-            sharp = difference  # |d|^p / d
-            if self._power != 2:
-                sharp = difference.sign() * difference.abs().pow_(self._power - 1)
-            loss += weight * float(torch.dot(sharp.flatten(), difference.flatten()))
-            if gradient is not None:
-                slope = self._power * self._weight * weight
-                gradient[:, :, *right].add_(sharp, alpha=slope)
-                gradient[:, :, *left].sub_(sharp, alpha=slope)
-        if gradient is not None and not torch.isfinite(gradient).all():
+            loss += self._add_pairs(pixels, gradient, right, left, weight)
+        if gradient is not None and not all(map(math.isfinite, map(float, torch.aminmax(gradient)))):  # without a copy
             loss = math.nan
         self._terms[2] = loss
         self._terms[0] += self._weight * loss
+
+    def _add_pairs(self, pixels: Tensor, gradient: Tensor | None, right: Line, left: Line, weight: float) -> float:
+        """L of these pairs of pixels; adds its share of the gradient."""
+        difference = pixels[:, :, *right] - pixels[:, :, *left]
+        sharp = difference  # |d|^p / d
+        if self._power != 2:
+            sharp = difference.sign() * difference.abs().pow_(self._power - 1)
+        if gradient is not None:
+            slope = self._power * self._weight * weight
+            gradient[:, :, *right].add_(sharp, alpha=slope)
+            gradient[:, :, *left].sub_(sharp, alpha=slope)
+        return weight * float(torch.dot(sharp.flatten(), difference.flatten()))

@@ -39,6 +39,24 @@ def interrupted(stylizer, pictures, config, cut):
     raise AssertionError("the run is shorter")
 
 
+def test_a_checkpoint_of_a_file_is_that_of_bytes(stylizer, pictures, tmp_path):
+    steps = stylizer.steps(pictures["content"], pictures["style"], Config(**SMALL))
+    step, path = next(steps), tmp_path / "run.ckpt"
+    step.save_checkpoint(path, {"a": 1})
+    assert path.read_bytes() == step.checkpoint({"a": 1})
+    taken = sum(tensor.nbytes for tensor in load(step.checkpoint()).tensors.values())
+    step.save_checkpoint(path, room=taken)
+    other = tmp_path / "other"
+    with pytest.raises(OSError, match="No space left"):
+        step.save_checkpoint(other, room=taken - 1)
+    assert not other.exists()
+    with pytest.raises(OSError, match="No such file"):
+        step.save_checkpoint(tmp_path / "missing" / "run.ckpt")
+    next(steps)
+    with pytest.raises(RuntimeError, match="moved on"):
+        step.save_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"init": "noise"}, {"optimizer": "adam"}, {"style_loss": "wasserstein", "style_layers": ("relu3_1", "relu5_1")}],

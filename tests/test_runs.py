@@ -139,7 +139,8 @@ def test_a_checkpoint_of_another_program_is_resumed(main, stylizer, tmp_path, no
 
 def test_checkpoints_are_written_by_the_clock(main, monkeypatch):
     written = []
-    monkeypatch.setattr(painting, "_write", lambda path, data: written.append((path, len(data))))
+    save = Step.save_checkpoint
+    monkeypatch.setattr(Step, "save_checkpoint", lambda *a: (written.append(a), save(*a)))
     for seconds, count in (("0", 3), ("1000", 0)):  # none after the last iteration
         written.clear()
         options = ["--checkpoint", "run.ckpt", "--checkpoint-every", seconds, "--overwrite"]
@@ -170,7 +171,7 @@ def test_files_on_the_way_that_cannot_be_written_end_no_run(main, monkeypatch, c
         raise OSError(28, "No space left on device")
 
     save = image.save
-    monkeypatch.setattr(painting, "_write", full)
+    monkeypatch.setattr(Step, "save_checkpoint", full)
     monkeypatch.setattr(image, "save", lambda *a: save(*a) if len(a) == 3 else full())  # with its manifest: the result
     options = ["--checkpoint", "run.ckpt", "--checkpoint-every", "0", "--save-every", "2"]
     assert main("c.png", "s.png", "-o", "out.png", *SMALL, *options) == 0

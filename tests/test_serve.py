@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 from PIL import Image
 from serving import pixels
 
@@ -29,7 +30,7 @@ pytest.importorskip("fastapi")
 import uvicorn
 from fastapi.testclient import TestClient
 
-from engine import Config, Step, replay
+from engine import Config, Step, checkpoint, replay
 from engine.serve import __main__ as command
 from engine.serve import api, decoder, guard, logs, problems, store, supervisor, worker
 from engine.serve.settings import Settings
@@ -292,6 +293,10 @@ def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, 
             raise OSError(errno.ENOSPC, "No space left on device", path)
         store.write(path, data)
 
+    def save(tensors, path, *arguments):
+        written.append("checkpoint")
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
     def report(*arguments):
         written.append("progress")
         if written.count("progress") < 3:
@@ -299,6 +304,7 @@ def test_a_disk_that_is_full_for_a_moment_stops_no_job(client, files, stylizer, 
         progress(*arguments)
 
     monkeypatch.setattr(worker, "write", write)
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
     monkeypatch.setattr(client[1], "progress", report)
     run(client, stylizer)
     assert (written.count("checkpoint"), written.count("preview.png")) == (3, 4)
@@ -313,6 +319,8 @@ def test_the_reserve_of_the_disk_is_for_results(client, files, stylizer, monkeyp
         monkeypatch.setattr(worker, name, 0.0)
     written, stop = [], threading.Event()
     monkeypatch.setattr(worker, "write", lambda path, data: (written.append(path.name), store.write(path, data)))
+    seal = checkpoint._sealed
+    monkeypatch.setattr(checkpoint, "_sealed", lambda each: (written.append("checkpoint"), seal(each))[1])
     free = shutil.disk_usage(client[1].data).free
     for reserve in (free // 2, 2 * free):
         worker.run(client[1], stylizer, client[1].claim(0), stop, reserve)

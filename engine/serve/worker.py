@@ -225,8 +225,8 @@ def _optional(what: str) -> Iterator[None]:
 
 
 def _save(step: Step, path: Path, reserve: int) -> None:
-    with _optional("checkpoint"):
-        _spare(path, step.checkpoint, reserve)
+    with _optional("checkpoint"), image.atomic(path) as temporary:
+        step.save_checkpoint(temporary, room=shutil.disk_usage(path.parent).free - reserve)
 
 
 def _spare(path: Path, make: Callable[[], bytes], reserve: int) -> None:
