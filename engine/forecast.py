@@ -16,7 +16,7 @@ import torch
 from . import image as images
 from . import kernels, optimize, provider, windows
 from .cache import Cache
-from .config import FITTED, Config
+from .config import FITTED, MATCHED, Config
 from .export import vgg
 from .features import DTYPES
 from .goal import Goal, canvas, final_size, style_size
@@ -30,7 +30,8 @@ _AT_MOST = 16384  # bytes of a pixel that a run hardly takes for a region
 _SURE = 0.9  # of what is free: forecasts are not exact, and others take memory meanwhile
 # Iterations to a loss with so few pairs, over those with 50 (benchmarks/README.md).
 _SLOWER = {20: 1.2, 10: 1.5, 5: 2.0}
-_RECOLOURED = 8 * 12  # bytes of a pixel of the pictures while their colours are changed
+_RECOLOURED = 136  # bytes of a pixel of a picture while its colours are changed
+_BACK = 80  # bytes of a pixel while the content's colours come back
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def forecast(setup: Setup, goal: Goal) -> Forecast:
     phases, kept = list[dict[str, int]](), list[int]()
     for side, steps in config.schedule(picture.aspect):
         size = config.whole(picture.fit(side))
-        style_phase, run_phase = _style_phase(setup, goal, side), _run_phase(setup, goal, size, steps)
+        style_phase, run_phase = _style_phase(setup, goal, size), _run_phase(setup, goal, size, steps)
         if setup.cache is not None:  # those of the scales before
             style_phase["other networks"] = sum(kept)
             shared = {name: run_phase[name] for name in ("network", "weights", "libraries")}
@@ -216,13 +217,23 @@ def forecast(setup: Setup, goal: Goal) -> Forecast:
             run_phase["other networks"] = sum(kept) - (own if own <= setup.cache.limit else 0)
         phases += [style_phase, run_phase]
     if setup.device == "cpu":
-        recoloured = config.colour not in ("none", "keep-after")
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
+        recoloured = _recoloured(goal)
+        beside = 3 * 4 * sum(math.prod(each.size) for each in recoloured)
+        phases = [{**phase, "colours": beside} for phase in phases]
         taken = (math.prod(each.size) * (_RECOLOURED if recoloured else _resized(each)) for each in sources)
         phases.append({"colours" if recoloured else "sources": max(taken)})
     most = max(phases, key=lambda parts: sum(parts.values()))
     found = {name: value for name, value in most.items() if value}
     return Forecast(_size(goal), setup.device, setup.precision, found)
+
+
+def _recoloured(goal: Goal) -> list[images.Picture]:
+    """The pictures that a run has in other colours beside their own."""
+    if goal.content is None or goal.config.colour in ("none", "keep-after"):
+        return []
+    styles = [each for each in goal.styles if isinstance(each, images.Picture)]
+    return styles if goal.config.colour in MATCHED else [goal.content, *styles]
 
 
 def _resized(picture: images.Picture) -> int:
@@ -260,15 +271,15 @@ def _numbers(file: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words}
 
 
-def _style_phase(setup: Setup, goal: Goal, side: int) -> dict[str, int]:
-    """While the statistics of a style are taken: the network at its size."""
+def _style_phase(setup: Setup, goal: Goal, run: tuple[int, int]) -> dict[str, int]:
+    """While the statistics of a style are taken for a run of this (width, height): the network at the style's size."""
     config, most, spec = goal.config, 0, None
     for style, (_, mask), own_config in zip(goal.styles, goal.parts, goal.own, strict=True):
         if not isinstance(style, images.Picture):
             continue
-        size = style_size(style, side, own_config)
+        size = style_size(style, max(run), own_config)
         spec = _spec(setup, size, tuple(config.style_layer_weights), config, config.padding)
-        own = _network(setup, spec, config, (), forward_only=True) + 3 * 4 * math.prod(size)
+        own = _network(setup, spec, config, (), forward_only=True) + 2 * 3 * 4 * math.prod(size)
         window = config.window_for(size)
         most_places = max(windows.largest(spec, window).values())
         own += 8 * min(kernels.STRIP, most_places)
@@ -279,7 +290,8 @@ def _style_phase(setup: Setup, goal: Goal, side: int) -> dict[str, int]:
             element = DTYPES[spec.precision].itemsize + 4 * masked
             own += element * most_places
         most = max(most, own)
-    return {"network of the style": most, **(_beside(setup, spec, config) if spec else {})}
+    pictures = 0 if setup.device == "cudnn" else 3 * 3 * 4 * math.prod(run)  # the content, the start, those before them
+    return {"network of the style": most, **(_beside(setup, spec, config) if spec else {}), "pictures": pictures}
 
 
 def _spec(setup: Setup, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
@@ -296,12 +308,13 @@ def _run_phase(setup: Setup, goal: Goal, size: tuple[int, int], steps: int) -> d
     config, gpu, count = goal.config, setup.device == "cudnn", 3 * math.prod(size)
     spec = _spec_of_run(setup, goal, size)
     own, made = _losses(goal, spec, gpu)
+    back = _BACK * math.prod(size) * (config.colour in ("keep-after", "keep-before"))
     return {
         "network": _network(setup, spec, config, made),
         **_beside(setup, spec, config),
         "optimiser": optimize.memory(count, config, steps, gpu),
         "targets": own,
-        "pictures": 0 if gpu else 6 * 4 * count,  # the content, the start, and the result on its way to 8 bits
+        "pictures": 0 if gpu else 6 * 4 * count + back,  # the content, the start, and the result on its way to 8 bits
     }
 
 
@@ -353,7 +366,7 @@ def _network(setup: Setup, spec: vgg.Spec, config: Config, made: tuple[str, ...]
         own = copies * element * sum(windows.largest(spec, window).values())
         own += (1 if forward_only else 2) * 3 * 4 * spec.height * spec.width
         spec = windows.spec_of(spec, window)
-    if config.pixel_range != "auto" and not forward_only:
+    if config.pixel_range != "auto":
         own += 20 * 3 * spec.height * spec.width  # see `Ranged`
     if setup.device == "cudnn":
         from . import fused

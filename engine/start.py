@@ -15,6 +15,7 @@ from .optimize import resized
 
 log = logging.getLogger(__name__)
 
+_ROWS = 64  # of a style, whose colours are in fp64 at once
 INVERSION_NOISE = 0.05  # its share in the start of an inversion
 
 
@@ -76,11 +77,12 @@ def _drawn(
     """Independent normal colours with the mean and the covariance of what the styles show, by their shares; clamped."""
     mean, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
     for style, share in zip(styles, shares, strict=True):
-        colours = torch.from_numpy(style.rgb).double().flatten(0, 1)
-        counts = torch.ones(len(colours)) if style.alpha is None else torch.from_numpy(style.alpha).flatten()
-        weights = (share * counts.double() / counts.sum(dtype=torch.float64))[:, None]
-        mean += (weights * colours).sum(0)
-        second += colours.T @ (weights * colours)
+        shown = torch.ones(()).expand(style.rgb.shape[:2]) if style.alpha is None else torch.from_numpy(style.alpha)
+        total = shown.sum(dtype=torch.float64)
+        for rows, counts in zip(torch.from_numpy(style.rgb).split(_ROWS), shown.split(_ROWS), strict=True):
+            colours, weights = rows.double().flatten(0, 1), share * counts.double().flatten()[:, None] / total
+            mean += (weights * colours).sum(0)
+            second += colours.T @ (weights * colours)
     # Not Cholesky: the covariance of a grey or a flat style is singular.
     variances, axes = torch.linalg.eigh(second - torch.outer(mean, mean))
     normal = torch.randn(height * width, 3, dtype=torch.float64, generator=generator)

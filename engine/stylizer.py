@@ -143,13 +143,14 @@ class Stylizer:
         asked = replace(asked, window=config.window, history=config.history)
         schedule = config.schedule(picture.aspect)
         start = None if config.start_file is None else images.load(config.start_file)
+        file = None if start is None else start.digest
         if carried is not None:
             if len(schedule) > 1 or carried.picture.size != final_size(picture, config) or config.init != "content":
                 raise ValueError("a frame is carried to one scale, in the size of its result, and begins as content")
             start = carried.picture
         elif config.tile and given.content is not None:
             report_stretched(given.content, final_size(given.content, config))
-        identity = functools.cache(lambda: self._identity(given, start))
+        identity = functools.cache(lambda: self._identity(given, file))
         resumed = None if checkpoint is None else self._resumed(checkpoint, identity)
         if resumed and resumed.iteration == int(resumed.tensors["schedule"].sum()):
             raise ValueError("the run of the checkpoint is finished")
@@ -266,6 +267,7 @@ class Stylizer:
             coarser, scaled = scaled, images.resize(seen, size, config.tile)
             if pixels is None:
                 pixels = first_pixels(scaled, goal.styles, start, config)
+                start = None  # it may be larger than all else
             elif not resumed:
                 pixels = enlarged(pixels, (coarser, scaled) if goal.detailed else None, size, config.tile)
             if goal.freeze is not None and not resumed:
@@ -296,10 +298,10 @@ class Stylizer:
                         raise FloatingPointError(f"{error}, after iteration {iteration}: try {ways}") from error
                     precision = "fp32"
 
-    def _identity(self, given: Goal, start: images.Picture | None) -> dict[str, Any]:
-        """What a run is made of: its options and device by value, its pictures and weights by their sha256."""
+    def _identity(self, given: Goal, file: str | None) -> dict[str, Any]:
+        """What a run is made of: its options and device by value, its pictures, `file` too, and weights by sha256."""
         config = given.config
-        options = asdict(config) | {"init": config.init if start is None else start.digest}
+        options = asdict(config) | {"init": config.init if file is None else file}
         own = {"weights": self.weights_digest(given.layers), "device": self.device}
         return {name.replace("_", "-"): value for name, value in options.items()} | given.digests() | own
 

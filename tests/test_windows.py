@@ -385,7 +385,7 @@ def test_nothing_is_said_where_all_fits_and_no_less_is_possible(stylizer, little
 def test_what_windows_cost():
     """What is seen beside the picture, and the forward pass of all windows but one again."""
     spec = vgg.Spec(1362, 2048, Config().for_weights("embedded").layers)
-    for window, measured in ((1104, 1.63), (800, 1.81), (512, 2.86)):  # of `benchmarks.windows`
+    for window, measured in ((1104, 1.63), (800, 1.81), (512, 2.86)):  # of `benchmarks.windows`, commit 97dd278
         assert windows.cost(spec, window) == pytest.approx(measured, rel=0.06)
     assert windows.cost(spec, None) == 1
 
