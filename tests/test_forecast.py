@@ -87,7 +87,7 @@ def test_what_takes_more_is_forecast_to_take_more(stylizer, pictures):
     assert regions.total > stylizer.forecast(content, [style, style], Config(size=256)).total
     large = np.zeros((1500, 2000, 3), np.uint8)
     assert stylizer.forecast(large, style, Config(size=48, colour="match", scales=1)).parts == {
-        "colours": 96 * 3_000_000
+        "colours": 136 * 3_000_000
     }
 
 
