@@ -62,8 +62,11 @@ def write(checkpoint: Checkpoint, path: Path, room: int | None = None) -> None:
     if room is not None and sum(tensor.nbytes for tensor in checkpoint.tensors.values()) > room:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     tensors, seal = _sealed(checkpoint)
+    path.touch()
+    mode = path.stat().st_mode & 0o7777  # safetensors puts a file of its own there, which others may not read
     try:
         safetensors.torch.save_file(tensors, path, seal)
+        path.chmod(mode)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
 

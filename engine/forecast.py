@@ -222,7 +222,10 @@ def forecast(setup: Setup, goal: Goal) -> Forecast:
         beside = 3 * 4 * sum(math.prod(each.size) for each in recoloured)
         phases = [{**phase, "colours": beside} for phase in phases]
         taken = (math.prod(each.size) * (_RECOLOURED if recoloured else _resized(each)) for each in sources)
-        phases.append({"colours" if recoloured else "sources": max(taken)})
+        before = beside - 3 * 4 * max(
+            (math.prod(each.size) for each in recoloured), default=0
+        )  # made before the largest
+        phases.append({"colours" if recoloured else "sources": max(taken) + before})
     most = max(phases, key=lambda parts: sum(parts.values()))
     found = {name: value for name, value in most.items() if value}
     return Forecast(_size(goal), setup.device, setup.precision, found)

@@ -44,6 +44,9 @@ def test_a_checkpoint_of_a_file_is_that_of_bytes(stylizer, pictures, tmp_path):
     step, path = next(steps), tmp_path / "run.ckpt"
     step.save_checkpoint(path, {"a": 1})
     assert path.read_bytes() == step.checkpoint({"a": 1})
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
     taken = sum(tensor.nbytes for tensor in load(step.checkpoint()).tensors.values())
     step.save_checkpoint(path, room=taken)
     other = tmp_path / "other"

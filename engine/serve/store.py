@@ -148,8 +148,8 @@ class Store:
                     _link(self.data / "styles" / style, folder / f"style-{i}", style)
                 else:
                     write(folder / f"style-{i}", style)
-            _sync(folder)
-            _sync(folder.parent)
+            sync(folder)
+            sync(folder.parent)
             with self._write() as database:
                 again = "SELECT 1 FROM jobs WHERE client = ? AND key = ?"
                 if not database.execute(again, (row["client"], row["key"])).fetchone():  # else nothing is added
@@ -406,7 +406,7 @@ def write(path: Path, data: bytes) -> None:
         half.replace(path)
     finally:
         half.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _sweep(folder: Path) -> None:
@@ -442,7 +442,8 @@ def _link(source: Path, target: Path, style: str) -> None:
         write(target, source.read_bytes())
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have what was renamed in a folder there after a power cut, too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -32,7 +32,7 @@ from engine.export.commands import wrong_file
 from engine.jobs import Job, brief
 
 from . import logs
-from .store import Row, Store, full, write
+from .store import Row, Store, full, sync, write
 from .supervisor import MISTAKE, PATIENCE
 
 if TYPE_CHECKING:
@@ -225,8 +225,13 @@ def _optional(what: str) -> Iterator[None]:
 
 
 def _save(step: Step, path: Path, reserve: int) -> None:
-    with _optional("checkpoint"), image.atomic(path) as temporary:
-        step.save_checkpoint(temporary, room=shutil.disk_usage(path.parent).free - reserve)
+    with _optional("checkpoint"):
+        room = shutil.disk_usage(path.parent).free - reserve
+        if room < 0:  # before a GPU is waited for
+            raise OSError(errno.ENOSPC, "the rest of the disk is reserved", path.name)
+        with image.atomic(path) as temporary:
+            step.save_checkpoint(temporary, room=room)
+        sync(path.parent)
 
 
 def _spare(path: Path, make: Callable[[], bytes], reserve: int) -> None:
