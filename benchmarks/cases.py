@@ -112,7 +112,7 @@ class Engine:
 
 def options(size: int, **others: Any) -> Config:
     """Those of the problems: the layers of the embedded features, and the border that the rivals see."""
-    return Config(size=size, content_layers=("relu2_2",), padding="zero", **others)
+    return Config(size=size, padding="zero", **others).for_weights("embedded")
 
 
 def load(

@@ -115,7 +115,7 @@ def table(size: int, iterations: int) -> dict[str, object]:
         save_file(_parameters(FLOOR), sources["k-means"])
         save_file(other(), Path(folder, "judge.safetensors"))
         judges = {"learned": network(Path(folder, "judge.safetensors")), "gabor": (gabor, "modulus 2")}
-        config = Config(size=size, iterations=iterations, content_layers=("relu2_2",))  # for all of them
+        config = Config(size=size, iterations=iterations).for_weights("embedded")  # the others have its layers, too
         styles = {name: STYLES[name]() for _, name in PAIRS}
         found: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = {}
         bar = tqdm(total=3 * len(PAIRS) * len(STYLE_WEIGHTS), desc="table", file=sys.stderr)

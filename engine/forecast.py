@@ -218,14 +218,12 @@ def forecast(setup: Setup, goal: Goal) -> Forecast:
         phases += [style_phase, run_phase]
     if setup.device == "cpu":
         sources = [each for each in (picture, *goal.styles) if isinstance(each, images.Picture)]
-        recoloured = _recoloured(goal)
-        beside = 3 * 4 * sum(math.prod(each.size) for each in recoloured)
+        recoloured = [math.prod(each.size) for each in _recoloured(goal)]
+        beside = 3 * 4 * sum(recoloured)
         phases = [{**phase, "colours": beside} for phase in phases]
         taken = (math.prod(each.size) * (_RECOLOURED if recoloured else _resized(each)) for each in sources)
-        before = beside - 3 * 4 * max(
-            (math.prod(each.size) for each in recoloured), default=0
-        )  # made before the largest
-        phases.append({"colours" if recoloured else "sources": max(taken) + before})
+        earlier = beside - 3 * 4 * max(recoloured, default=0)  # they are there while the largest is made
+        phases.append({"colours" if recoloured else "sources": max(taken) + earlier})
     most = max(phases, key=lambda parts: sum(parts.values()))
     found = {name: value for name, value in most.items() if value}
     return Forecast(_size(goal), setup.device, setup.precision, found)
@@ -276,24 +274,25 @@ def _numbers(file: Path) -> dict[str, int]:
 
 def _style_phase(setup: Setup, goal: Goal, run: tuple[int, int]) -> dict[str, int]:
     """While the statistics of a style are taken for a run of this (width, height): the network at the style's size."""
-    config, most, spec = goal.config, 0, None
+    config, gpu, most, spec = goal.config, setup.device == "cudnn", 0, None
     for style, (_, mask), own_config in zip(goal.styles, goal.parts, goal.own, strict=True):
         if not isinstance(style, images.Picture):
             continue
         size = style_size(style, max(run), own_config)
         spec = _spec(setup, size, tuple(config.style_layer_weights), config, config.padding)
-        own = _network(setup, spec, config, (), forward_only=True) + 2 * 3 * 4 * math.prod(size)
+        own = _network(setup, spec, config, (), forward_only=True)
+        own += (1 if gpu else 2) * 3 * 4 * math.prod(size)  # the style, and on a CPU its tensor
         window = config.window_for(size)
         most_places = max(windows.largest(spec, window).values())
         own += 8 * min(kernels.STRIP, most_places)
-        if setup.device == "cudnn":
+        if gpu:
             own += max(_products(spec, window, [layer], 1) for layer in spec.layers)
         masked = mask is not None or style.alpha is not None
         if config.style_loss != "gram" or masked:  # what is made of the features; with a mask, on a way
             element = DTYPES[spec.precision].itemsize + 4 * masked
             own += element * most_places
         most = max(most, own)
-    pictures = 0 if setup.device == "cudnn" else 3 * 3 * 4 * math.prod(run)  # the content, the start, those before them
+    pictures = 0 if gpu else 3 * 3 * 4 * math.prod(run)  # the content, the start, those before them
     return {"network of the style": most, **(_beside(setup, spec, config) if spec else {}), "pictures": pictures}
 
 

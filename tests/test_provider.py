@@ -188,7 +188,7 @@ def test_bf16_is_for_cudnn_and_tensorrt(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision, monkeypatch):
-    """A mistake of who names the device as well; else there is no device for it."""
+    """A mistake of who names the device as well; else the device that was found does not have it."""
     with pytest.raises(ValueError, match=precision):
         provider.resolve("cpu", precision)
     monkeypatch.setattr(provider, "_is_here", lambda device: device == "cpu")

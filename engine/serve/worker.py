@@ -226,9 +226,7 @@ def _optional(what: str) -> Iterator[None]:
 
 def _save(step: Step, path: Path, reserve: int) -> None:
     with _optional("checkpoint"):
-        room = shutil.disk_usage(path.parent).free - reserve
-        if room < 0:  # before a GPU is waited for
-            raise OSError(errno.ENOSPC, "the rest of the disk is reserved", path.name)
+        room = _room(path, reserve)  # before a GPU is waited for
         with image.atomic(path) as temporary:
             step.save_checkpoint(temporary, room=room)
         sync(path.parent)
@@ -236,12 +234,18 @@ def _save(step: Step, path: Path, reserve: int) -> None:
 
 def _spare(path: Path, make: Callable[[], bytes], reserve: int) -> None:
     """Write what can be done without, but not into the room that is reserved. Raises OSError."""
-    free, data = shutil.disk_usage(path.parent).free, b""
-    if free >= reserve:
-        data = make()
-    if free - len(data) < reserve:
-        raise OSError(errno.ENOSPC, "the rest of the disk is reserved", path.name)
+    _room(path, reserve)
+    data = make()
+    _room(path, reserve + len(data))
     write(path, data)
+
+
+def _room(path: Path, reserve: int) -> int:
+    """Bytes of the disk beside those that are reserved. Raises OSError if there are less."""
+    room = shutil.disk_usage(path.parent).free - reserve
+    if room < 0:
+        raise OSError(errno.ENOSPC, "the rest of the disk is reserved", path.name)
+    return room
 
 
 def png(picture: Image.Image, fast: bool = False, record: Mapping[str, Any] | None = None) -> bytes:
