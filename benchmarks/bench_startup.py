@@ -42,7 +42,9 @@ def test_open_network(benchmark: BenchmarkFixture, problem: cases.Problem, devic
     width, height = problem.size
     layers = problem.config.layers
     spec = vgg.Spec(height, width, layers, blocked=device == "onnxruntime")
-    network = benchmark.pedantic(lambda: open_network(cases.weights(problem), layers, device, 2)(spec), rounds=3)
+    network = benchmark.pedantic(
+        lambda: open_network(cases.weights(problem), layers, device, "fp32", 2)(spec), rounds=3
+    )
     network.image.copy_(problem.start)
     network.forward()
     assert float(network.parts[0].features[layers[-1]].sum()) > 0

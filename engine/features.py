@@ -150,10 +150,13 @@ class Open(Protocol):
         """The features at `spec` of pixels as `Config.pixel_range` has them."""
 
 
-def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int, *, with_max: bool = False) -> Open:
+def network(
+    weights: Weights, layers: tuple[str, ...], device: str, precision: str, threads: int, *, with_max: bool = False
+) -> Open:
     """The network down to the deepest of `layers` on a device; `threads` counts on a CPU.
 
-    `with_max` asks for max pooling besides average pooling.
+    On `cpu` it opens specs of this `precision`, elsewhere of any. `with_max` asks for max pooling besides average
+    pooling.
     On `cpu` it is the Winograd program, on `cudnn` its convolutions, elsewhere the two ONNX graphs in ONNX Runtime.
     Raises BackendError if the device cannot run it.
     """
@@ -161,7 +164,7 @@ def network(weights: Weights, layers: tuple[str, ...], device: str, threads: int
     if device == "cpu":
         from . import winograd
 
-        transformed = winograd.Network(weights, layers, threads, with_max=with_max)
+        transformed = winograd.Network(weights, layers, threads, precision=precision, with_max=with_max)
 
         def open_program(spec: vgg.Spec, *, forward_only: bool = False, pixel_range: str = "auto") -> Features:
             found = winograd.Features(spec, transformed, forward_only=forward_only)

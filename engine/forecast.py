@@ -289,11 +289,16 @@ def _style_phase(setup: Setup, goal: Goal, run: tuple[int, int]) -> dict[str, in
             own += max(_products(spec, window, [layer], 1) for layer in spec.layers)
         masked = mask is not None or style.alpha is not None
         if config.style_loss != "gram" or masked:  # what is made of the features; with a mask, on a way
-            element = DTYPES[spec.precision].itemsize + 4 * masked
+            element = _element(spec, gpu) + 4 * masked
             own += element * most_places
         most = max(most, own)
     pictures = 0 if gpu else 3 * 3 * 4 * math.prod(run)  # the content, the start, those before them
     return {"network of the style": most, **(_beside(setup, spec, config) if spec else {}), "pictures": pictures}
+
+
+def _element(spec: vgg.Spec, gpu: bool) -> int:
+    """Bytes of a feature: on a CPU it is fp32 whatever the products are made of."""
+    return DTYPES[spec.precision].itemsize if gpu else 4
 
 
 def _spec(setup: Setup, size: tuple[int, int], layers: tuple[str, ...], config: Config, padding: str) -> vgg.Spec:
@@ -322,7 +327,7 @@ def _run_phase(setup: Setup, goal: Goal, size: tuple[int, int], steps: int) -> d
 
 def _losses(goal: Goal, spec: vgg.Spec, gpu: bool) -> tuple[int, tuple[str, ...]]:
     """Bytes of what the losses compare with and work in; layers whose cotangent the VJP makes itself."""
-    config, element = goal.config, DTYPES[spec.precision].itemsize
+    config, element = goal.config, _element(spec, gpu)
     window = config.window_for((spec.width, spec.height))
     # What stands in memory at once, of features and of what is made of them.
     places = {name: element * count for name, count in windows.largest(spec, window).items()}
@@ -364,7 +369,8 @@ def _network(setup: Setup, spec: vgg.Spec, config: Config, made: tuple[str, ...]
     """Bytes of a network, or of that of the windows and of what is handed on of them."""
     window, own = config.window_for((spec.width, spec.height)), 0
     if window is not None:
-        element, copies = DTYPES[spec.precision].itemsize, 2 if setup.device == "cudnn" and not forward_only else 1
+        gpu = setup.device == "cudnn"
+        element, copies = _element(spec, gpu), 2 if gpu and not forward_only else 1
         own = copies * element * sum(windows.largest(spec, window).values())
         own += (1 if forward_only else 2) * 3 * 4 * spec.height * spec.width
         spec = windows.spec_of(spec, window)

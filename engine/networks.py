@@ -38,11 +38,12 @@ class Network:
 class Networks:
     """Opens the network of one set of weights on one device, anew only for what the last one cannot do yet.
 
-    `source` is as for `engine.export.weights.load`, `threads` counts on a CPU. Safe to call from several threads.
+    `source` is as for `engine.export.weights.load`, `precision` and `threads` count on a CPU. Safe to call from several
+    threads.
     """
 
-    def __init__(self, source: str | Path, device: str, threads: int) -> None:
-        self._source, self._device, self._threads = source, device, threads
+    def __init__(self, source: str | Path, device: str, precision: str, threads: int) -> None:
+        self._source, self._place = source, (device, precision, threads)
         self._lock = threading.RLock()
         self._opened: Network | None = None
         self._digests: tuple[str, ...] = ()
@@ -58,7 +59,7 @@ class Networks:
                 weights = load_weights(self._source, layers)
                 self._check_same(weights, depth)
                 self._opened = None  # before the new one is made: they need not stand side by side
-                opener = open_network(weights, layers, self._device, self._threads, with_max=with_max)
+                opener = open_network(weights, layers, *self._place, with_max=with_max)
                 self._opened = Network(depth, with_max, weights.name, weights.kind, weights.digests, opener)
                 del weights
                 give_back_freed_memory()

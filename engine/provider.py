@@ -52,15 +52,15 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
         log.info("device: %s", device)
     else:
         check(device)
-    if precision == "bf16" and device not in ("cudnn", "tensorrt"):
+    if precision == "bf16" and device in ("onnxruntime", "cuda"):
         raise mistake(
-            f"precision bf16: device {device} has no bf16 convolutions, --device cudnn and tensorrt have; "
-            f"{'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
+            f"precision bf16: ONNX Runtime has no bf16 convolutions for device {device}, --device cpu, cudnn and "
+            f"tensorrt have; {'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
         )
     if precision == "auto":
         precision = "fp16" if device in GPUS else "fp32"  # see `Stylizer` for runs that fp16 cannot hold
     elif precision == "fp16" and device == "cpu":
-        raise mistake("precision fp16: device cpu computes in fp32; --device onnxruntime runs fp16 graphs by casts")
+        raise mistake("precision fp16: device cpu has fp32 and bf16; --device onnxruntime runs fp16 graphs by casts")
     return device, precision
 
 

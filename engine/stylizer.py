@@ -49,7 +49,7 @@ class Stylizer:
     GPU, with one current stream).
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
+    cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cpu, cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
     default. On a GPU `auto` is fp16, with scaled gradients; a run that meets a number fp16 cannot hold goes on in fp32.
 
     Raises ValueError for an unknown name, a precision that the named device does not have or a file that holds no
@@ -73,7 +73,7 @@ class Stylizer:
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()
-        self._network = Networks(weights, self.device, self._threads)
+        self._network = Networks(weights, self.device, self.precision, self._threads)
         # On a CPU they open in milliseconds: better to give the memory back.
         self.keeps_networks = keep_networks and self.device != "cpu"
         self._cache = Cache(images.limit("STYLIZE_CACHE_BYTES", _CACHE if self.device == "cpu" else _NETWORK_CACHE))

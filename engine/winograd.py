@@ -1,8 +1,10 @@
 """VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions; direct ones before max pooling.
 
-Activations stand in NHWC order, fp32. Of the forward pass the VJP reads one bit of each: whether its ReLU let it pass,
-and with max pooling another one, whether it was the largest. So only what the losses read outlives its next layer, and
-the losses write their cotangents where they have read; all other memory is used again and again (`program.layout`).
+Activations stand in NHWC order, fp32. In bf16 the factors of most products are rounded to it: those of the VJP, and
+with average pooling those of the forward pass from the third block on; all sums are fp32. Of the forward pass the VJP
+reads one bit of each activation: whether its ReLU let it pass, and with max pooling another one, whether it was the
+largest. So only what the losses read outlives its next layer, and the losses write their cotangents where they have
+read; all other memory is used again and again (`program.layout`).
 A convolution that is a loss layer itself has its ReLU as a step of its own.
 """
 
@@ -32,22 +34,39 @@ from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, M
 class Network:
     """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and its threads.
 
-    Max pooling needs another copy of them, which is made if `with_max`.
+    They serve specs of one `precision`, fp32 or bf16. Max pooling needs another copy of them, which is made if
+    `with_max`.
     """
 
-    def __init__(self, weights: Weights, layers: tuple[str, ...], threads: int, *, with_max: bool = False) -> None:
-        self.threads = program.Threads(threads)
+    def __init__(
+        self,
+        weights: Weights,
+        layers: tuple[str, ...],
+        threads: int,
+        *,
+        precision: str = "fp32",
+        with_max: bool = False,
+    ) -> None:
+        low = precision == "bf16"
+        self.threads = program.Threads(threads, halves=low)
         self.arrays: dict[str, NDArray[Any]] = {"mean": np.array(weights.mean, np.float32)}
         for conv in vgg.cut(layers):
             kernel = weights.kernel(conv)
             if conv.in_channels == 3:
                 self.arrays["first"], self.arrays["last"] = nhwc.first_weights(kernel), nhwc.last_weights(kernel)
-                if with_max:
+                if with_max and not low:
                     exact = weights.parameters[f"{conv.name}.weight"].numpy()
                     self.arrays["first.direct"] = direct.first_weights(exact, weights.mean, weights.std)
             else:
-                self.arrays[conv.name] = winograd.transform_kernel(kernel)
-                if with_max:
+                panels, paired = winograd.transform_kernel(kernel), low and conv.block >= _PAIRED
+                if not paired or with_max:
+                    self.arrays[conv.name] = panels
+                if paired:
+                    self.arrays[f"{conv.name}.pairs"] = _pairs(panels)
+                if low:
+                    turned = kernel.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+                    self.arrays[f"{conv.name}.vjp"] = _pairs(winograd.transform_kernel(turned))
+                elif with_max:
                     self.arrays[f"{conv.name}.direct"] = direct.panels(kernel)
             self.arrays[f"{conv.name}.bias"] = weights.parameters[f"{conv.name}.bias"].numpy().copy()
 
@@ -125,6 +144,8 @@ class Features(Whole):
 
     def _forward_steps(self) -> list[Step]:
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
+        low = spec.precision == "bf16"
+        exact = largest and not low  # how the products are added up
         steps: list[Step] = []
         source: int | str = self.image.data_ptr()
         for i, conv in enumerate(spec.convs):
@@ -141,16 +162,18 @@ class Features(Whole):
             step = {"source": source, "target": target, "bits": bits, "padding": PADDINGS.index(spec.edge(conv))}
             step["ending"] = winograd.BIASED if bare else winograd.RELU
             step |= self._shape(conv) | {"extra": network.address(f"{conv.name}.bias")}
-            if conv.in_channels == 3 and largest:
+            if conv.in_channels == 3 and exact:
                 step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
             elif conv.in_channels == 3:
                 step |= {"op": FIRST, "tasks": -(-height // nhwc.BAND), "mean": network.address("mean")}
                 step["weights"] = network.address("first")
-            elif largest:
+            elif exact:
                 step |= {"op": DIRECT, "c_in": conv.in_channels, "weights": network.address(f"{conv.name}.direct")}
                 step |= self._groups(direct.tiles(height, width), channels)
             else:
-                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "weights": network.address(conv.name)}
+                paired = low and not largest and conv.block >= _PAIRED
+                place = network.address(f"{conv.name}.pairs" if paired else conv.name)
+                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "weights": place, "halves": int(paired)}
                 step |= self._shares(height, width, conv.in_channels, channels)
             steps.append(step)
             source = target
@@ -195,7 +218,11 @@ class Features(Whole):
             _, _, tall, broad = spec.shapes[below.relu]
             adds = int(below.relu in spec.layers)
             target = below.relu if adds else self._buffer(f"{below.relu} cotangent", tall * broad, conv.in_channels)
-            step |= {"op": CONVOLVE, "c_out": conv.in_channels, "turned": 1, "weights": network.address(conv.name)}
+            step |= {"op": CONVOLVE, "c_out": conv.in_channels}
+            if spec.precision == "bf16":
+                step |= {"halves": 1, "weights": network.address(f"{conv.name}.vjp")}
+            else:
+                step |= {"turned": 1, "weights": network.address(conv.name)}
             step |= self._shares(height, width, channels, conv.in_channels)
             own: Step = {"target": target, "bits": f"{below.relu} bits"}
             layers = (below.relu,) if adds else ()
@@ -260,6 +287,13 @@ def memory(spec: vgg.Spec, threads: int, *, forward_only: bool = False) -> int:
     return sum(each.nbytes for each in found.memory)
 
 
+def _pairs(panels: NDArray[np.float32]) -> NDArray[Any]:
+    return vector.pairs(torch.from_numpy(panels)).view(torch.int16).numpy()
+
+
+# In bf16 the first block whose forward pass has bf16 factors: rounding in the blocks before it turns so many ReLUs over
+# that the gradient would be off five times as far. Max pooling decides by differences that are smaller still.
+_PAIRED = 3
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.
 _BLOCKS = {64: 36, 128: 36, 256: 36, 512: 48}
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .vector import BLOCK, ROWS, SQUARE, array, clear, copy, multiply_add, multiply_add_square
+from .vector import (
+    BLOCK,
+    ROWS,
+    SQUARE,
+    array,
+    clear,
+    copy,
+    copy_halves,
+    multiply_add,
+    multiply_add_pairs,
+    multiply_add_square,
+)
 
 LENGTH = 1 << 16  # floats of one task of `content_loss` and `content_gradient`
 STRETCH = 48  # positions of one task of `style_gradient`
@@ -97,16 +108,22 @@ def content_gradient(features, content, target, factor, count, task):  # type: i
 
 
 @njit(nogil=True, error_model="numpy")
-def style_gradient(features, panels, target, positions, channels, adds, task, scratch):  # type: ignore[no-untyped-def]
+def style_gradient(  # type: ignore[no-untyped-def]
+    features, panels, target, positions, channels, adds, halves, task, scratch
+):
     """STRETCH rows of target = F matrix, or of target += F matrix if `adds`; target may be F itself if it does not.
 
-    `panels` (channels / BLOCK, channels, BLOCK) holds the columns of the matrix (channels, channels).
+    `panels` (channels / BLOCK, channels, BLOCK) holds the columns of the matrix (channels, channels); with `halves` in
+    bf16, as in `vector.pairs`, to which F is rounded, too.
     """
     first, last = task * STRETCH, min(positions, (task + 1) * STRETCH)
     for t in range(first, last, ROWS):
         source, result, whole = features + 4 * t * channels, target + 4 * t * channels, t + ROWS <= last
         count = min(ROWS, last - t) * channels
-        if not whole or features == target:
+        if halves:
+            copy_halves(source, scratch, count)
+            source = scratch
+        elif not whole or features == target:
             copy(source, scratch, count)
             source = scratch
         if not adds:
@@ -115,7 +132,12 @@ def style_gradient(features, panels, target, positions, channels, adds, task, sc
             copy(result, scratch + 4 * ROWS * channels, count)
             result = scratch + 4 * ROWS * channels
         for n in range(0, channels, BLOCK):
-            panel = panels + 4 * n * channels
-            multiply_add(source, channels, 1, panel, BLOCK, channels, result + 4 * n, channels)
+            if halves:
+                depth = channels // 2
+                panel = panels + 4 * n * depth
+                multiply_add_pairs(source, depth, 1, panel, BLOCK, depth, result + 4 * n, channels)
+            else:
+                panel = panels + 4 * n * channels
+                multiply_add(source, channels, 1, panel, BLOCK, channels, result + 4 * n, channels)
         if not whole:
             copy(result, target + 4 * t * channels, count)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import direct, nhwc, products, winograd
-from .vector import BLOCK, keep_marked
+from .vector import BLOCK, keep_marked, pairs
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
 CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE, RECTIFY, ADD = range(8, 15)
 _FIELDS = (
-    "op tasks source target height width c_in c_out weights extra bits winners adds mean turned ending tiles groups"
+    "op tasks source target height width c_in c_out weights extra bits winners adds mean turned halves ending tiles"
 )
-_STEP = np.dtype([(name, np.int64) for name in f"{_FIELDS} largest padding".split()])
+_STEP = np.dtype([(name, np.int64) for name in f"{_FIELDS} groups largest padding".split()])
 Step = dict[str, int | str]  # the fields of a step; addresses may be names of buffers
 _compiling = threading.Lock()
 _PATIENCE = 200  # looks at a counter before the processor is offered to others
@@ -46,11 +46,12 @@ _PATIENCE = 200  # looks at a counter before the processor is offered to others
 class Threads:
     """`count` threads, the caller's own among them, that run programs; they sleep in between.
 
-    They are `summed.Products` too, for fp32 features in NHWC order whose channels are a multiple of BLOCK.
+    They are `summed.Products` too, for fp32 features in NHWC order whose channels are a multiple of BLOCK; with
+    `halves` the factors of `style_gradient` are rounded to bf16.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, *, halves: bool = False) -> None:
+        self.count, self._halves = count, halves
         self._begin()
 
     def _begin(self) -> None:
@@ -109,7 +110,13 @@ class Threads:
         channels, positions = features.shape
         panels = torch.empty(channels // BLOCK, channels, BLOCK)
         torch.mul(difference.view(channels, -1, BLOCK).transpose(0, 1), factor, out=panels)
-        step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "adds": int(accumulate)}
+        panels = pairs(panels) if self._halves else panels
+        step = {
+            "op": STYLE,
+            "halves": int(self._halves),
+            "tasks": -(-positions // products.STRETCH),
+            "adds": int(accumulate),
+        }
         step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": panels.data_ptr()}
         self._run_steps([features, out], [step | {"width": positions, "c_out": channels}])
 
@@ -226,7 +233,7 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         count = min(step.tiles, tiles - first)
         winograd.convolve(
             source, target, height, width, step.c_in, channels, weights, extra, bits, step.turned, step.ending,
-            step.padding, first, count, task % step.groups, step.groups, scratch,
+            step.halves, step.padding, first, count, task % step.groups, step.groups, scratch,
         )  # fmt: skip
     elif step.op == DIRECT_FIRST:
         direct.first(source, target, bits, height, width, channels, weights, extra, step.padding, least, task)
@@ -259,7 +266,7 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
     elif step.op == GRAM_SUM:
         products.gram_sum(source, target, width, channels, step.groups, task)
     elif step.op == STYLE:
-        products.style_gradient(source, weights, target, width, channels, step.adds, task, scratch)
+        products.style_gradient(source, weights, target, width, channels, step.adds, step.halves, task, scratch)
     else:
         nhwc.last(source, target, height, width, step.c_in, weights, step.padding, task, scratch)
 

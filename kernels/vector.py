@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import codegen, config
 from numba.extending import intrinsic
+from torch import Tensor
 
 LANES = 16
 BLOCK = 64  # columns that the products work on at a time
@@ -20,13 +22,31 @@ ROWS, SQUARE = 6, 4  # rows of one result of `multiply`; rows and columns of one
 _COLUMNS = BLOCK // LANES
 # Vectors of the columns that a product works on at once, and rows and columns of a part of `multiply_transposed`: as
 # many as keep all sums in registers, 32 of LANES floats with AVX-512, room for 8 with AVX2 and with ARM's NEON.
-_HAS_WIDE = "+avx512f" in (codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES)
+_FEATURES = (codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
+_HAS_WIDE, HAS_PAIRS = "+avx512f" in _FEATURES, "+avx512bf16" in _FEATURES
 _STRIP, _PART = (_COLUMNS, SQUARE) if _HAS_WIDE else (1, 2)
 _CHUNK = 32  # products added up on their own: the rounding of long sums would come to more than that of the products
 _SHORT = 16  # the same where the sums are exact
 
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not know: the upper half of a float."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 FLOAT, _I16, _I32, I64 = ir.FloatType(), ir.IntType(LANES), ir.IntType(32), ir.IntType(64)
 VECTOR, _BITS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(1), LANES)
+_WORDS, _HALVES, _PAIRS = (
+    ir.VectorType(kind, count) for kind, count in ((_I32, LANES), (_BFloat(), LANES), (_BFloat(), 2 * LANES))
+)
 ZERO = ir.Constant(VECTOR, None)
 _PREFETCH = "llvm.prefetch.p0"
 
@@ -95,6 +115,34 @@ class Code:
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         """x y + z, where x may be a number."""
         return self.b.call(self._fma, [self.splat(x) if isinstance(x, int | float) else x, y, z])
+
+    def halves(self, x: Any) -> Any:
+        """x rounded to bf16, half as long as a vector."""
+        if HAS_PAIRS:
+            return self.b.fptrunc(x, _HALVES)
+        words, sixteen, one = (self.b.bitcast(x, _WORDS), *(ir.Constant(_WORDS, [i] * LANES) for i in (16, 1)))
+        odd = self.b.and_(self.b.lshr(words, sixteen), one)  # a tie goes to the even one
+        rounded = self.b.add(words, self.b.add(odd, ir.Constant(_WORDS, [0x7FFF] * LANES)))
+        quiet = self.b.or_(words, ir.Constant(_WORDS, [0x400000] * LANES))
+        found = self.b.select(self.b.fcmp_unordered("uno", x, x), quiet, rounded)
+        return self.b.trunc(self.b.lshr(found, sixteen), ir.VectorType(ir.IntType(16), LANES))
+
+    def dot(self, x: Any, y: Any, z: Any) -> Any:
+        """z + x0 y0 + x1 y1, where each lane of x and of y is a pair of bf16."""
+        if HAS_PAIRS:
+            name = "llvm.x86.avx512bf16.dpbf16ps.512"
+            kind = ir.FunctionType(VECTOR, [VECTOR, _PAIRS, _PAIRS])
+            function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+            return self.b.call(function, [z, self.b.bitcast(x, _PAIRS), self.b.bitcast(y, _PAIRS)])
+        (x0, x1), (y0, y1) = self._both(x), self._both(y)
+        return self.fma(x0, y0, self.fma(x1, y1, z))
+
+    def _both(self, x: Any) -> tuple[Any, Any]:
+        """The two bf16 of each lane."""
+        words = self.b.bitcast(x, _WORDS)
+        low = self.b.shl(words, ir.Constant(_WORDS, [16] * LANES))
+        high = self.b.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
+        return self.b.bitcast(low, VECTOR), self.b.bitcast(high, VECTOR)
 
     def scaled(self, factor: float, x: Any) -> Any:
         """factor x."""
@@ -177,7 +225,7 @@ def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[...,
     return types.void(*[types.int64] * count), codegen
 
 
-def _product(rows: int, adds: bool, streams: bool) -> Any:
+def _product(rows: int, adds: bool, streams: bool, pairs: bool = False) -> Any:
     def emit(code: Code, v: Any, row: Any, column: Any, u: Any, line: Any, depth: Any, m: Any, m_row: Any) -> None:
         starts = [code.step(v, row, i) for i in range(rows)]
         for strip in range(0, _COLUMNS, _STRIP):
@@ -200,7 +248,8 @@ def _product(rows: int, adds: bool, streams: bool) -> Any:
             result = []
             for i, start in enumerate(starts):
                 value = code.splat(code.load(code.offset(start, across), FLOAT))
-                result += [code.fma(value, each, sums[i * _STRIP + j]) for j, each in enumerate(columns)]
+                accumulate = code.dot if pairs else code.fma
+                result += [accumulate(value, each, sums[i * _STRIP + j]) for j, each in enumerate(columns)]
             return result
 
         def chunk(index: Any, totals: list[Any]) -> list[Any]:
@@ -226,9 +275,12 @@ def _product(rows: int, adds: bool, streams: bool) -> Any:
 
 # (v, row, column, u, line, depth, m, m_row): m = V U, or m + V U, for a few rows of V (depth long, `row` floats from
 # row to row, `column` from element to element) and U (depth, BLOCK), whose lines are `line` floats apart. `multiply`
-# expects U to stream from memory, and asks for the panel behind it in time.
+# expects U to stream from memory, and asks for the panel behind it in time. With `pairs` V and U hold pairs of bf16
+# in the place of floats.
 multiply = _product(ROWS, adds=False, streams=True)
+multiply_pairs = _product(ROWS, adds=False, streams=True, pairs=True)
 multiply_add, multiply_add_square = _product(ROWS, True, False), _product(SQUARE, True, False)
+multiply_add_pairs = _product(ROWS, adds=True, streams=False, pairs=True)
 
 
 @intrinsic
@@ -306,6 +358,11 @@ def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  #
     return procedure(7, emit)
 
 
+def pairs(panels: Tensor) -> Tensor:
+    """Panels (.., C_in, BLOCK) in bf16, (.., C_in / 2, BLOCK, 2): those of two input channels stand side by side."""
+    return panels.to(torch.bfloat16).unflatten(-2, (-1, 2)).transpose(-1, -2).contiguous()
+
+
 def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
@@ -317,6 +374,19 @@ def copy(context, source, target, count):  # type: ignore[no-untyped-def]
     def emit(code: Code, source: Any, target: Any, count: Any) -> None:
         def body(begin: Any) -> None:
             code.store(code.load(code.offset(source, begin)), code.offset(target, begin))
+
+        code.for_vectors(count, body)
+
+    return procedure(3, emit)
+
+
+@intrinsic
+def copy_halves(context, source, target, count):  # type: ignore[no-untyped-def]
+    """Copy `count` floats, a multiple of LANES, as bf16."""
+
+    def emit(code: Code, source: Any, target: Any, count: Any) -> None:
+        def body(begin: Any) -> None:
+            code.store(code.halves(code.load(code.offset(source, begin))), code.offset(target, begin, 2))
 
         code.for_vectors(count, body)
 

@@ -22,7 +22,20 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .nhwc import inside
-from .vector import BLOCK, LANES, ROWS, SQUARE, ZERO, Code, clear, copy, multiply, multiply_transposed, procedure
+from .vector import (
+    BLOCK,
+    LANES,
+    ROWS,
+    SQUARE,
+    ZERO,
+    Code,
+    clear,
+    copy,
+    multiply,
+    multiply_pairs,
+    multiply_transposed,
+    procedure,
+)
 
 TILES = 12  # tiles are worked on in multiples of this
 _POINT = (math.sqrt(0.5), math.sqrt(2))  # a, b
@@ -70,7 +83,7 @@ def _output_line(code: Code, m: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _input(flipped: bool) -> Any:
+def _input(flipped: bool, halves: bool = False) -> Any:
     def emit(code: Code, source: Any, row: Any, column: Any, target: Any, plane: Any) -> None:
         def line(cells: list[Any]) -> list[Any]:
             values = _input_line(code, cells)
@@ -82,7 +95,7 @@ def _input(flipped: bool) -> Any:
             lines.append(line([code.load(code.step(start, column, j)) for j in range(6)]))
         for j in range(6):
             for i, value in enumerate(line([cells[j] for cells in lines])):
-                code.store(value, code.step(target, plane, 6 * i + j))
+                code.store(code.halves(value) if halves else value, code.step(target, plane, 6 * i + j))
 
     @intrinsic
     def transform(context, source, row, column, target, plane):  # type: ignore[no-untyped-def]
@@ -93,6 +106,7 @@ def _input(flipped: bool) -> Any:
 
 # (source, row, column, target, plane): V of LANES channels of the 6x6 tile at source, one vector a plane of target.
 transform_input, transform_input_flipped = _input(False), _input(True)
+transform_input_halves = _input(False, halves=True)  # V in bf16
 
 
 def _output(mode: str) -> Any:
@@ -165,6 +179,7 @@ def convolve(  # type: ignore[no-untyped-def]
     bits,
     turned,
     ending,
+    halves,
     padding,
     first,
     count,
@@ -176,6 +191,7 @@ def convolve(  # type: ignore[no-untyped-def]
 
     `source` (height, width, c_in) and `target` (height, width, c_out) are addresses; `u` is the address of the panels
     of the kernel or, if `turned`, of the kernel whose VJP is wanted: turned by 180 degrees, its channel axes swapped.
+    With `halves`, which are not `turned`, U is in bf16 (`vector.pairs`), and so is V.
     `first` and `count` choose tiles in row-major order, `group` of `groups` the channels, which are a multiple of
     BLOCK. `bits` is the address of a bit for each element of `target`, set where its ReLU lets it pass (see `ending`).
     `padding`, an index of `nhwc.PADDINGS`, is zero or circular: the VJP of either is padded in the same way. `scratch`
@@ -185,7 +201,8 @@ def convolve(  # type: ignore[no-untyped-def]
     rows = -(-count // TILES) * TILES  # of V and M; those past `count` hold leftovers, which nobody reads
     wide = c_out // groups
     channel = group * wide
-    v_plane, m_plane = rows * c_in + LANES, rows * wide + LANES  # an odd number of cache lines: all sets are used
+    depth = c_in // 2 if halves else c_in  # floats that a row of V takes
+    v_plane, m_plane = rows * depth + LANES, rows * wide + LANES  # an odd number of cache lines: all sets are used
     m = scratch + 4 * 36 * v_plane
     patch = m + 4 * 36 * m_plane
     for t in range(count):
@@ -203,8 +220,10 @@ def convolve(  # type: ignore[no-untyped-def]
                     else:
                         clear(cell, c_in)
         for c in range(0, c_in, LANES):
-            place = scratch + 4 * (t * c_in + c)
-            if turned:
+            place = scratch + 4 * t * depth + (2 if halves else 4) * c
+            if halves:
+                transform_input_halves(tile + 4 * c, row, c_in, place, v_plane)
+            elif turned:
                 transform_input_flipped(tile + 4 * c, row, c_in, place, v_plane)
             else:
                 transform_input(tile + 4 * c, row, c_in, place, v_plane)
@@ -220,11 +239,14 @@ def convolve(  # type: ignore[no-untyped-def]
                             v + 4 * t * c_in, c_in, rows_of_u, c_out * BLOCK, c_in // BLOCK, place, wide
                         )
         else:
-            plane = u + 4 * p * c_in * c_out
             for n in range(0, wide, BLOCK):
+                panel = u + 4 * (p * c_out + channel + n) * depth
                 for t in range(0, rows, ROWS):
-                    place = plane + 4 * (channel + n) * c_in
-                    multiply(v + 4 * t * c_in, c_in, 1, place, BLOCK, c_in, result + 4 * (t * wide + n), wide)
+                    place, total = v + 4 * t * depth, result + 4 * (t * wide + n)
+                    if halves:
+                        multiply_pairs(place, depth, 1, panel, BLOCK, depth, total, wide)
+                    else:
+                        multiply(place, depth, 1, panel, BLOCK, depth, total, wide)
     for t in range(count):
         y, x = 4 * ((first + t) // across), 4 * ((first + t) % across)
         high, broad = min(4, height - y), min(4, width - x)

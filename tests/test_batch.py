@@ -155,8 +155,8 @@ def test_a_worker_that_cannot_work_ends_the_batch(folders, capsys, monkeypatch, 
 
 
 def test_a_precision_that_the_device_has_not_ends_the_batch(folders, capsys):
-    assert batch.main(words(folders, "--precision", "bf16", "--device", "cpu")) == 2
-    assert "precision bf16: device cpu has no bf16 convolutions" in capsys.readouterr().err
+    assert batch.main(words(folders, "--precision", "fp16", "--device", "cpu")) == 2
+    assert "precision fp16: device cpu has fp32 and bf16" in capsys.readouterr().err
 
 
 def test_a_worker_that_cannot_start_among_others_that_paint_has_died():

@@ -149,7 +149,7 @@ MISTAKES = [
     (["{content}", "{style}", "-o", "{out}", "--colour", "keep-bfore"], "did you mean keep-before"),
     (["{content}", "{style}", "-o", "{out}", "--device", "cudaa"], "did you mean cuda"),
     (["{content}", "{style}", "-o", "{out}", "--precision", "fp61"], "did you mean fp16"),
-    (["{content}", "{style}", "-o", "{out}", "--device", "cpu", "--precision", "fp16"], "cpu computes in fp32"),
+    (["{content}", "{style}", "-o", "{out}", "--device", "cpu", "--precision", "fp16"], "cpu has fp32 and bf16"),
     (["{content}", "{style}", "-o", "{out}", "--content-layers", "auto,relu1_1"], "layer 'auto'"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "imagnet"], "did you mean imagenet? choose auto"),
     (["{content}", "{style}", "-o", "{out}", "--weights", "{missing}.pth"], "does not exist"),

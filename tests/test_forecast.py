@@ -26,14 +26,15 @@ SPECS = [
     vgg.Spec(64, 48, LAYERS, "max"),
     vgg.Spec(48, 64, LAYERS, padding="circular"),
     vgg.Spec(40, 40, ("relu1_1", "conv2_2"), padding="reflect"),
+    vgg.Spec(50, 64, LAYERS, precision="bf16"),
 ]
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_program_of_a_cpu(spec, threads):
-    network = winograd.Network(weights.load("embedded", LAYERS), LAYERS, threads, with_max=spec.pooling == "max")
-    found = winograd.Features(spec, network)
+    kinds = {"precision": spec.precision, "with_max": spec.pooling == "max"}
+    found = winograd.Features(spec, winograd.Network(weights.load("embedded", LAYERS), LAYERS, threads, **kinds))
     assert winograd.memory(spec, threads) == sum(each.nbytes for each in found.memory)
 
 

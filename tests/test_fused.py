@@ -415,7 +415,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
     runs = []
     with pytest.MonkeyPatch.context() as patch:  # not for the truth
         patch.setattr(torch.Tensor, "is_cuda", property(lambda self: False))
-        exact = open_network(net, layers, "cpu", 1)(vgg.Spec(32, 33, layers), pixel_range=pixel_range)
+        exact = open_network(net, layers, "cpu", "fp32", 1)(vgg.Spec(32, 33, layers), pixel_range=pixel_range)
         truth = objective(exact, content, style, config, held)
         wanted, slope = truth.evaluate(pixels)
 
@@ -426,7 +426,7 @@ def test_the_objective_on_it_is_that_of_the_cpu(on_cpu, net, monkeypatch, frozen
 
     monkeypatch.setattr(kernels, "Recorded", Counted)
     spec = vgg.Spec(32, 33, layers, precision=precision)
-    seen = open_network(net, layers, "cudnn", 1)(spec, pixel_range=pixel_range)
+    seen = open_network(net, layers, "cudnn", "fp32", 1)(spec, pixel_range=pixel_range)
     own = objective(seen, content, style, config, held)
     assert set(own.network.parts[0].cotangents) == ({"relu3_1"} if precision != "fp32" else set(layers))
     runs.clear()

@@ -176,24 +176,24 @@ def test_unknown_names(arguments, words):
         provider.resolve(*arguments)
 
 
-def test_bf16_is_for_cudnn_and_tensorrt(monkeypatch):
+def test_bf16_is_not_for_onnx_runtimes_own_kernels(monkeypatch):
     monkeypatch.setattr(provider, "check", lambda device: None)
     for device in ("cudnn", "tensorrt"):
         assert provider.resolve(device, "bf16") == (device, "bf16")
     assert provider.resolve("auto", "bf16") == ("cudnn", "bf16")
-    for device, instead in (("cuda", "fp16"), ("onnxruntime", "fp32"), ("cpu", "fp32")):
-        with pytest.raises(ValueError, match=f"bf16.*--device cudnn and tensorrt have; --precision {instead}"):
+    for device, instead in (("cuda", "fp16"), ("onnxruntime", "fp32")):
+        with pytest.raises(ValueError, match=f"bf16.*--device cpu, cudnn and tensorrt have; --precision {instead}"):
             provider.resolve(device, "bf16")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(precision, monkeypatch):
+def test_what_a_cpu_does_not_compute_is_refused_rather_than_replaced(monkeypatch):
     """A mistake of who names the device as well; else the device that was found does not have it."""
-    with pytest.raises(ValueError, match=precision):
-        provider.resolve("cpu", precision)
+    with pytest.raises(ValueError, match="precision fp16: device cpu has fp32 and bf16"):
+        provider.resolve("cpu", "fp16")
     monkeypatch.setattr(provider, "_is_here", lambda device: device == "cpu")
-    with pytest.raises(BackendError, match=precision):
-        provider.resolve("auto", precision)
+    with pytest.raises(BackendError, match="precision fp16"):
+        provider.resolve("auto", "fp16")
+    assert provider.resolve("cpu", "bf16") == provider.resolve("auto", "bf16") == ("cpu", "bf16")
 
 
 def test_a_graph_that_cannot_be_captured_runs_launch_by_launch(monkeypatch, caplog):

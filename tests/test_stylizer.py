@@ -19,6 +19,7 @@ from PIL import Image
 
 from engine import BackendError, Config, Stylizer, features, image, provider, samples
 from engine.cache import Cache
+from engine.export import vgg
 
 ALL_TERMS = {"content_weight": 2.0, "style_weight": 300.0, "tv_weight": 5.0}
 
@@ -206,6 +207,17 @@ def test_half_precision_holds_its_tolerance(states, stylizers):
     assert error(score.gradient, gradient) < 3e-2
 
 
+@pytest.mark.parametrize("pooling", vgg.POOLINGS)
+@pytest.mark.parametrize("loss", ["gram", "wasserstein"])
+def test_bf16_on_a_cpu_holds_its_tolerance(states, stylizers, pooling, loss):
+    picture, content, style = noise(64, 64, 1), noise(64, 64, 2), noise(64, 64, 3) ** 3
+    config = Config(**ALL_TERMS, pooling=pooling, style_loss=loss)
+    score = stylizers("torchvision", "cpu", "bf16").evaluate(picture, content, style, config)
+    total, _, gradient = oracle.objective(picture, content, style, states["torchvision"][1], config)
+    assert score.loss == pytest.approx(total, rel=1e-2)
+    assert 1e-4 < error(score.gradient, gradient) < 3e-2
+
+
 @pytest.mark.parametrize("weight", [1e-12, 1e12])
 def test_half_precision_gradient_does_not_depend_on_the_weights_scale(stylizers, weight):
     stylizer = stylizers("torchvision", "onnxruntime", "fp16")
@@ -215,17 +227,18 @@ def test_half_precision_gradient_does_not_depend_on_the_weights_scale(stylizers,
     np.testing.assert_allclose(other.gradient / weight, one.gradient, rtol=1e-2, atol=1e-3 * np.abs(one.gradient).max())
 
 
-def test_a_run_in_half_precision_ends_at_the_loss_of_single_precision():
+@pytest.mark.parametrize(("device", "low"), [("onnxruntime", "fp16"), ("cpu", "bf16")])
+def test_a_run_in_half_precision_ends_at_the_loss_of_single_precision(device, low):
     """Evaluated again in fp32, within the 1 % that the numerics allow."""
     config = Config(size=64, scales=1, iterations=60)
     content, style = samples.pair()
-    own = {precision: Stylizer("embedded", "onnxruntime", precision) for precision in ("fp32", "fp16")}
+    own = {precision: Stylizer("embedded", device, precision) for precision in ("fp32", low)}
     objective, ends = own["fp32"].objective(content, style, config), {}
     for precision, each in own.items():
         result = each(content, style, config)
         ends[precision] = float(objective.evaluate(image.to_tensor(result.last.picture))[0].total)
         assert ends[precision] < 0.1 * result.trace[0][1]
-    assert ends["fp16"] == pytest.approx(ends["fp32"], rel=0.01)
+    assert ends[low] == pytest.approx(ends["fp32"], rel=0.01)
 
 
 def test_evaluate_resizes_content_and_style(stylizer):

@@ -232,10 +232,10 @@ def test_on_a_gpu(on_cpu, net, kind, precision, limits):
     masks = (plane, 1 - plane) if precision == "bf16" else (None,)
     with pytest.MonkeyPatch.context() as patch:  # not for the truth
         patch.setattr(torch.Tensor, "is_cuda", property(lambda self: False))
-        exact = open_network(net, layers, "cpu", 1)(vgg.Spec(82, 99, layers))
+        exact = open_network(net, layers, "cpu", "fp32", 1)(vgg.Spec(82, 99, layers))
         wanted, slope = objective(exact, pictures, config, masks).evaluate(pixels)
     spec = vgg.Spec(82, 99, layers, precision=precision, nhwc=precision != "fp32")
-    own = windows.Windowed(spec, 64, open_network(net, layers, "cudnn", 1))
+    own = windows.Windowed(spec, 64, open_network(net, layers, "cudnn", "fp32", 1))
     assert len(own.parts) == 4
     seen = objective(own, pictures, config, masks)
     assert seen.recorded is None
@@ -248,7 +248,7 @@ def test_on_a_gpu(on_cpu, net, kind, precision, limits):
 
 def test_memory_of_windows_on_a_gpu(on_cpu, net):
     spec = vgg.Spec(300, 400, LAYERS, precision="fp16", nhwc=True)
-    own = windows.Windowed(spec, 192, open_network(net, LAYERS, "cudnn", 1))
+    own = windows.Windowed(spec, 192, open_network(net, LAYERS, "cudnn", "fp32", 1))
     taken = sum(each.nbytes for each in own.memory if each.dtype != torch.uint8)  # but for the workspace
     config = Config(window=192, content_layers=("relu2_2",), style_layers=LAYERS)
     assert forecast._network(forecast.Setup("cudnn", "fp16", 2, None), spec, config, ()) == taken

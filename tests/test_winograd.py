@@ -42,18 +42,24 @@ def bits_of(values):
     return np.packbits(values.flatten() > 0, bitorder="little")
 
 
-def convolve(source, weight, bias, bits, target, turned, ending, tiles=24, groups=1, padding=0):
+def halved(panels):
+    return vector.pairs(torch.from_numpy(panels)).view(torch.int16).numpy()
+
+
+def convolve(source, weight, bias, bits, target, turned, ending, tiles=24, groups=1, padding=0, halves=False):
     """Every task of one convolution; `weight` (C_out, C_in, 3, 3) is that of the forward direction."""
     height, width, c_in = source.shape
     c_out = target.shape[2]
     u = kernel.transform_kernel(weight)
+    u = halved(u) if halves else u
     scratch = np.full(kernel.scratch_size(c_in, c_out, tiles), 7, np.float32)
     count = -(-height // 4) * -(-width // 4)
     for first in range(0, count, tiles):
         for group in range(groups):
             kernel.convolve(
                 address(source), address(target), height, width, c_in, c_out, address(u), address(bias), address(bits),
-                int(turned), ending, padding, first, min(tiles, count - first), group, groups, address(scratch),
+                int(turned), ending, int(halves), padding, first, min(tiles, count - first), group, groups,
+                address(scratch),
             )  # fmt: skip
 
 
@@ -71,6 +77,59 @@ def test_forward_convolution(size, c_in, c_out, groups):
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
     truth = functional.conv2d(x, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), padding=1).relu()
     assert error(torch.from_numpy(target).permute(2, 0, 1)[None], truth) < 2e-6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 6), (13, 22)])
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 2), (128, 64, 1)])
+@pytest.mark.parametrize("padding", ["zero", "circular"])
+def test_convolution_with_factors_in_bf16(size, c_in, c_out, groups, padding):
+    """Against float64, where U and V are rounded by torch as they are here."""
+    generator = np.random.default_rng(0)
+    source = generator.standard_normal((*size, c_in), np.float32)
+    weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
+    target, bits = np.full((*size, c_out), np.nan, np.float32), np.zeros(np.prod(size) * c_out // 8, np.uint8)
+    beyond = PADDINGS.index(padding)
+    convolve(source, weight, target, bits, target, False, kernel.PLAIN, groups=groups, padding=beyond, halves=True)
+    found = torch.from_numpy(target).permute(2, 0, 1)[None]
+
+    a, b = kernel._POINT
+    points, mixed = (a, -a, b, -b), a * a + b * b
+    lines = [[1, 0, -mixed, 0, 1, 0], *([0, -1 / p, -1 / p**2, p, 1, 0] for p in points), [0, 1, 0, -mixed, 0, 1]]
+    back = torch.tensor([[1, *(p**i for p in points), int(i == 3)] for i in range(4)], dtype=torch.float64)
+    back[1:, 0] = 0
+    forth = torch.tensor(lines, dtype=torch.float64)
+    tall, broad = (-(-side // 4) * 4 for side in size)
+    if padding == "circular":
+        x = source[np.arange(-1, tall + 1) % size[0]][:, np.arange(-1, broad + 1) % size[1]]
+    else:
+        x = np.pad(source, ((1, tall + 1 - size[0]), (1, broad + 1 - size[1]), (0, 0)))
+    x = torch.from_numpy(x).double().permute(2, 0, 1)[None]
+    tiles = x[0].unfold(1, 6, 4).unfold(2, 6, 4)
+    v = torch.einsum("ia,cyxab,jb->ijcyx", forth, tiles, forth).bfloat16().double()
+    u = torch.from_numpy(kernel.transform_kernel(weight)).bfloat16().double()
+    u = u.transpose(2, 3).reshape(6, 6, c_out, c_in)
+    products = torch.einsum("ijoc,ijcyx->ijoyx", u, v)
+    truth = torch.einsum("ai,ijoyx,bj->oyaxb", back, products, back).reshape(1, c_out, tall, broad)
+    truth = truth[:, :, : size[0], : size[1]]
+    plain = functional.conv2d(x, torch.from_numpy(weight).double())[:, :, : size[0], : size[1]]
+    assert error(truth, plain) < 2e-2
+    # An element of V that fp32 computes to the other side of a middle between two bf16 makes more than fp32 rounds.
+    assert error(found, truth) < 5e-4
+
+
+def test_values_are_rounded_to_bf16_as_torch_does_it():
+    values = torch.randn(1 << 12, generator=torch.Generator().manual_seed(0))
+    values[:16] = torch.tensor([0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, torch.inf, -torch.inf, torch.nan] * 2)
+    source, target = values.numpy(), np.zeros(len(values), np.int16)
+
+    @numba.njit
+    def copy(source, target, count):
+        vector.copy_halves(source, target, count)
+
+    copy(address(source), address(target), len(source))
+    found, truth = torch.from_numpy(target).view(torch.bfloat16), values.bfloat16()
+    assert torch.equal(found.isnan(), truth.isnan())
+    assert torch.equal(found[~found.isnan()], truth[~truth.isnan()])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (5, 6), (13, 27)])
@@ -146,6 +205,11 @@ def network(net):
     return winograd.Network(net, ("relu5_4",), 2, with_max=True)
 
 
+@pytest.fixture(scope="module")
+def low_network(net):
+    return winograd.Network(net, ("relu5_4",), 2, precision="bf16", with_max=True)
+
+
 def every_relu(spec, network, image):
     """The ReLU outputs down to the deepest of the spec: a program that keeps all of them."""
     every = replace(spec, layers=tuple(spec.shapes))
@@ -201,6 +265,29 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
     relus = {name: value.contiguous().numpy() for name, value in features.items()}
     exact = {name: value.double() for name, value in cotangents.items()}
     assert error(gradient, validate.linear_piece_vjp(spec, net, relus, exact)) < 5e-6
+
+
+@settings(max_examples=8)
+@given(
+    height=st.integers(32, 75),
+    width=st.integers(32, 75),
+    layers=st.sets(st.sampled_from(vgg.LOSS_LAYERS), min_size=1, max_size=5),
+    pooling=st.sampled_from(["avg", "max"]),
+    padding=st.sampled_from(["zero", "replicate"]),
+)
+def test_any_size_and_any_layers_in_bf16(net, low_network, height, width, layers, pooling, padding):
+    """Features within what bf16 rounds; before what is in bf16, and with max pooling everywhere, as in fp32."""
+    layers = tuple(layer for layer in vgg.LOSS_LAYERS if layer in layers)
+    spec = vgg.Spec(height, width, layers, pooling, "bf16", padding=padding)
+    image, features, cotangents, gradient = forward_and_vjp(spec, low_network)
+    for layer, truth in net.module(spec.layers, pooling, torch.float64, padding)(image.double()).items():
+        exact = pooling == "max" or layer[4] in "12"
+        assert error(features[layer], truth) < (2e-5 if exact else 4e-2)
+    relus = {name: value.contiguous().numpy() for name, value in features.items()}
+    exact = {name: value.double() for name, value in cotangents.items()}
+    found = error(gradient, validate.linear_piece_vjp(spec, net, relus, exact))
+    shallow = vgg.cut(layers)[-1].block == 1 and len(vgg.cut(layers)) == 1
+    assert found < (5e-6 if shallow else 3e-2)
 
 
 EDGES = [("reflect", 33, 46), ("replicate", 47, 32), ("reflect", 36, 37), ("circular", 48, 32), ("circular", 32, 80)]
@@ -277,7 +364,8 @@ def test_content_loss_and_gradient(positions):
 @pytest.mark.parametrize("positions", [1, 5, 48, 257])
 @pytest.mark.parametrize("channels", [64, 256])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_style_gradient(positions, channels, accumulate):
+@pytest.mark.parametrize("halves", [False, True])
+def test_style_gradient(positions, channels, accumulate, halves):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(positions, channels, generator=generator).T
     matrix = torch.randn(channels, channels, generator=generator)
@@ -285,19 +373,23 @@ def test_style_gradient(positions, channels, accumulate):
     guarded = torch.full((positions + 1, channels), 3.0)
     if not accumulate:
         guarded[:positions] = torch.nan
-    Threads(2).style_gradient(features, matrix, 0.5, guarded[:positions].T, accumulate)
-    truth = 0.5 * matrix.double() @ features.double() + (3 if accumulate else 0)
+    threads = Threads(2, halves=halves)
+    threads.style_gradient(features, matrix, 0.5, guarded[:positions].T, accumulate)
+    factors = [each.bfloat16().double() if halves else each.double() for each in (0.5 * matrix, features)]
+    truth = factors[0] @ factors[1] + (3 if accumulate else 0)
     assert error(guarded[:positions].T, truth) < 1e-6
     assert (guarded[positions] == 3).all()
     if not accumulate:
-        Threads(2).style_gradient(features, matrix, 0.5, features, False)  # in place
+        threads.style_gradient(features, matrix, 0.5, features, False)  # in place
         assert torch.equal(features, guarded[:positions].T)
 
 
-@pytest.mark.parametrize("pooling", vgg.POOLINGS)
-def test_the_number_of_threads_does_not_change_a_bit(net, pooling):
-    spec = vgg.Spec(61, 90, DEFAULT, pooling)
-    networks = [winograd.Network(net, DEFAULT, threads, with_max=True) for threads in (1, 2, 5)]
+@pytest.mark.parametrize(("pooling", "precision"), [("avg", "fp32"), ("max", "fp32"), ("avg", "bf16")])
+def test_the_number_of_threads_does_not_change_a_bit(net, pooling, precision):
+    spec, with_max = vgg.Spec(61, 90, DEFAULT, pooling, precision), pooling == "max"
+    networks = [
+        winograd.Network(net, DEFAULT, threads, precision=precision, with_max=with_max) for threads in (1, 2, 5)
+    ]
     results = [forward_and_vjp(spec, network) for network in networks]
     for other in results[1:]:
         assert torch.equal(results[0][3], other[3])
@@ -470,14 +562,18 @@ def test_a_stylizer_that_is_let_go_ends_its_threads(pictures):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for another x86-64")
 def test_a_processor_without_avx512_computes_the_same(tmp_path):
-    """In parts that fit into its registers, which changes no sum: bit for bit, with average and maximum pooling."""
+    """In parts that fit into its registers, which changes no sum: bit for bit, in either pooling and precision.
+
+    Products of bf16 are added up step by step there, as the instructions of newer processors add them.
+    """
     code = (
         "import sys, numpy as np\n"
         "from engine import Config, Stylizer\n"
         "from engine.kernels import vector\n"
         "pictures = [np.random.default_rng(i).random((40, 56, 3)).astype(np.float32) for i in range(3)]\n"
-        "stylizer = Stylizer('embedded', 'cpu', threads=1)\n"
-        "found = [stylizer.evaluate(*pictures, Config(pooling=pooling)).gradient for pooling in ('avg', 'max')]\n"
+        "cases = [('fp32', 'avg'), ('fp32', 'max'), ('bf16', 'avg'), ('bf16', 'max')]\n"
+        "stylizers = {each: Stylizer('embedded', 'cpu', each, threads=1) for each in ('fp32', 'bf16')}\n"
+        "found = [stylizers[each].evaluate(*pictures, Config(pooling=pooling)).gradient for each, pooling in cases]\n"
         "np.save(sys.argv[1], np.stack([*found, np.full_like(found[0], vector._STRIP)]))\n"
     )
     features = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"
@@ -487,5 +583,6 @@ def test_a_processor_without_avx512_computes_the_same(tmp_path):
         path = tmp_path / "found.npy"
         subprocess.run([sys.executable, "-c", code, str(path)], check=True, env={**os.environ, **environment})
         results.append(np.load(path))
-    assert results[1][2].max() == 1
-    np.testing.assert_array_equal(results[0][:2], results[1][:2])
+    assert results[1][4].max() == 1
+    np.testing.assert_array_equal(results[0][:4], results[1][:4])
+    assert (results[0][0] != results[0][2]).any()

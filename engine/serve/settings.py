@@ -30,7 +30,7 @@ class Settings:
     token_file: str = _option("", "file whose first line is the bearer token (or set STYLIZE_TOKEN)")
     weights: str = _option("auto", "auto, embedded, imagenet or a file")
     device: str = _option("auto", "auto, cpu, onnxruntime, cudnn, cuda or tensorrt")
-    precision: str = _option("auto", "auto, fp32, fp16, or bf16 on cudnn and tensorrt")
+    precision: str = _option("auto", "auto, fp32, fp16, or bf16 on cpu, cudnn and tensorrt")
     workers: int = _option(1, "worker processes: one for each GPU; on a CPU they share the cores")
     queue: int = _option(64, "jobs that may wait; more are refused with 503")
     per_client: int = _option(16, "unfinished jobs of one address; more are refused with 429")
