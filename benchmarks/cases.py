@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENGINES = {
     "engine-cpu": ("cpu", "fp32"),
+    "engine-cpu-bf16": ("cpu", "bf16"),
     "engine-onnxruntime": ("onnxruntime", "fp32"),
     "engine-cudnn": ("cudnn", "fp32"),
     "engine-cudnn-fp16": ("cudnn", "fp16"),

@@ -45,16 +45,16 @@ _USUAL = tuple(Config().style_layer_weights)  # layers down to the deepest that 
 
 
 class Stylizer:
-    """Stylises pictures on one device with one set of weights; safe to call from several threads (on a
-    GPU, with one current stream).
+    """Stylises pictures on one device with one set of weights; safe to call from several threads (on a GPU, with one
+    current stream).
 
     `weights`: auto, embedded, imagenet or a file (see `engine.export.weights.load`); `device`: auto, cpu, onnxruntime,
-    cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cpu, cudnn, tensorrt) bf16; `threads`: on a CPU, torch's by
-    default. On a GPU `auto` is fp16, with scaled gradients; a run that meets a number fp16 cannot hold goes on in fp32.
+    cudnn, cuda or tensorrt; `precision`: auto, fp32, fp16 or (cpu, cudnn, tensorrt) bf16; `threads`: on a CPU, torch's
+    by default. `auto` is fp16 on a GPU, with scaled gradients, where a run that meets a number fp16 cannot hold goes on
+    in fp32; on `cpu` bf16, if the processor multiplies it faster.
 
     Raises ValueError for an unknown name, a precision that the named device does not have or a file that holds no
-    VGG-19, OSError if it cannot be read, BackendError if the device, or for `auto` the
-    precision, cannot run here.
+    VGG-19, OSError if it cannot be read, BackendError if the device, or for `auto` the precision, cannot run here.
 
     Style targets and, but on `cpu`, networks are kept for later runs, up to the environment's STYLIZE_CACHE_BYTES.
     Without `keep_networks` a network is let go at the end of its scale, for those who have one picture to paint.
@@ -69,7 +69,7 @@ class Stylizer:
         keep_networks: bool = True,
     ) -> None:
         self.device, self.precision = provider.resolve(device, precision)
-        self._automatic = precision == "auto"
+        self._automatic = precision == "auto" and self.device != "cpu"  # where bf16 holds whatever fp32 does
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()

@@ -72,13 +72,20 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
 def stylizers(states: dict[str, tuple[Path, dict]]) -> Callable[..., Stylizer]:
     """Those of the random networks, by naming, device and precision; each is loaded once."""
     return functools.cache(
-        lambda naming, device="cpu", precision="auto": Stylizer(states[naming][0], device, precision)
+        lambda naming, device="cpu", precision="fp32": Stylizer(states[naming][0], device, precision)
     )
 
 
 @pytest.fixture(scope="session")
 def stylizer() -> Stylizer:
+    """In the precision of this processor: what it paints is what the command line paints."""
     return Stylizer(weights="embedded", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def exact() -> Stylizer:
+    """In fp32, to be compared with others."""
+    return Stylizer(weights="embedded", device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="session")

@@ -494,7 +494,7 @@ def test_trace_and_saved_steps(pair, tmp_path, stylizer):
     assert stylize.main(arguments) == 0
     record = json.loads(trace.read_text())
     assert record["config"]["size"] == 48
-    assert (record["device"], record["precision"], record["weights"]) == ("cpu", "fp32", "embedded")
+    assert (record["device"], record["precision"], record["weights"]) == ("cpu", stylizer.precision, "embedded")
     assert [row["iteration"] for row in record["steps"]] == [1, 2, 3]
     assert all(row["scale"] == 48 and row["loss"] > 0 and row["seconds"] > 0 for row in record["steps"])
     for row in record["steps"]:

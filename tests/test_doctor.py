@@ -35,11 +35,12 @@ def test_each_device_is_tried_and_what_is_missing_is_named(capsys, monkeypatch, 
     assert status == 0
     assert list(found) == ["versions", "memory", *provider.DEVICES[1:], "defaults", "cache"]
     assert painted == ["cpu", "onnxruntime", "cudnn", "auto"]
-    for device in ("cpu", "onnxruntime"):
-        assert found[device].startswith("works: fp32, a first small picture in ")
+    _, precision = provider.resolve("cpu", "auto")
+    for device, taken in (("cpu", precision), ("onnxruntime", "fp32")):
+        assert found[device].startswith(f"works: {taken}, a first small picture in ")
     assert found["cudnn"] == "breaks: out of memory"
     assert found["cuda"] == "cuda is missing: pip install it"
-    assert found["defaults"].startswith("--device cpu --precision fp32 --weights embedded; --weights imagenet")
+    assert found["defaults"].startswith(f"--device cpu --precision {precision} --weights embedded; --weights imagenet")
     assert found["cache"] == f"{tmp_path / 'not' / 'yet'} (STYLIZE_HOME)"
     assert not list(tmp_path.iterdir())
 

@@ -58,9 +58,9 @@ def test_the_size_is_that_of_the_run(stylizer, pictures):
     config = Config(size=96, iterations=3)
     found = stylizer.forecast(content, style, config)
     assert found.size == stylizer(content, style, config).image.size
-    assert (found.device, found.precision) == ("cpu", "fp32")
+    assert (found.device, found.precision) == ("cpu", stylizer.precision)
     assert found.total == sum(found.parts.values())
-    assert str(found).startswith(f"cpu, fp32, 96 x {found.size[1]}: ")
+    assert str(found).startswith(f"cpu, {stylizer.precision}, 96 x {found.size[1]}: ")
     texture = stylizer.forecast(None, style, Config(size=(64, 48)))
     assert texture.size == (64, 48)
     assert stylizer.forecast(content, None, config).parts["targets"] < found.parts["targets"]
@@ -189,9 +189,10 @@ def status(key):
 
 samples = resources.files("engine.samples")
 pair = [images.load((samples / name).read_bytes()) for name in ("content.jpg", "style.jpg")]
-stylizer = Stylizer(weights="embedded", device="cpu", threads=2)
+options = eval(sys.argv[1])
+stylizer = Stylizer("embedded", "cpu", options.pop("precision", "bf16"), threads=2)
 stylizer(*pair, Config(size=64, iterations=2, scales=1))  # it is compiled
-options = {"size": 288, "iterations": 21, "scales": 1} | eval(sys.argv[1])
+options = {"size": 288, "iterations": 21, "scales": 1} | options
 if pixels := options.pop("pixels", 0):
     random = np.random.default_rng(0).random((pixels, pixels, 4), np.float32)
     pair[1] = images.Picture(random[..., :3].copy(), random[..., 3].copy())
@@ -210,6 +211,7 @@ print(told.total / (status("VmHWM") - before))
 def test_a_run_takes_what_was_forecast():
     given = [
         {},
+        {"precision": "fp32"},
         {"style_size": 800, "optimizer": "adam", "iterations": 1, "style_loss": "shifted"},  # the style takes most
         {**FEW, "iterations": 6},
         {**FEW, "scales": 2, "iterations": (50, 2)},  # the history is longer at the coarser scale
@@ -246,11 +248,11 @@ def test_the_command_line(pictures, tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.png") for name in ("content", "style")]
     for path, name in zip(paths, ("content", "style"), strict=True):
         Image.fromarray(pictures[name]).save(path)
-    own = ["--weights", "embedded", "--device", "cpu", "--size", "64"]
+    own = ["--weights", "embedded", "--device", "cpu", "--precision", "bf16", "--size", "64"]
     assert stylize.main([*paths, *own, "--forecast"]) == 0
-    assert capsys.readouterr().out.startswith("cpu, fp32, 64 x ")
+    assert capsys.readouterr().out.startswith("cpu, bf16, 64 x ")
     assert stylize.main([paths[0], "none", *own, "--forecast"]) == 0
-    assert capsys.readouterr().out.startswith("cpu, fp32, 64 x ")
+    assert capsys.readouterr().out.startswith("cpu, bf16, 64 x ")
     assert stylize.main([*paths, *own, "--freeze", str(tmp_path / "missing.png"), "--forecast"]) == 2
     assert "missing.png" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 2

@@ -338,11 +338,11 @@ def real(stylizer, pictures, style_weight, size=(48, 34)):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # torch's own line
-def test_lbfgs_goes_where_torchs_does_on_a_picture(stylizer, pictures, by_the_book):
+def test_lbfgs_goes_where_torchs_does_on_a_picture(exact, pictures, by_the_book):
     """The same iterates until rounding tells, after some twenty steps."""
     from engine import autograd
 
-    objective, start = real(stylizer, pictures, 30)  # on which full steps never diverge: ours would be taken back
+    objective, start = real(exact, pictures, 30)  # on which full steps never diverge: ours would be taken back
     theirs = torchs_lbfgs(lambda x: autograd.loss(x, objective), start, 20, FIRST_STEP)
     ours = [step.loss for step in optimize.minimise(objective.write, start, "lbfgs", 20, State())]
     assert ours[:12] == pytest.approx(theirs[:12], rel=1e-3)

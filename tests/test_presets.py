@@ -214,12 +214,12 @@ def test_loss_and_gradient_are_the_programs(states, stylizers, name):
         ("fp16", ("pytorch-tutorial", "gordicaleksa"), (1e-2, 3e-2)),
     ],
 )
-def test_the_graphs_have_the_same_objective(stylizer, precision, names, bounds):
+def test_the_graphs_have_the_same_objective(exact, precision, names, bounds):
     """Average pooling, which has no ties that rounding breaks; smooth pictures."""
     graphs = Stylizer(weights="embedded", device="onnxruntime", precision=precision)
     pictures = [validate.picture(36, 45, seed)[0].permute(1, 2, 0).numpy().astype(np.float32) for seed in range(3)]
     for name in names:
-        one, other = (each.evaluate(*pictures, preset(name, pooling="avg")) for each in (graphs, stylizer))
+        one, other = (each.evaluate(*pictures, preset(name, pooling="avg")) for each in (graphs, exact))
         assert one.loss == pytest.approx(other.loss, rel=bounds[0])
         assert np.linalg.norm(one.gradient - other.gradient) < bounds[1] * np.linalg.norm(other.gradient)
 

@@ -135,7 +135,7 @@ def test_a_gpu_that_cuda_13_has_left_behind(monkeypatch):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
 
     monkeypatch.setattr("torch.cuda.get_device_capability", forked)
-    assert provider.resolve("auto", "auto") == ("cpu", "fp32")
+    assert provider.resolve("auto", "auto")[0] == "cpu"
 
 
 @pytest.mark.parametrize(("checkout", "what"), [(True, None), (False, "gatys-engine")])
@@ -152,7 +152,14 @@ def test_auto_takes_the_cpu_here_and_says_so(caplog):
         device, precision = provider.resolve("auto", "auto")
     if device == "cpu":
         assert "device: cpu" in caplog.text
-        assert precision == "fp32"
+        assert precision in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(("faster", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_takes_bf16_where_it_is_faster(monkeypatch, faster, precision):
+    monkeypatch.setattr("engine.kernels.vector.PAIRS_ARE_FASTER", faster)
+    assert provider.resolve("cpu", "auto") == ("cpu", precision)
+    assert provider.resolve("cpu", "fp32") == ("cpu", "fp32")
 
 
 def test_auto_takes_the_gpu_where_it_works(monkeypatch):

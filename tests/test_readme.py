@@ -89,7 +89,7 @@ def test_the_code_of_the_library_section_runs(stylizer, monkeypatch, tmp_path, c
         assert picture.size == (48, 38)
     assert Path("style.safetensors").is_file()
     assert names["pixels"].grad.shape == names["pixels"].shape
-    assert "cpu, fp32, 48 x 38: " in capsys.readouterr().out
+    assert f"cpu, {names['stylizer'].precision}, 48 x 38: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("optimizer", "average", "least"), [("lbfgs", 0, 1.2e3), ("adam", 0, 48), ("adam", 0.9, 60)])

@@ -38,7 +38,7 @@ ALLOWED = {
     "batches": {"config", "manifest", "image", "jobs", "painting", "presets", "replay", "stylizer"},
     "sheet": {"config", "image", "jobs", "manifest", "painting", "stylizer", "export"},
     "replay": {"config", "image", "jobs", "manifest", "painting", "stylizer"},
-    "provider": {"config", "export"},
+    "provider": {"config", "export", "kernels"},
     "features": {"fused", "session", "winograd", "export", "kernels"},
     "session": {"features", "provider", "export", "kernels"},
     "fused": {"convolutions", "features", "provider", "export", "kernels"},

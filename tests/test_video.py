@@ -41,14 +41,14 @@ def flicker(pictures, step=2):
     return float(np.mean(changes))
 
 
-def test_loss_and_gradient_of_a_frame_have_the_temporal_term(stylizer):
+def test_loss_and_gradient_of_a_frame_have_the_temporal_term(exact):
     content, before = (Picture(each.astype(np.float32) / 255) for each in frames(2)[::-1])
     carried = carry(before, before, content, 40.0)
-    goal = load_goal(content, STYLE, PANNED.for_weights(stylizer.weights_kind), None, None)
+    goal = load_goal(content, STYLE, PANNED.for_weights(exact.weights_kind), None, None)
     found = []
     pixels = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     for each in (goal, replace(goal, carried=carried)):
-        terms, gradient = stylizer._objective(content, each, "fp32").evaluate(pixels)
+        terms, gradient = exact._objective(content, each, "fp32").evaluate(pixels)
         found.append((float(terms.total), gradient[0].double().numpy()))
     value, slope = temporal_reference(
         pixels[0].double().numpy(), carried.picture.rgb.transpose(2, 0, 1).astype(float), carried.certain.astype(float)

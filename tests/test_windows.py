@@ -109,13 +109,13 @@ def large():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradient_are_those_of_the_whole(stylizer, large, kind):
-    compare(stylizer, *large, Config(**{**SHALLOW, **KINDS[kind]}))
+def test_losses_and_gradient_are_those_of_the_whole(exact, large, kind):
+    compare(exact, *large, Config(**{**SHALLOW, **KINDS[kind]}))
 
 
-def test_all_layers(stylizer):
+def test_all_layers(exact):
     config = Config(content_layers=("conv5_4",), style_layers=("relu1_1", "relu4_1", "relu5_4"), style_size=64)
-    compare(stylizer, noise(319, 350, 0), noise(319, 350, 1), noise(64, 64, 2), config, window=304)
+    compare(exact, noise(319, 350, 0), noise(319, 350, 1), noise(64, 64, 2), config, window=304)
 
 
 def compare(stylizer, picture, content, style, config, masks=None, window=96, limit=1e-5):
@@ -130,19 +130,19 @@ def compare(stylizer, picture, content, style, config, masks=None, window=96, li
 
 
 @pytest.mark.parametrize("kind", ["gram", "wasserstein", "shifted"])
-def test_masks_and_several_styles(stylizer, large, kind):
+def test_masks_and_several_styles(exact, large, kind):
     picture, content, style = large
     mask = np.zeros(SIZE, np.float32)  # the last windows see nothing of it
     mask[:, :60] = 1
     mask[:100, 60:90] = np.linspace(1, 0, 30)
     masks = [(mask, None), (1 - mask, np.pad(np.ones((40, 110), np.float32), ((0, 110), (0, 0))))]
-    compare(stylizer, picture, content, [noise(120, 130, 5), style], Config(style_loss=kind, **SHALLOW), masks)
+    compare(exact, picture, content, [noise(120, 130, 5), style], Config(style_loss=kind, **SHALLOW), masks)
 
 
 @pytest.mark.parametrize("window", [96, 160])  # the latter has the whole height
-def test_a_picture_that_wraps_around(stylizer, window):
+def test_a_picture_that_wraps_around(exact, window):
     picture, content = noise(144, 208, 0), noise(144, 208, 1)
-    compare(stylizer, picture, content, noise(130, 130, 2), Config(tile=True, **SHALLOW), window=window)
+    compare(exact, picture, content, noise(130, 130, 2), Config(tile=True, **SHALLOW), window=window)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("fp16", 2e-3)])
@@ -176,10 +176,10 @@ def test_statistics_of_a_style_in_windows(stylizer, kind, masked):
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_a_run_is_that_of_the_whole(stylizer, large, optimizer):
+def test_a_run_is_that_of_the_whole(exact, large, optimizer):
     _, content, style = large
     config = Config(size=200, scales=1, iterations=6, optimizer=optimizer, **SHALLOW)
-    whole, found = (stylizer(content, style, each) for each in (config, replace(config, window=96)))
+    whole, found = (exact(content, style, each) for each in (config, replace(config, window=96)))
     assert found.trace[-1][1] == pytest.approx(whole.trace[-1][1], rel=1e-3)
     away = np.asarray(found.image, np.float64) - np.asarray(whole.image, np.float64)
     assert np.abs(away).mean() < 0.05
