@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from engine import Config
+from engine import Config, provider
 from engine import image as images
 from engine.export import vgg
 from engine.export.weights import Weights
@@ -139,6 +139,11 @@ def build(name: str, problem: Problem, history: int = 100, exact: bool = False) 
         return Engine(problem, *ENGINES[name])
     style = images.to_tensor(images.resize(problem.style, problem.style.fit(problem.config.size)))
     return Baseline(weights(problem), problem.start, style, problem.config, name, problem.device, history, exact)
+
+
+def by_default(device: str) -> str:
+    """The name of the engine on a device, in the precision that it takes by itself."""
+    return next(name for name, each in ENGINES.items() if each == provider.resolve(device, "auto"))
 
 
 def precision(name: str, device: str) -> str:

@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     name = f"{machine.slug('cpu')}-equal-loss-{args.size}"
     name += "-free" * args.no_clamp + "-other" * args.other
+    engine = cases.by_default("cpu")
     about = {"commit": machine.commit(), "device": machine.device_name("cpu"), "versions": machine.versions()}
+    about["engine"] = engine
     report: dict[str, Any] = {"size": args.size, "weights": "other" if args.other else "embedded"}
     report |= {"clamp": not args.no_clamp, "pairs": {}}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_file(quality.other(), weights)
         for pair in args.pairs:
             problem = _problem(pair, args.size, weights, not args.no_clamp)
-            found, pictures = timing.equal_loss(problem, "engine-cpu", args.iterations)
+            found, pictures = timing.equal_loss(problem, engine, args.iterations)
             report["pairs"][pair] = about | found
             _print(pair, found)
             shown = [images.to_pil(each) for each in (problem.content, problem.style)]

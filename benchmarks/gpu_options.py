@@ -85,7 +85,7 @@ class Trial:
         self._across = np.repeat(np.linspace(0, 1, width, dtype=np.float32)[None], height, 0)
         start = problem.start[0].permute(1, 2, 0).numpy()
         self._picture = (np.random.default_rng(0).random(start.shape, np.float32) + start) / 2
-        self.cpu = Stylizer(problem.weights, "cpu")
+        self.cpu = Stylizer(problem.weights, "cpu", "fp32")
         self._truths: dict[str, Found] = {}
 
     def found(self, stylizer: Stylizer, option: str) -> Found:
@@ -189,7 +189,9 @@ def _frame(rows: Rows, name: str, stylizer: Stylizer, problem: cases.Problem, it
     carried = Carried(images.Picture(shape[::-1].copy()), certain, 30.0)
     config = replace(problem.config, scales=1, iterations=iterations, history=GPU_HISTORY)
     given = problem.content.rgb, problem.style.rgb, config
-    ends = [list(each.steps(*given, carried=carried))[-1] for each in (stylizer, Stylizer(problem.weights, "cpu"))]
+    ends = [
+        list(each.steps(*given, carried=carried))[-1] for each in (stylizer, Stylizer(problem.weights, "cpu", "fp32"))
+    ]
     error = abs(ends[0].loss / ends[1].loss - 1)
     held = [float((certain[..., None] * abs(end.picture.rgb - carried.picture.rgb)).mean()) for end in ends]
     passed = error < END_ERROR[stylizer.precision] and abs(held[0] / held[1] - 1) < 0.1

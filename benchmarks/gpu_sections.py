@@ -356,7 +356,7 @@ def runs(rows: Rows, device: str, size: int = 256, iterations: int = 100, engine
     """Whole runs end at the loss of the first one in fp32, both computed again by the CPU from unrounded pixels."""
     problem = cases.load(size, device=device)
     config = replace(problem.config, iterations=iterations)
-    judge = Stylizer(problem.weights, "cpu").objective(problem.content, problem.style, config)
+    judge = Stylizer(problem.weights, "cpu", "fp32").objective(problem.content, problem.style, config)
     reference = None
     for name in engines:
         with rows.attempt(name):

@@ -65,7 +65,7 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
 
 
 def _fastest(device: str) -> str:
-    """The fastest precision whose runs end within a percent of fp32's loss; see `Stylizer` where fp16 cannot hold one."""
+    """The fastest precision whose runs end within a percent of fp32's loss; `Stylizer` knows those fp16 cannot hold."""
     if device in GPUS:
         return "fp16"
     if device == "cpu":

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .network import PADDINGS
-from .vector import BLOCK, ROWS, Code, array, clear, mark_positive, multiply, procedure
+from .vector import BLOCK, NARROW, ROWS, Code, array, clear, mark_positive, multiply, multiply_narrow, procedure
 
 _ZERO, _REFLECT, _REPLICATE, _CIRCULAR = range(len(PADDINGS))
 
@@ -27,13 +27,13 @@ def first_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def last_weights(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(C, BLOCK) of a kernel (C, 3, 3, 3), for `last`; the columns past PATCH are zero."""
-    return np.pad(kernel.transpose(0, 2, 3, 1).reshape(-1, PATCH), ((0, 0), (0, BLOCK - PATCH)))
+    """(C, NARROW) of a kernel (C, 3, 3, 3), for `last`; the columns past PATCH are zero."""
+    return np.pad(kernel.transpose(0, 2, 3, 1).reshape(-1, PATCH), ((0, 0), (0, NARROW - PATCH)))
 
 
 def scratch_size(width: int) -> int:
     """Floats that `first` and `last` need to themselves."""
-    return (BAND + 2) * (width + ROWS) * BLOCK
+    return (BAND + 2) * (width + ROWS) * NARROW
 
 
 @njit(nogil=True, error_model="numpy")
@@ -100,7 +100,7 @@ def last(source, target, height, width, channels, weights, padding, task, scratc
     """
     gradient = array(target, (3, height, width))
     padded = width + ROWS
-    shares = array(scratch, (BAND + 2, padded, BLOCK))
+    shares = array(scratch, (BAND + 2, padded, NARROW))
     top, end = task * BAND, min(height, (task + 1) * BAND)
     wraps, folds = padding == _CIRCULAR, padding in (_REFLECT, _REPLICATE)
     near = 1 if padding == _REFLECT else 0  # the line that is seen beyond the border
@@ -109,8 +109,8 @@ def last(source, target, height, width, channels, weights, padding, task, scratc
         if 0 <= line < height:
             for x in range(0, width, ROWS):
                 rows = source + 4 * (line * width + x) * channels
-                result = scratch + 4 * ((y - top + 1) * padded + x) * BLOCK
-                multiply(rows, channels, 1, weights, BLOCK, channels, result, BLOCK)
+                result = scratch + 4 * ((y - top + 1) * padded + x) * NARROW
+                multiply_narrow(rows, channels, 1, weights, NARROW, channels, result, NARROW)
     for y in range(top, end):
         twice_y = folds and (y == near or y == height - 1 - near)
         for x in range(width):

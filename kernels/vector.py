@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 LANES = 16
-BLOCK = 64  # columns that the products work on at a time
+BLOCK, NARROW = 64, 32  # columns that the products work on at a time
 ROWS, SQUARE = 6, 4  # rows of one result of `multiply`; rows and columns of one of `multiply_transposed`
 _COLUMNS = BLOCK // LANES
 # Vectors of the columns that a product works on at once, and rows and columns of a part of `multiply_transposed`: as
@@ -227,13 +227,15 @@ def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[...,
     return types.void(*[types.int64] * count), codegen
 
 
-def _product(rows: int, adds: bool, streams: bool, pairs: bool = False) -> Any:
+def _product(rows: int, adds: bool, streams: bool, pairs: bool = False, width: int = BLOCK) -> Any:
+    vectors = min(_STRIP, width // LANES)  # of a strip
+
     def emit(code: Code, v: Any, row: Any, column: Any, u: Any, line: Any, depth: Any, m: Any, m_row: Any) -> None:
         starts = [code.step(v, row, i) for i in range(rows)]
-        for strip in range(0, _COLUMNS, _STRIP):
+        for strip in range(0, width // LANES, vectors):
             strip_of_u, strip_of_m = (code.offset(each, LANES * strip) for each in (u, m))
             places = [
-                code.offset(code.step(strip_of_m, m_row, i), LANES * j) for i in range(rows) for j in range(_STRIP)
+                code.offset(code.step(strip_of_m, m_row, i), LANES * j) for i in range(rows) for j in range(vectors)
             ]
             emit_strip(code, starts, column, strip_of_u, line, depth, places)
 
@@ -242,16 +244,16 @@ def _product(rows: int, adds: bool, streams: bool, pairs: bool = False) -> Any:
     ) -> None:
         def add(k: Any, sums: list[Any]) -> list[Any]:
             panel, across = code.offset(u, code.b.mul(k, line)), code.b.mul(k, column)
-            columns = [code.load(code.offset(panel, LANES * j)) for j in range(_STRIP)]
+            columns = [code.load(code.offset(panel, LANES * j)) for j in range(vectors)]
             if streams:
                 following = code.offset(panel, code.b.mul(depth, line))
-                for j in range(_STRIP):
+                for j in range(vectors):
                     code.prefetch(code.offset(following, LANES * j))
             result = []
             for i, start in enumerate(starts):
                 value = code.splat(code.load(code.offset(start, across), FLOAT))
                 accumulate = code.dot if pairs else code.fma
-                result += [accumulate(value, each, sums[i * _STRIP + j]) for j, each in enumerate(columns)]
+                result += [accumulate(value, each, sums[i * vectors + j]) for j, each in enumerate(columns)]
             return result
 
         def chunk(index: Any, totals: list[Any]) -> list[Any]:
@@ -277,12 +279,13 @@ def _product(rows: int, adds: bool, streams: bool, pairs: bool = False) -> Any:
 
 # (v, row, column, u, line, depth, m, m_row): m = V U, or m + V U, for a few rows of V (depth long, `row` floats from
 # row to row, `column` from element to element) and U (depth, BLOCK), whose lines are `line` floats apart. `multiply`
-# expects U to stream from memory, and asks for the panel behind it in time. With `pairs` V and U hold pairs of bf16
-# in the place of floats.
+# expects U to stream from memory, and asks for the panel behind it in time. In `multiply_pairs` V and U hold pairs of
+# bf16 in the place of floats, in `multiply_narrow` U has NARROW columns.
 multiply = _product(ROWS, adds=False, streams=True)
 multiply_pairs = _product(ROWS, adds=False, streams=True, pairs=True)
 multiply_add, multiply_add_square = _product(ROWS, True, False), _product(SQUARE, True, False)
 multiply_add_pairs = _product(ROWS, adds=True, streams=False, pairs=True)
+multiply_narrow = _product(ROWS, adds=False, streams=False, width=NARROW)
 
 
 @intrinsic
