@@ -143,7 +143,8 @@ def build(name: str, problem: Problem, history: int = 100, exact: bool = False) 
 
 def by_default(device: str) -> str:
     """The name of the engine on a device, in the precision that it takes by itself."""
-    return next(name for name, each in ENGINES.items() if each == provider.resolve(device, "auto"))
+    taken = provider.resolve(device, "auto")
+    return next(name for name, each in ENGINES.items() if each == taken)
 
 
 def precision(name: str, device: str) -> str:

@@ -131,7 +131,13 @@ def table(size: int, iterations: int) -> dict[str, object]:
                 for name, judge in judges.items():
                     pair.setdefault(name, {})[weights] = [distances(judge, x, content, style, size) for x in results]
         bar.close()
-    report = {"commit": commit(), "size": size, "iterations": iterations, "curves": found}
+    report = {
+        "commit": commit(),
+        "size": size,
+        "iterations": iterations,
+        "precision": stylizer.precision,
+        "curves": found,
+    }
     return report | {"ratios": {str(share): ratios(found, share) for share in SHARES}}
 
 

@@ -40,7 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     stylizer, config = Stylizer("embedded", args.device), Config(size=args.size)
     place = "cuda" if stylizer.device in provider.GPUS else "cpu"
     report: dict[str, Any] = {"commit": machine.commit(), "device": machine.device_name(place)}
-    report |= {"versions": machine.versions(), "engine_device": stylizer.device, "size": args.size, "pairs": {}}
+    report |= {
+        "versions": machine.versions(),
+        "engine_device": stylizer.device,
+        "engine_precision": stylizer.precision,
+        "size": args.size,
+        "pairs": {},
+    }
     cells = []
     for name, (photograph, style) in pairs().items():
         window = (args.size, round(args.size / 1.5))

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.memory is not None:
         print(json.dumps(memory(args.size, args.memory)))
         return 0
-    stylizer = Stylizer(weights="embedded", device="cpu")
+    stylizer = Stylizer("embedded", "cpu", "fp32")
     content, style = samples.pair()
     rows: dict[int, dict[str, Any]] = {}
     objectives = {}
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def memory(size: int, window: int) -> dict[str, float]:
     """Peak memory of a run in this process, and its forecast."""
-    stylizer = Stylizer(weights="embedded", device="cpu", keep_networks=False)
+    stylizer = Stylizer("embedded", "cpu", "fp32", keep_networks=False)
     pair = [images.load(each) for each in samples.pair()]
     config = _config(size, window)
     forecast = stylizer.forecast(*pair, config).total / 2**20

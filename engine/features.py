@@ -41,9 +41,9 @@ class Features(Protocol):
 
     `image` and `gradient` are (1, 3, H, W) float32. There are features and cotangents of one part, or of several, which
     may lie in the same memory, and have their turn one after the other: `turn` is the index of the part. Of a part
-    `features` holds what the loss layers give out at least, `cotangents` a tensor for each loss layer, both
-    (1, C, h, w) in the precision of the spec and in the memory order of the runtime. A cotangent may be the features of
-    its layer themselves, which it then takes the place of. Everything happens inside `use`.
+    `features` holds what the loss layers give out at least, `cotangents` a tensor for each loss layer, both (1, C, h,
+    w) in the precision of the spec, on `cpu` in fp32, and in the memory order of the runtime. A cotangent may be the
+    features of its layer themselves, which it then takes the place of. Everything happens inside `use`.
     """
 
     image: Tensor
@@ -153,11 +153,10 @@ class Open(Protocol):
 def network(
     weights: Weights, layers: tuple[str, ...], device: str, precision: str, threads: int, *, with_max: bool = False
 ) -> Open:
-    """The network down to the deepest of `layers` on a device; `threads` counts on a CPU.
+    """The network down to the deepest of `layers` on a device; `with_max` asks for max pooling besides average pooling.
 
-    On `cpu` it opens specs of this `precision`, elsewhere of any. `with_max` asks for max pooling besides average
-    pooling.
-    On `cpu` it is the Winograd program, on `cudnn` its convolutions, elsewhere the two ONNX graphs in ONNX Runtime.
+    On `cpu` it is the Winograd program, on so many `threads` and for specs of this `precision`; on `cudnn` its
+    convolutions, elsewhere the two ONNX graphs in ONNX Runtime, both for any precision.
     Raises BackendError if the device cannot run it.
     """
     normalisation = weights.mean, weights.std  # not the weights, which the program has copies of

@@ -69,9 +69,9 @@ def _fastest(device: str) -> str:
     if device in GPUS:
         return "fp16"
     if device == "cpu":
-        from .kernels.vector import PAIRS_ARE_FASTER
+        from .kernels.vector import halves_are_faster
 
-        return "bf16" if PAIRS_ARE_FASTER else "fp32"
+        return "bf16" if halves_are_faster() else "fp32"
     return "fp32"
 
 

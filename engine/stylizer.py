@@ -69,7 +69,7 @@ class Stylizer:
         keep_networks: bool = True,
     ) -> None:
         self.device, self.precision = provider.resolve(device, precision)
-        self._automatic = precision == "auto" and self.device != "cpu"  # where bf16 holds whatever fp32 does
+        self._automatic = precision == "auto" and self.device != "cpu"  # bf16 has the range of fp32
         if threads is not None and threads < 1:
             raise ValueError(f"threads {threads}: give a number from 1")
         self._threads = threads or torch.get_num_threads()
@@ -294,7 +294,7 @@ class Stylizer:
                             break
                 except FloatingPointError as error:
                     if not self._falls_back(precision, error):
-                        ways = "smaller weights" + (" or --precision fp32" if precision != "fp32" else "")
+                        ways = "smaller weights" + (" or --precision fp32" if precision == "fp16" else "")
                         raise FloatingPointError(f"{error}, after iteration {iteration}: try {ways}") from error
                     precision = "fp32"
 

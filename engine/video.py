@@ -290,6 +290,9 @@ def _painted(out: str, record: dict[str, Any]) -> list[str]:
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} was not written here: {_ELSEWHERE}") from None
     other = [name for name in record if found.get(name) != record[name]]
+    if other == ["engine"] and isinstance(found["engine"], dict):
+        both = [(name, found["engine"].get(name), record["engine"][name]) for name in ("device", "precision")]
+        other = [f"{name} ({own}, here {ours})" for name, own, ours in both if own != ours] or other
     if other and pictures:
         raise ValueError(f"{out} holds frames of a video with another {' and '.join(other)}: {_ELSEWHERE}")
     return [] if other else painted

@@ -1,10 +1,11 @@
-"""VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions; direct ones before max pooling.
+"""VGG-19 features and their VJP on a CPU, as two programs of Winograd convolutions.
 
-Activations stand in NHWC order, fp32. In bf16 the factors of most products are rounded to it: those of the VJP, and
-with average pooling those of the forward pass from the third block on; all sums are fp32. Of the forward pass the VJP
-reads one bit of each activation: whether its ReLU let it pass, and with max pooling another one, whether it was the
-largest. So only what the losses read outlives its next layer, and the losses write their cotangents where they have
-read; all other memory is used again and again (`program.layout`).
+Activations stand in NHWC order, fp32. In bf16 the factors of most products are rounded to it: those of the VJP but for
+its last, and with average pooling those of the forward pass from the third block on; all sums are fp32. In fp32 max
+pooling has direct convolutions. Of the forward pass the VJP reads one bit of each activation: whether its ReLU let it
+pass, and with max pooling another one, whether it was the largest. So only what the losses read outlives its next
+layer, and the losses write their cotangents where they have read; all other memory is used again and again
+(`program.layout`).
 A convolution that is a loss layer itself has its ReLU as a step of its own.
 """
 
@@ -34,8 +35,8 @@ from .kernels.program import ADD, CONVOLVE, DIRECT, DIRECT_FIRST, FIRST, LAST, M
 class Network:
     """The weights of a VGG-19 down to the deepest of `layers`, transformed once for all shapes, and its threads.
 
-    They serve specs of one `precision`, fp32 or bf16. Max pooling needs another copy of them, which is made if
-    `with_max`.
+    They serve specs of one `precision`, fp32 or bf16. Max pooling needs other copies of them, in bf16 twice the memory,
+    which are made if `with_max`.
     """
 
     def __init__(
@@ -47,26 +48,27 @@ class Network:
         precision: str = "fp32",
         with_max: bool = False,
     ) -> None:
-        low = precision == "bf16"
-        self.threads = program.Threads(threads, halves=low)
+        self.precision = precision
+        halves = precision == "bf16"
+        self.threads = program.Threads(threads, halves=halves)
         self.arrays: dict[str, NDArray[Any]] = {"mean": np.array(weights.mean, np.float32)}
         for conv in vgg.cut(layers):
             kernel = weights.kernel(conv)
             if conv.in_channels == 3:
                 self.arrays["first"], self.arrays["last"] = nhwc.first_weights(kernel), nhwc.last_weights(kernel)
-                if with_max and not low:
+                if with_max and not halves:
                     exact = weights.parameters[f"{conv.name}.weight"].numpy()
                     self.arrays["first.direct"] = direct.first_weights(exact, weights.mean, weights.std)
             else:
-                panels, paired = winograd.transform_kernel(kernel), low and conv.block >= _PAIRED
-                if not paired or with_max:
-                    self.arrays[conv.name] = panels
-                if paired:
-                    self.arrays[f"{conv.name}.pairs"] = _pairs(panels)
-                if low:
+                if halves:
                     turned = kernel.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
-                    self.arrays[f"{conv.name}.vjp"] = _pairs(winograd.transform_kernel(turned))
-                elif with_max:
+                    self.arrays[f"{conv.name}.vjp"] = _in_halves(winograd.transform_kernel(turned))
+                panels, rounded = winograd.transform_kernel(kernel), halves and conv.block >= _ROUNDED
+                if not rounded or with_max:
+                    self.arrays[conv.name] = panels
+                if rounded:
+                    self.arrays[f"{conv.name}.halves"] = _in_halves(panels)
+                if with_max and not halves:
                     self.arrays[f"{conv.name}.direct"] = direct.panels(kernel)
             self.arrays[f"{conv.name}.bias"] = weights.parameters[f"{conv.name}.bias"].numpy().copy()
 
@@ -93,6 +95,7 @@ class Features(Whole):
     def __init__(
         self, spec: vgg.Spec, network: Network, *, forward_only: bool = False, place: torch.device = _HOST
     ) -> None:
+        assert spec.precision == network.precision
         self.spec, self.products = spec, network.threads
         self._network, self._lock, self._forward_only = network, threading.RLock(), forward_only
         self.image = torch.zeros(1, 3, spec.height, spec.width, device=place)
@@ -144,8 +147,7 @@ class Features(Whole):
 
     def _forward_steps(self) -> list[Step]:
         spec, network, largest = self.spec, self._network, int(self.spec.pooling == "max")
-        low = spec.precision == "bf16"
-        exact = largest and not low  # how the products are added up
+        straight = largest and spec.precision == "fp32"
         steps: list[Step] = []
         source: int | str = self.image.data_ptr()
         for i, conv in enumerate(spec.convs):
@@ -162,18 +164,18 @@ class Features(Whole):
             step = {"source": source, "target": target, "bits": bits, "padding": PADDINGS.index(spec.edge(conv))}
             step["ending"] = winograd.BIASED if bare else winograd.RELU
             step |= self._shape(conv) | {"extra": network.address(f"{conv.name}.bias")}
-            if conv.in_channels == 3 and exact:
+            if conv.in_channels == 3 and straight:
                 step |= {"op": DIRECT_FIRST, "tasks": height, "weights": network.address("first.direct")}
             elif conv.in_channels == 3:
                 step |= {"op": FIRST, "tasks": -(-height // nhwc.BAND), "mean": network.address("mean")}
                 step["weights"] = network.address("first")
-            elif exact:
+            elif straight:
                 step |= {"op": DIRECT, "c_in": conv.in_channels, "weights": network.address(f"{conv.name}.direct")}
                 step |= self._groups(direct.tiles(height, width), channels)
             else:
-                paired = low and not largest and conv.block >= _PAIRED
-                place = network.address(f"{conv.name}.pairs" if paired else conv.name)
-                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "weights": place, "halves": int(paired)}
+                rounded = spec.precision == "bf16" and not largest and conv.block >= _ROUNDED
+                place = network.address(f"{conv.name}.halves" if rounded else conv.name)
+                step |= {"op": CONVOLVE, "c_in": conv.in_channels, "weights": place, "halves": int(rounded)}
                 step |= self._shares(height, width, conv.in_channels, channels)
             steps.append(step)
             source = target
@@ -273,8 +275,8 @@ class Features(Whole):
 class _Unopened(Network):
     """Without weights, for programs that are laid out and never run."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = program.Threads(threads)
+    def __init__(self, precision: str, threads: int) -> None:
+        self.precision, self.threads = precision, program.Threads(threads)
 
     def address(self, name: str) -> int:
         """Nowhere."""
@@ -283,17 +285,17 @@ class _Unopened(Network):
 
 def memory(spec: vgg.Spec, threads: int, *, forward_only: bool = False) -> int:
     """Bytes of the tensors of `Features` at a spec, of which none is allocated."""
-    found = Features(spec, _Unopened(threads), forward_only=forward_only, place=_NOWHERE)
+    found = Features(spec, _Unopened(spec.precision, threads), forward_only=forward_only, place=_NOWHERE)
     return sum(each.nbytes for each in found.memory)
 
 
-def _pairs(panels: NDArray[np.float32]) -> NDArray[Any]:
-    return vector.pairs(torch.from_numpy(panels)).view(torch.int16).numpy()
+def _in_halves(panels: NDArray[np.float32]) -> NDArray[Any]:
+    return vector.in_halves(torch.from_numpy(panels)).view(torch.int16).numpy()
 
 
 # In bf16 the first block whose forward pass has bf16 factors: rounding in the blocks before it turns so many ReLUs over
 # that the gradient would be off five times as far. Max pooling decides by differences that are smaller still.
-_PAIRED = 3
+_ROUNDED = 3
 # Tiles of one task by input channels: V and M stay in the second cache, and U is read once for as many as possible.
 _BLOCKS = {64: 36, 128: 36, 256: 36, 512: 48}
 

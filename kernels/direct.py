@@ -1,7 +1,7 @@
 """3x3 convolutions on a CPU straight from their definition, with sums that hardly round.
 
 Max pooling passes a gradient to the largest of four values, so a rounding that changes their order changes the gradient
-by far more than itself. Winograd's filtering and plain fp32 sums both round too much for it: here the nine matrix
+by far more than itself. Winograd's filtering and plain fp32 sums both round too much for fp32: here the nine matrix
 products of a convolution, a kernel cell each, are added up in pairs of floats (see `vector.multiply_add_exact`), and
 the few of the layer at the pixels in float64.
 

@@ -18,8 +18,9 @@ from .vector import (
     copy,
     copy_halves,
     multiply_add,
-    multiply_add_pairs,
+    multiply_add_halves,
     multiply_add_square,
+    zip_halves,
 )
 
 LENGTH = 1 << 16  # floats of one task of `content_loss` and `content_gradient`
@@ -108,13 +109,21 @@ def content_gradient(features, content, target, factor, count, task):  # type: i
 
 
 @njit(nogil=True, error_model="numpy")
+def halve(panels, channels, task):  # type: ignore[no-untyped-def]
+    """One panel (channels, BLOCK) in bf16 at the beginning of its memory, as in `vector.in_halves`."""
+    panel = panels + 4 * task * channels * BLOCK
+    for k in range(channels // 2):  # what is written has been read
+        zip_halves(panel + 8 * k * BLOCK, panel + 4 * k * BLOCK, BLOCK)
+
+
+@njit(nogil=True, error_model="numpy")
 def style_gradient(  # type: ignore[no-untyped-def]
     features, panels, target, positions, channels, adds, halves, task, scratch
 ):
     """STRETCH rows of target = F matrix, or of target += F matrix if `adds`; target may be F itself if it does not.
 
-    `panels` (channels / BLOCK, channels, BLOCK) holds the columns of the matrix (channels, channels); with `halves` in
-    bf16, as in `vector.pairs`, to which F is rounded, too.
+    `panels` (channels / BLOCK, channels, BLOCK) holds the columns of the matrix (channels, channels), with `halves` as
+    `halve` leaves them; F is rounded to bf16 then, too.
     """
     first, last = task * STRETCH, min(positions, (task + 1) * STRETCH)
     for t in range(first, last, ROWS):
@@ -132,12 +141,11 @@ def style_gradient(  # type: ignore[no-untyped-def]
             copy(result, scratch + 4 * ROWS * channels, count)
             result = scratch + 4 * ROWS * channels
         for n in range(0, channels, BLOCK):
+            panel = panels + 4 * n * channels
             if halves:
                 depth = channels // 2
-                panel = panels + 4 * n * depth
-                multiply_add_pairs(source, depth, 1, panel, BLOCK, depth, result + 4 * n, channels)
+                multiply_add_halves(source, depth, 1, panel, BLOCK, depth, result + 4 * n, channels)
             else:
-                panel = panels + 4 * n * channels
                 multiply_add(source, channels, 1, panel, BLOCK, channels, result + 4 * n, channels)
         if not whole:
             copy(result, target + 4 * t * channels, count)

@@ -27,17 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import direct, nhwc, products, winograd
-from .vector import BLOCK, keep_marked, pairs
+from .vector import BLOCK, keep_marked
 
 log = logging.getLogger(__name__)
 
 # What a step does:
 FIRST, CONVOLVE, DIRECT_FIRST, DIRECT, POOL, MASK, UNPOOL, LAST = range(8)
-CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, STYLE, RECTIFY, ADD = range(8, 15)
+CONTENT_LOSS, CONTENT_GRADIENT, GRAM, GRAM_SUM, HALVE, STYLE, RECTIFY, ADD = range(8, 16)
 _FIELDS = (
-    "op tasks source target height width c_in c_out weights extra bits winners adds mean turned halves ending tiles"
+    "op tasks source target height width c_in c_out weights extra bits winners adds mean turned halves ending tiles "
+    "groups largest padding"
 )
-_STEP = np.dtype([(name, np.int64) for name in f"{_FIELDS} groups largest padding".split()])
+_STEP = np.dtype([(name, np.int64) for name in _FIELDS.split()])
 Step = dict[str, int | str]  # the fields of a step; addresses may be names of buffers
 _compiling = threading.Lock()
 _PATIENCE = 200  # looks at a counter before the processor is offered to others
@@ -110,15 +111,11 @@ class Threads:
         channels, positions = features.shape
         panels = torch.empty(channels // BLOCK, channels, BLOCK)
         torch.mul(difference.view(channels, -1, BLOCK).transpose(0, 1), factor, out=panels)
-        panels = pairs(panels) if self._halves else panels
-        step = {
-            "op": STYLE,
-            "halves": int(self._halves),
-            "tasks": -(-positions // products.STRETCH),
-            "adds": int(accumulate),
-        }
-        step |= {"source": features.data_ptr(), "target": out.data_ptr(), "weights": panels.data_ptr()}
-        self._run_steps([features, out], [step | {"width": positions, "c_out": channels}])
+        shared = {"weights": panels.data_ptr(), "c_out": channels, "halves": int(self._halves)}
+        round_off = [shared | {"op": HALVE, "tasks": len(panels)}] * self._halves
+        step = {"op": STYLE, "tasks": -(-positions // products.STRETCH), "adds": int(accumulate), "width": positions}
+        step |= {"source": features.data_ptr(), "target": out.data_ptr()}
+        self._run_steps([features, out], [*round_off, shared | step])
 
     def _run_steps(self, tensors: list[Tensor], steps: Sequence[Mapping[str, int | str]]) -> None:
         assert all(tensor.dtype == torch.float32 and tensor.T.is_contiguous() for tensor in tensors)
@@ -265,6 +262,8 @@ def _do(step, task, scratch):  # type: ignore[no-untyped-def]
         products.gram(source, target, width, channels, step.groups, task)
     elif step.op == GRAM_SUM:
         products.gram_sum(source, target, width, channels, step.groups, task)
+    elif step.op == HALVE:
+        products.halve(weights, channels, task)
     elif step.op == STYLE:
         products.style_gradient(source, weights, target, width, channels, step.adds, step.halves, task, scratch)
     else:

@@ -23,11 +23,11 @@ _COLUMNS = BLOCK // LANES
 # Vectors of the columns that a product works on at once, and rows and columns of a part of `multiply_transposed`: as
 # many as keep all sums in registers, 32 of LANES floats with AVX-512, room for 8 with AVX2 and with ARM's NEON.
 _FEATURES = (codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
-_HAS_WIDE, HAS_PAIRS = "+avx512f" in _FEATURES, "+avx512bf16" in _FEATURES
-# AMD's processors from Zen 4 on multiply twice as many bf16 as floats in the same time, Intel's with AVX-512 as many.
-PAIRS_ARE_FASTER = HAS_PAIRS and (config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
+_HAS_WIDE, HAS_HALVES = "+avx512f" in _FEATURES, "+avx512bf16" in _FEATURES
 _STRIP, _PART = (_COLUMNS, SQUARE) if _HAS_WIDE else (1, 2)
-_CHUNK = 32  # products added up on their own: the rounding of long sums would come to more than that of the products
+# Products, or pairs of them, added up on their own: the rounding of long sums would come to more than that of the
+# products.
+_CHUNK = 32
 _SHORT = 16  # the same where the sums are exact
 
 
@@ -51,6 +51,15 @@ _WORDS, _HALVES, _PAIRS = (
 )
 ZERO = ir.Constant(VECTOR, None)
 _PREFETCH = "llvm.prefetch.p0"
+
+
+def halves_are_faster(processor: str | None = None, features: Sequence[str] = _FEATURES) -> bool:
+    """Whether a processor, by LLVM's name, multiplies more bf16 than floats in the same time: AMD's from Zen 4 on.
+
+    Intel's with AVX-512 multiply as many.
+    """
+    name = processor or config.CPU_NAME or binding.get_host_cpu_name()
+    return "+avx512bf16" in features and name.startswith("znver")
 
 
 def _lane_list(lanes: Sequence[int]) -> Any:
@@ -120,7 +129,7 @@ class Code:
 
     def halves(self, x: Any) -> Any:
         """x rounded to bf16, half as long as a vector."""
-        if HAS_PAIRS:
+        if HAS_HALVES:
             return self.b.fptrunc(x, _HALVES)
         words, sixteen, one = (self.b.bitcast(x, _WORDS), *(ir.Constant(_WORDS, [i] * LANES) for i in (16, 1)))
         odd = self.b.and_(self.b.lshr(words, sixteen), one)  # a tie goes to the even one
@@ -129,9 +138,16 @@ class Code:
         found = self.b.select(self.b.fcmp_unordered("uno", x, x), quiet, rounded)
         return self.b.trunc(self.b.lshr(found, sixteen), ir.VectorType(ir.IntType(16), LANES))
 
+    def words(self, halves: Any) -> Any:
+        """Halves in the lower halves of a vector of integers."""
+        return self.b.zext(self.b.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), _WORDS)
+
     def dot(self, x: Any, y: Any, z: Any) -> Any:
-        """z + x0 y0 + x1 y1, where each lane of x and of y is a pair of bf16."""
-        if HAS_PAIRS:
+        """z + x0 y0 + x1 y1, where each lane of x and of y is a pair of bf16.
+
+        Both ways add x1 y1 first; processors take numbers under 1e-38 for zero, the steps do not.
+        """
+        if HAS_HALVES:
             name = "llvm.x86.avx512bf16.dpbf16ps.512"
             kind = ir.FunctionType(VECTOR, [VECTOR, _PAIRS, _PAIRS])
             function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
@@ -227,7 +243,7 @@ def procedure(count: int, emit: Callable[..., None]) -> tuple[Any, Callable[...,
     return types.void(*[types.int64] * count), codegen
 
 
-def _product(rows: int, adds: bool, streams: bool, pairs: bool = False, width: int = BLOCK) -> Any:
+def _product(rows: int, adds: bool, streams: bool, halves: bool = False, width: int = BLOCK) -> Any:
     vectors = min(_STRIP, width // LANES)  # of a strip
 
     def emit(code: Code, v: Any, row: Any, column: Any, u: Any, line: Any, depth: Any, m: Any, m_row: Any) -> None:
@@ -252,7 +268,7 @@ def _product(rows: int, adds: bool, streams: bool, pairs: bool = False, width: i
             result = []
             for i, start in enumerate(starts):
                 value = code.splat(code.load(code.offset(start, across), FLOAT))
-                accumulate = code.dot if pairs else code.fma
+                accumulate = code.dot if halves else code.fma
                 result += [accumulate(value, each, sums[i * vectors + j]) for j, each in enumerate(columns)]
             return result
 
@@ -279,12 +295,12 @@ def _product(rows: int, adds: bool, streams: bool, pairs: bool = False, width: i
 
 # (v, row, column, u, line, depth, m, m_row): m = V U, or m + V U, for a few rows of V (depth long, `row` floats from
 # row to row, `column` from element to element) and U (depth, BLOCK), whose lines are `line` floats apart. `multiply`
-# expects U to stream from memory, and asks for the panel behind it in time. In `multiply_pairs` V and U hold pairs of
+# expects U to stream from memory, and asks for the panel behind it in time. In `multiply_halves` V and U hold pairs of
 # bf16 in the place of floats, in `multiply_narrow` U has NARROW columns.
 multiply = _product(ROWS, adds=False, streams=True)
-multiply_pairs = _product(ROWS, adds=False, streams=True, pairs=True)
+multiply_halves = _product(ROWS, adds=False, streams=True, halves=True)
 multiply_add, multiply_add_square = _product(ROWS, True, False), _product(SQUARE, True, False)
-multiply_add_pairs = _product(ROWS, adds=True, streams=False, pairs=True)
+multiply_add_halves = _product(ROWS, adds=True, streams=False, halves=True)
 multiply_narrow = _product(ROWS, adds=False, streams=False, width=NARROW)
 
 
@@ -356,20 +372,20 @@ def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  #
             for j in range(SQUARE)
         ]
         while len(sums) > 1:  # halve the lanes of two sums into one vector, until lane i holds the total of sum i
-            sums = [code.add(code.every_second(x, y, 0), code.every_second(x, y, 1)) for x, y in _pairs(sums)]
+            sums = [code.add(code.every_second(x, y, 0), code.every_second(x, y, 1)) for x, y in _by_two(sums)]
         for i in range(SQUARE):
             code.store(code.lanes(sums[0], i * SQUARE, SQUARE), code.step(m, m_stride, i))
 
     return procedure(7, emit)
 
 
-def pairs(panels: Tensor) -> Tensor:
+def in_halves(panels: Tensor) -> Tensor:
     """Panels (.., C_in, BLOCK) in bf16, (.., C_in / 2, BLOCK, 2): those of two input channels stand side by side."""
     both = panels.unflatten(-2, (-1, 2)).transpose(-1, -2)
-    return torch.empty(both.shape, dtype=torch.bfloat16).copy_(both)
+    return both.to(torch.bfloat16, memory_format=torch.contiguous_format)
 
 
-def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+def _by_two(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
 
@@ -393,6 +409,22 @@ def copy_halves(context, source, target, count):  # type: ignore[no-untyped-def]
     def emit(code: Code, source: Any, target: Any, count: Any) -> None:
         def body(begin: Any) -> None:
             code.store(code.halves(code.load(code.offset(source, begin))), code.offset(target, begin, 2))
+
+        code.for_vectors(count, body)
+
+    return procedure(3, emit)
+
+
+@intrinsic
+def zip_halves(context, source, target, count):  # type: ignore[no-untyped-def]
+    """Pairs in bf16 of the floats of two rows at source, each of `count`, a multiple of LANES; target may be source."""
+
+    def emit(code: Code, source: Any, target: Any, count: Any) -> None:
+        def body(begin: Any) -> None:
+            rows = [code.load(code.offset(code.offset(source, begin), each)) for each in (0, count)]
+            low, high = (code.words(code.halves(row)) for row in rows)
+            high = code.b.shl(high, ir.Constant(_WORDS, [16] * LANES))
+            code.store(code.b.or_(low, high), code.offset(target, begin))
 
         code.for_vectors(count, body)
 

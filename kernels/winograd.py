@@ -32,7 +32,7 @@ from .vector import (
     clear,
     copy,
     multiply,
-    multiply_pairs,
+    multiply_halves,
     multiply_transposed,
     procedure,
 )
@@ -106,7 +106,7 @@ def _input(flipped: bool, halves: bool = False) -> Any:
 
 # (source, row, column, target, plane): V of LANES channels of the 6x6 tile at source, one vector a plane of target.
 transform_input, transform_input_flipped = _input(False), _input(True)
-transform_input_halves = _input(False, halves=True)  # V in bf16
+transform_input_halves = _input(False, halves=True)  # V in bf16, half a vector a plane
 
 
 def _output(mode: str) -> Any:
@@ -191,7 +191,7 @@ def convolve(  # type: ignore[no-untyped-def]
 
     `source` (height, width, c_in) and `target` (height, width, c_out) are addresses; `u` is the address of the panels
     of the kernel or, if `turned`, of the kernel whose VJP is wanted: turned by 180 degrees, its channel axes swapped.
-    With `halves`, which are not `turned`, U is in bf16 (`vector.pairs`), and so is V.
+    With `halves`, which are not `turned`, U is in bf16 (`vector.in_halves`), and so is V.
     `first` and `count` choose tiles in row-major order, `group` of `groups` the channels, which are a multiple of
     BLOCK. `bits` is the address of a bit for each element of `target`, set where its ReLU lets it pass (see `ending`).
     `padding`, an index of `nhwc.PADDINGS`, is zero or circular: the VJP of either is padded in the same way. `scratch`
@@ -244,7 +244,7 @@ def convolve(  # type: ignore[no-untyped-def]
                 for t in range(0, rows, ROWS):
                     place, total = v + 4 * t * depth, result + 4 * (t * wide + n)
                     if halves:
-                        multiply_pairs(place, depth, 1, panel, BLOCK, depth, total, wide)
+                        multiply_halves(place, depth, 1, panel, BLOCK, depth, total, wide)
                     else:
                         multiply(place, depth, 1, panel, BLOCK, depth, total, wide)
     for t in range(count):

@@ -223,7 +223,8 @@ def test_other_options_are_refused(stylizer, pictures, changes, words):
         stylizer.steps(pictures["content"], pictures["style"], Config(**SMALL | changes), resume=data)
 
 
-def test_other_pictures_weights_and_devices_are_refused(stylizer, pictures, states, tmp_path):
+def test_other_pictures_weights_and_devices_are_refused(exact, pictures, states, tmp_path):
+    stylizer = exact
     content, style, config = pictures["content"], pictures["style"], Config(**SMALL)
     data = interrupted(stylizer, pictures, config, 2)
     with pytest.raises(ValueError, match=r"another content$"):
@@ -231,8 +232,10 @@ def test_other_pictures_weights_and_devices_are_refused(stylizer, pictures, stat
     with pytest.raises(ValueError, match=r"another style$"):
         stylizer.steps(content, [style, style], config, resume=data)
     with pytest.raises(ValueError, match=r"another weights$"):
-        Stylizer(weights=states["torchvision"][0], device="cpu").steps(content, style, config, resume=data)
-    with pytest.raises(ValueError, match=r"another device \(cpu, here onnxruntime\)"):
+        Stylizer(states["torchvision"][0], "cpu", "fp32").steps(content, style, config, resume=data)
+    with pytest.raises(ValueError, match=r"another precision \(fp32, here bf16\)$"):
+        Stylizer("embedded", "cpu", "bf16").steps(content, style, config, resume=data)
+    with pytest.raises(ValueError, match=r"another device \(cpu, here onnxruntime\)$"):
         Stylizer(weights="embedded", device="onnxruntime").steps(content, style, config, resume=data)
     start = tmp_path / "start.png"
     Image.fromarray(content).save(start)

@@ -27,6 +27,7 @@ SPECS = [
     vgg.Spec(48, 64, LAYERS, padding="circular"),
     vgg.Spec(40, 40, ("relu1_1", "conv2_2"), padding="reflect"),
     vgg.Spec(50, 64, LAYERS, precision="bf16"),
+    vgg.Spec(50, 64, LAYERS, "max", "bf16"),
 ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from engine import BackendError, Stylizer, provider
 from engine.export import commands, ort
+from engine.kernels import vector
 
 
 def wheels(monkeypatch, *installed):
@@ -152,12 +153,27 @@ def test_auto_takes_the_cpu_here_and_says_so(caplog):
         device, precision = provider.resolve("auto", "auto")
     if device == "cpu":
         assert "device: cpu" in caplog.text
-        assert precision in ("fp32", "bf16")
+        assert precision == ("bf16" if vector.halves_are_faster() else "fp32")
+
+
+@pytest.mark.parametrize(
+    ("processor", "features", "faster"),
+    [
+        ("znver4", "+avx512f,+avx512bf16", True),
+        ("znver5", "+avx512f,+avx512bf16", True),
+        ("znver4", "+avx512f", False),
+        ("znver3", "+avx2", False),
+        ("sapphirerapids", "+avx512f,+avx512bf16", False),
+        ("generic", "", False),
+    ],
+)
+def test_processors_that_multiply_bf16_faster(processor, features, faster):
+    assert vector.halves_are_faster(processor, features.split(",")) == faster
 
 
 @pytest.mark.parametrize(("faster", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_a_cpu_takes_bf16_where_it_is_faster(monkeypatch, faster, precision):
-    monkeypatch.setattr("engine.kernels.vector.PAIRS_ARE_FASTER", faster)
+    monkeypatch.setattr("engine.kernels.vector.halves_are_faster", lambda: faster)
     assert provider.resolve("cpu", "auto") == ("cpu", precision)
     assert provider.resolve("cpu", "fp32") == ("cpu", "fp32")
 

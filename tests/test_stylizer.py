@@ -239,7 +239,7 @@ def test_a_run_in_half_precision_ends_at_the_loss_of_single_precision(device, lo
         result = each(content, style, config)
         ends[precision] = float(objective.evaluate(image.to_tensor(result.last.picture))[0].total)
         assert ends[precision] < 0.1 * result.trace[0][1]
-    assert ends[low] == pytest.approx(ends["fp32"], rel=0.01)
+    assert ends[low] < 1.01 * ends["fp32"]
 
 
 def test_evaluate_resizes_content_and_style(stylizer):
@@ -571,7 +571,7 @@ def test_adam_runs_over_the_scales(stylizer, pictures):
 @pytest.mark.parametrize("pixel_range", ["auto", "0-255"])
 def test_a_network_is_used_by_one_thread_at_a_time(device, pixel_range):
     own = Stylizer(weights="embedded", device=device)
-    check_alone(own._features((32, 32), ("relu1_1",), Config(pixel_range=pixel_range), "fp32"))
+    check_alone(own._features((32, 32), ("relu1_1",), Config(pixel_range=pixel_range), own.precision))
 
 
 def test_what_is_to_be_kept_is_made_once_for_all_threads():

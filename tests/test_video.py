@@ -354,6 +354,13 @@ def test_a_record_of_another_program_stays(tmp_path, style, clip, capsys):
     assert run(clip, style, "-o", out, "--overwrite") == 0
 
 
+def test_frames_in_another_precision_do_not_go_on(tmp_path, style, clip, capsys):
+    words = clip, style, "-o", tmp_path / "out", "--precision"
+    assert run(*words, "fp32") == 0
+    assert run(*words, "bf16") == 2
+    assert "holds frames of a video with another precision (fp32, here bf16)" in capsys.readouterr().err
+
+
 def test_other_weights_of_the_same_name_do_not_go_on(tmp_path, style, clip, capsys):
     words = clip, style, "-o", tmp_path / "out", "--weights"
     for i in range(2):

@@ -43,7 +43,7 @@ def bits_of(values):
 
 
 def halved(panels):
-    return vector.pairs(torch.from_numpy(panels)).view(torch.int16).numpy()
+    return vector.in_halves(torch.from_numpy(panels)).view(torch.int16).numpy()
 
 
 def convolve(source, weight, bias, bits, target, turned, ending, tiles=24, groups=1, padding=0, halves=False):
@@ -275,19 +275,23 @@ def test_any_size_and_any_layers(net, network, height, width, layers, pooling):
     pooling=st.sampled_from(["avg", "max"]),
     padding=st.sampled_from(["zero", "replicate"]),
 )
+@example(height=33, width=32, layers={"relu5_4"}, pooling="avg", padding="zero")
+@example(height=33, width=40, layers={"relu4_2", "relu5_1"}, pooling="avg", padding="replicate")
+@example(height=33, width=40, layers={"relu4_2", "relu5_1"}, pooling="max", padding="replicate")
 def test_any_size_and_any_layers_in_bf16(net, low_network, height, width, layers, pooling, padding):
     """Features within what bf16 rounds; before what is in bf16, and with max pooling everywhere, as in fp32."""
     layers = tuple(layer for layer in vgg.LOSS_LAYERS if layer in layers)
+    deep = vgg.CONVS[-3:]  # of which few values are left: deeper than any layer of a default run
     spec = vgg.Spec(height, width, layers, pooling, "bf16", padding=padding)
     image, features, cotangents, gradient = forward_and_vjp(spec, low_network)
     for layer, truth in net.module(spec.layers, pooling, torch.float64, padding)(image.double()).items():
         exact = pooling == "max" or layer[4] in "12"
-        assert error(features[layer], truth) < (2e-5 if exact else 4e-2)
+        assert error(features[layer], truth) < (2e-5 if exact else 0.15 if vgg.cut((layer,))[-1] in deep else 3e-2)
     relus = {name: value.contiguous().numpy() for name, value in features.items()}
     exact = {name: value.double() for name, value in cotangents.items()}
     found = error(gradient, validate.linear_piece_vjp(spec, net, relus, exact))
-    shallow = vgg.cut(layers)[-1].block == 1 and len(vgg.cut(layers)) == 1
-    assert found < (5e-6 if shallow else 3e-2)
+    alone, deepest = len(vgg.cut(layers)) == 1, vgg.cut(layers)[-1]  # the layer at the pixels is in fp32
+    assert found < (5e-6 if alone else 6e-2 if deepest in deep else 3e-2)
 
 
 EDGES = [("reflect", 33, 46), ("replicate", 47, 32), ("reflect", 36, 37), ("circular", 48, 32), ("circular", 32, 80)]
@@ -384,7 +388,7 @@ def test_style_gradient(positions, channels, accumulate, halves):
         assert torch.equal(features, guarded[:positions].T)
 
 
-@pytest.mark.parametrize(("pooling", "precision"), [("avg", "fp32"), ("max", "fp32"), ("avg", "bf16")])
+@pytest.mark.parametrize(("pooling", "precision"), [("avg", "fp32"), ("max", "fp32"), ("avg", "bf16"), ("max", "bf16")])
 def test_the_number_of_threads_does_not_change_a_bit(net, pooling, precision):
     spec, with_max = vgg.Spec(61, 90, DEFAULT, pooling, precision), pooling == "max"
     networks = [
@@ -574,7 +578,8 @@ def test_a_processor_without_avx512_computes_the_same(tmp_path):
         "cases = [('fp32', 'avg'), ('fp32', 'max'), ('bf16', 'avg'), ('bf16', 'max')]\n"
         "stylizers = {each: Stylizer('embedded', 'cpu', each, threads=1) for each in ('fp32', 'bf16')}\n"
         "found = [stylizers[each].evaluate(*pictures, Config(pooling=pooling)).gradient for each, pooling in cases]\n"
-        "np.save(sys.argv[1], np.stack([*found, np.full_like(found[0], vector._STRIP)]))\n"
+        "parts = [np.full_like(found[0], each) for each in (vector._STRIP, vector.HAS_HALVES)]\n"
+        "np.save(sys.argv[1], np.stack([*found, *parts]))\n"
     )
     features = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"
     other = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -583,6 +588,6 @@ def test_a_processor_without_avx512_computes_the_same(tmp_path):
         path = tmp_path / "found.npy"
         subprocess.run([sys.executable, "-c", code, str(path)], check=True, env={**os.environ, **environment})
         results.append(np.load(path))
-    assert results[1][4].max() == 1
+    assert (results[1][4].max(), results[1][5].max()) == (1, 0)
     np.testing.assert_array_equal(results[0][:4], results[1][:4])
-    assert (results[0][0] != results[0][2]).any()
+    assert all((results[0][i] != results[0][i + 2]).any() for i in range(2))

@@ -210,7 +210,7 @@ def _steps(stylizer: Stylizer, task: Job, config: Config, path: Path) -> Iterato
     if path.exists():
         try:
             return painting.begin(stylizer, task, config, path.read_bytes())
-        except ValueError as error:  # of another version or other weights
+        except ValueError as error:  # of another version, other weights or another precision
             log.warning("checkpoint left out of account: %s", error)
     return painting.begin(stylizer, task, config)
 
