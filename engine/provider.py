@@ -57,22 +57,20 @@ def resolve(device: str, precision: str) -> tuple[str, str]:
             f"precision bf16: ONNX Runtime has no bf16 convolutions for device {device}, --device cpu, cudnn and "
             f"tensorrt have; {'--precision fp16' if device == 'cuda' else '--precision fp32'} is what runs best here"
         )
-    if precision == "auto":
-        precision = _fastest(device)
+    if precision == "auto":  # the fastest one whose runs end within a percent of fp32's loss
+        low = "fp16" if device in GPUS else "bf16" if device == "cpu" and _multiplies_halves() else None
+        precision = low or "fp32"  # see `Stylizer` for runs that fp16 cannot hold
+    elif precision == "bf16" and device == "cpu" and not _multiplies_halves():
+        log.info("precision bf16: this processor multiplies it no faster than fp32, as AMD's from Zen 4 on do")
     elif precision == "fp16" and device == "cpu":
         raise mistake("precision fp16: device cpu has fp32 and bf16; --device onnxruntime runs fp16 graphs by casts")
     return device, precision
 
 
-def _fastest(device: str) -> str:
-    """The fastest precision whose runs end within a percent of fp32's loss; `Stylizer` knows those fp16 cannot hold."""
-    if device in GPUS:
-        return "fp16"
-    if device == "cpu":
-        from .kernels.vector import halves_are_faster
+def _multiplies_halves() -> bool:
+    from .kernels.vector import halves_are_faster
 
-        return "bf16" if halves_are_faster() else "fp32"
-    return "fp32"
+    return halves_are_faster()
 
 
 def works(device: str) -> bool:

@@ -62,12 +62,12 @@ class Network:
             else:
                 if halves:
                     turned = kernel.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
-                    self.arrays[f"{conv.name}.vjp"] = _in_halves(winograd.transform_kernel(turned))
+                    self.arrays[f"{conv.name}.vjp"] = vector.in_halves(winograd.transform_kernel(turned))
                 panels, rounded = winograd.transform_kernel(kernel), halves and conv.block >= _ROUNDED
                 if not rounded or with_max:
                     self.arrays[conv.name] = panels
                 if rounded:
-                    self.arrays[f"{conv.name}.halves"] = _in_halves(panels)
+                    self.arrays[f"{conv.name}.halves"] = vector.in_halves(panels)
                 if with_max and not halves:
                     self.arrays[f"{conv.name}.direct"] = direct.panels(kernel)
             self.arrays[f"{conv.name}.bias"] = weights.parameters[f"{conv.name}.bias"].numpy().copy()
@@ -287,10 +287,6 @@ def memory(spec: vgg.Spec, threads: int, *, forward_only: bool = False) -> int:
     """Bytes of the tensors of `Features` at a spec, of which none is allocated."""
     found = Features(spec, _Unopened(spec.precision, threads), forward_only=forward_only, place=_NOWHERE)
     return sum(each.nbytes for each in found.memory)
-
-
-def _in_halves(panels: NDArray[np.float32]) -> NDArray[Any]:
-    return vector.in_halves(torch.from_numpy(panels)).view(torch.int16).numpy()
 
 
 # In bf16 the first block whose forward pass has bf16 factors: rounding in the blocks before it turns so many ReLUs over

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import carray, njit, types
 from numba.core import codegen, config
 from numba.extending import intrinsic
-from torch import Tensor
+from numpy.typing import NDArray
 
 LANES = 16
 BLOCK, NARROW = 64, 32  # columns that the products work on at a time
@@ -46,9 +47,8 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 FLOAT, _I16, _I32, I64 = ir.FloatType(), ir.IntType(LANES), ir.IntType(32), ir.IntType(64)
 VECTOR, _BITS = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.IntType(1), LANES)
-_WORDS, _HALVES, _PAIRS = (
-    ir.VectorType(kind, count) for kind, count in ((_I32, LANES), (_BFloat(), LANES), (_BFloat(), 2 * LANES))
-)
+_WORDS, _SHORTS = (ir.VectorType(ir.IntType(bits), LANES) for bits in (32, 16))
+_HALVES, _PAIRS = (ir.VectorType(_BFloat(), count) for count in (LANES, 2 * LANES))
 ZERO = ir.Constant(VECTOR, None)
 _PREFETCH = "llvm.prefetch.p0"
 
@@ -60,6 +60,10 @@ def halves_are_faster(processor: str | None = None, features: Sequence[str] = _F
     """
     name = processor or config.CPU_NAME or binding.get_host_cpu_name()
     return "+avx512bf16" in features and name.startswith("znver")
+
+
+def _word(value: int) -> Any:
+    return ir.Constant(_WORDS, [value] * LANES)
 
 
 def _lane_list(lanes: Sequence[int]) -> Any:
@@ -128,19 +132,14 @@ class Code:
         return self.b.call(self._fma, [self.splat(x) if isinstance(x, int | float) else x, y, z])
 
     def halves(self, x: Any) -> Any:
-        """x rounded to bf16, half as long as a vector."""
+        """The bits of x rounded to bf16, half as long as a vector."""
         if HAS_HALVES:
-            return self.b.fptrunc(x, _HALVES)
-        words, sixteen, one = (self.b.bitcast(x, _WORDS), *(ir.Constant(_WORDS, [i] * LANES) for i in (16, 1)))
-        odd = self.b.and_(self.b.lshr(words, sixteen), one)  # a tie goes to the even one
-        rounded = self.b.add(words, self.b.add(odd, ir.Constant(_WORDS, [0x7FFF] * LANES)))
-        quiet = self.b.or_(words, ir.Constant(_WORDS, [0x400000] * LANES))
+            return self.b.bitcast(self.b.fptrunc(x, _HALVES), _SHORTS)
+        words = self.b.bitcast(x, _WORDS)
+        odd = self.b.and_(self.b.lshr(words, _word(16)), _word(1))  # a tie goes to the even one
+        rounded, quiet = self.b.add(words, self.b.add(odd, _word(0x7FFF))), self.b.or_(words, _word(0x400000))
         found = self.b.select(self.b.fcmp_unordered("uno", x, x), quiet, rounded)
-        return self.b.trunc(self.b.lshr(found, sixteen), ir.VectorType(ir.IntType(16), LANES))
-
-    def words(self, halves: Any) -> Any:
-        """Halves in the lower halves of a vector of integers."""
-        return self.b.zext(self.b.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), _WORDS)
+        return self.b.trunc(self.b.lshr(found, _word(16)), _SHORTS)
 
     def dot(self, x: Any, y: Any, z: Any) -> Any:
         """z + x0 y0 + x1 y1, where each lane of x and of y is a pair of bf16.
@@ -158,8 +157,7 @@ class Code:
     def _both(self, x: Any) -> tuple[Any, Any]:
         """The two bf16 of each lane."""
         words = self.b.bitcast(x, _WORDS)
-        low = self.b.shl(words, ir.Constant(_WORDS, [16] * LANES))
-        high = self.b.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
+        low, high = self.b.shl(words, _word(16)), self.b.and_(words, _word(0xFFFF0000))
         return self.b.bitcast(low, VECTOR), self.b.bitcast(high, VECTOR)
 
     def scaled(self, factor: float, x: Any) -> Any:
@@ -379,40 +377,35 @@ def multiply_transposed(context, v, v_stride, u, panel, panels, m, m_stride):  #
     return procedure(7, emit)
 
 
-def in_halves(panels: Tensor) -> Tensor:
-    """Panels (.., C_in, BLOCK) in bf16, (.., C_in / 2, BLOCK, 2): those of two input channels stand side by side."""
-    both = panels.unflatten(-2, (-1, 2)).transpose(-1, -2)
-    return both.to(torch.bfloat16, memory_format=torch.contiguous_format)
+def in_halves(panels: NDArray[np.float32]) -> NDArray[np.int16]:
+    """The bits of panels (.., C_in, BLOCK) in bf16, (.., C_in / 2, BLOCK, 2): two input channels stand side by side."""
+    both = torch.from_numpy(panels).unflatten(-2, (-1, 2)).transpose(-1, -2)
+    rounded = both.to(torch.bfloat16, memory_format=torch.contiguous_format)
+    found: NDArray[np.int16] = rounded.view(torch.int16).numpy()
+    return found
 
 
 def _by_two(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
 
-@intrinsic
-def copy(context, source, target, count):  # type: ignore[no-untyped-def]
-    """Copy `count` floats, a multiple of LANES."""
-
+def _copy(halves: bool) -> Any:
     def emit(code: Code, source: Any, target: Any, count: Any) -> None:
         def body(begin: Any) -> None:
-            code.store(code.load(code.offset(source, begin)), code.offset(target, begin))
+            value = code.load(code.offset(source, begin))
+            code.store(code.halves(value) if halves else value, code.offset(target, begin, 2 if halves else 4))
 
         code.for_vectors(count, body)
 
-    return procedure(3, emit)
+    @intrinsic
+    def copied(context, source, target, count):  # type: ignore[no-untyped-def]
+        return procedure(3, emit)
+
+    return copied
 
 
-@intrinsic
-def copy_halves(context, source, target, count):  # type: ignore[no-untyped-def]
-    """Copy `count` floats, a multiple of LANES, as bf16."""
-
-    def emit(code: Code, source: Any, target: Any, count: Any) -> None:
-        def body(begin: Any) -> None:
-            code.store(code.halves(code.load(code.offset(source, begin))), code.offset(target, begin, 2))
-
-        code.for_vectors(count, body)
-
-    return procedure(3, emit)
+# (source, target, count): copies `count` floats, a multiple of LANES, as they are or as bf16.
+copy, copy_halves = _copy(halves=False), _copy(halves=True)
 
 
 @intrinsic
@@ -422,9 +415,8 @@ def zip_halves(context, source, target, count):  # type: ignore[no-untyped-def]
     def emit(code: Code, source: Any, target: Any, count: Any) -> None:
         def body(begin: Any) -> None:
             rows = [code.load(code.offset(code.offset(source, begin), each)) for each in (0, count)]
-            low, high = (code.words(code.halves(row)) for row in rows)
-            high = code.b.shl(high, ir.Constant(_WORDS, [16] * LANES))
-            code.store(code.b.or_(low, high), code.offset(target, begin))
+            low, high = (code.b.zext(code.halves(row), _WORDS) for row in rows)
+            code.store(code.b.or_(low, code.b.shl(high, _word(16))), code.offset(target, begin))
 
         code.for_vectors(count, body)
 

@@ -224,13 +224,12 @@ def test_other_options_are_refused(stylizer, pictures, changes, words):
 
 
 def test_other_pictures_weights_and_devices_are_refused(exact, pictures, states, tmp_path):
-    stylizer = exact
     content, style, config = pictures["content"], pictures["style"], Config(**SMALL)
-    data = interrupted(stylizer, pictures, config, 2)
+    data = interrupted(exact, pictures, config, 2)
     with pytest.raises(ValueError, match=r"another content$"):
-        stylizer.steps(content[::-1].copy(), style, config, resume=data)
+        exact.steps(content[::-1].copy(), style, config, resume=data)
     with pytest.raises(ValueError, match=r"another style$"):
-        stylizer.steps(content, [style, style], config, resume=data)
+        exact.steps(content, [style, style], config, resume=data)
     with pytest.raises(ValueError, match=r"another weights$"):
         Stylizer(states["torchvision"][0], "cpu", "fp32").steps(content, style, config, resume=data)
     with pytest.raises(ValueError, match=r"another precision \(fp32, here bf16\)$"):
@@ -239,12 +238,12 @@ def test_other_pictures_weights_and_devices_are_refused(exact, pictures, states,
         Stylizer(weights="embedded", device="onnxruntime").steps(content, style, config, resume=data)
     start = tmp_path / "start.png"
     Image.fromarray(content).save(start)
-    data = interrupted(stylizer, pictures, Config(**SMALL, init=start), 2)
+    data = interrupted(exact, pictures, Config(**SMALL, init=start), 2)
     moved = start.rename(tmp_path / "moved.png")
-    assert next(stylizer.steps(content, style, Config(**SMALL, init=moved), resume=data)).iteration == 3
+    assert next(exact.steps(content, style, Config(**SMALL, init=moved), resume=data)).iteration == 3
     Image.fromarray(style).save(moved)
     with pytest.raises(ValueError, match=r"another init$"):
-        stylizer.steps(content, style, Config(**SMALL, init=moved), resume=data)
+        exact.steps(content, style, Config(**SMALL, init=moved), resume=data)
 
 
 def test_other_masks_are_refused(pictures):

@@ -172,10 +172,13 @@ def test_processors_that_multiply_bf16_faster(processor, features, faster):
 
 
 @pytest.mark.parametrize(("faster", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_a_cpu_takes_bf16_where_it_is_faster(monkeypatch, faster, precision):
+def test_a_cpu_takes_bf16_where_it_is_faster(monkeypatch, caplog, faster, precision):
     monkeypatch.setattr("engine.kernels.vector.halves_are_faster", lambda: faster)
     assert provider.resolve("cpu", "auto") == ("cpu", precision)
     assert provider.resolve("cpu", "fp32") == ("cpu", "fp32")
+    with caplog.at_level("INFO", logger="engine"):
+        assert provider.resolve("cpu", "bf16") == ("cpu", "bf16")
+    assert ("no faster than fp32" in caplog.text) != faster
 
 
 def test_auto_takes_the_gpu_where_it_works(monkeypatch):

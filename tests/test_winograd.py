@@ -42,16 +42,12 @@ def bits_of(values):
     return np.packbits(values.flatten() > 0, bitorder="little")
 
 
-def halved(panels):
-    return vector.in_halves(torch.from_numpy(panels)).view(torch.int16).numpy()
-
-
 def convolve(source, weight, bias, bits, target, turned, ending, tiles=24, groups=1, padding=0, halves=False):
     """Every task of one convolution; `weight` (C_out, C_in, 3, 3) is that of the forward direction."""
     height, width, c_in = source.shape
     c_out = target.shape[2]
     u = kernel.transform_kernel(weight)
-    u = halved(u) if halves else u
+    u = vector.in_halves(u) if halves else u
     scratch = np.full(kernel.scratch_size(c_in, c_out, tiles), 7, np.float32)
     count = -(-height // 4) * -(-width // 4)
     for first in range(0, count, tiles):
@@ -63,15 +59,21 @@ def convolve(source, weight, bias, bits, target, turned, ending, tiles=24, group
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 7), (4, 4), (5, 6), (13, 22)])
-@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 1), (128, 64, 1), (64, 128, 2)])
-def test_forward_convolution(size, c_in, c_out, groups):
+def of_a_convolution(size, c_in, c_out):
+    """Source, weight, bias, and memory for the results and their bits."""
     generator = np.random.default_rng(0)
     source = generator.standard_normal((*size, c_in), np.float32)
     weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
     bias = generator.standard_normal(c_out, np.float32)
     target = np.full((*size, c_out), np.nan, np.float32)
     bits = np.zeros(target.size // 8, np.uint8)
+    return source, weight, bias, target, bits
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (4, 4), (5, 6), (13, 22)])
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 1), (128, 64, 1), (64, 128, 2)])
+def test_forward_convolution(size, c_in, c_out, groups):
+    source, weight, bias, target, bits = of_a_convolution(size, c_in, c_out)
     convolve(source, weight, bias, bits, target, False, kernel.RELU, groups=groups)
     np.testing.assert_array_equal(bits, bits_of(target))
     x = torch.from_numpy(source).double().permute(2, 0, 1)[None]
@@ -84,12 +86,9 @@ def test_forward_convolution(size, c_in, c_out, groups):
 @pytest.mark.parametrize("padding", ["zero", "circular"])
 def test_convolution_with_factors_in_bf16(size, c_in, c_out, groups, padding):
     """Against float64, where U and V are rounded by torch as they are here."""
-    generator = np.random.default_rng(0)
-    source = generator.standard_normal((*size, c_in), np.float32)
-    weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
-    target, bits = np.full((*size, c_out), np.nan, np.float32), np.zeros(np.prod(size) * c_out // 8, np.uint8)
+    source, weight, bias, target, bits = of_a_convolution(size, c_in, c_out)
     beyond = PADDINGS.index(padding)
-    convolve(source, weight, target, bits, target, False, kernel.PLAIN, groups=groups, padding=beyond, halves=True)
+    convolve(source, weight, bias, bits, target, False, kernel.PLAIN, groups=groups, padding=beyond, halves=True)
     found = torch.from_numpy(target).permute(2, 0, 1)[None]
 
     a, b = kernel._POINT
@@ -136,12 +135,7 @@ def test_values_are_rounded_to_bf16_as_torch_does_it():
 @pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 2), (256, 64, 1)])
 @pytest.mark.parametrize("padding", ["zero", "circular"])
 def test_direct_convolution_hardly_rounds(size, c_in, c_out, groups, padding):
-    generator = np.random.default_rng(0)
-    source = generator.standard_normal((*size, c_in), np.float32)
-    weight = generator.standard_normal((c_out, c_in, 3, 3), np.float32)
-    bias = generator.standard_normal(c_out, np.float32)
-    target = np.full((*size, c_out), np.nan, np.float32)
-    bits = np.zeros(target.size // 8, np.uint8)
+    source, weight, bias, target, bits = of_a_convolution(size, c_in, c_out)
     panels, scratch = direct.panels(weight), np.full(direct.scratch_size(c_in), np.nan, np.float32)
     for tile in range(direct.tiles(*size)):
         for group in range(groups):
